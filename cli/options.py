@@ -1,0 +1,42 @@
+"""Arguments that several commands share, declared once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from varcompress.models.elastic import ElasticVAR
+
+Model = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL",
+        show_default=False,
+        help="A .pth file, an elastic directory, a Hub id, var-d16 … var-d36, or digits (the embedded model).",
+    ),
+]
+Vae = Annotated[Path | None, typer.Option(help="Tokenizer file that goes with a transformer .pth.")]
+Device = Annotated[str | None, typer.Option(help="cuda, cuda:1 or cpu.  [default: cuda when there is one]")]
+Dtype = Annotated[str, typer.Option(help="float32, bfloat16 or float16.")]
+Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit on the Hub.")]
+Schedules = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--schedule",
+        "-s",
+        help="full, d8, d8@6 or 30x6,8x4; may be given several times.  [default: full and the model's subnets]",
+    ),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")]
+
+
+def open_model(
+    model: str, vae: Path | None = None, device: str | None = None, dtype: str = "float32", revision: str | None = None
+) -> ElasticVAR:
+    """Load MODEL with the shared options."""
+    from varcompress.hub import load
+
+    return load(model, vae=vae, device=device, dtype=dtype, revision=revision)

@@ -1,0 +1,57 @@
+"""What every command shares: tables on stdout, notes and progress on stderr, JSON for machines."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+PLAIN_INTERVAL_S = 5.0
+
+out = Console()
+err = Console(stderr=True)
+
+
+def note(text: str) -> None:
+    """A remark for a person, on stderr."""
+    err.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+def print_json(result: dict) -> None:
+    """One JSON object on stdout."""
+    print(json.dumps(result, indent=2))
+
+
+@contextmanager
+def progress_bar() -> Iterator[Callable[[int, int, str], None]]:
+    """A callable (done, total, what): a bar when stderr is a terminal, a plain line every few seconds when not."""
+    if not err.is_terminal:
+        yield _plain_lines()
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, TimeRemainingColumn(), console=err, transient=True) as bar:
+        tasks: dict[str, int] = {}
+
+        def show(done: int, total: int, what: str) -> None:
+            name = what.split(":")[0]
+            if name not in tasks:
+                tasks[name] = bar.add_task(what, total=total)
+            bar.update(tasks[name], completed=done, total=total, description=what)
+
+        yield show
+
+
+def _plain_lines() -> Callable[[int, int, str], None]:
+    last = [0.0]
+
+    def show(done: int, total: int, what: str) -> None:
+        now = time.monotonic()
+        if done >= total or now - last[0] >= PLAIN_INTERVAL_S:
+            last[0] = now
+            note(f"{what} {done}/{total}")
+
+    return show

@@ -1,0 +1,53 @@
+"""Small models with random weights, drawn once per session."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from varcompress.models.elastic import ElasticVAR
+from varcompress.models.tokenizer import VQVAE, TokenizerConfig
+from varcompress.models.transformer import VAR, VARConfig
+
+
+def random_model(
+    *, depth=6, width=32, heads=2, patch_nums=(1, 2, 3, 4), vocab=40, classes=10, shared_aln=False, seed=0
+) -> ElasticVAR:
+    """An ElasticVAR with random weights, large enough that every layer and every token matters."""
+    torch.manual_seed(seed)
+    var = VAR(VARConfig(depth, width, heads, tuple(patch_nums), vocab, 8, classes, shared_aln, 4 * width))
+    tokenizer = VQVAE(TokenizerConfig(32, (1, 1), 1, 8, vocab, 4, 3, tuple(patch_nums)))
+    with torch.no_grad():
+        for name, parameter in var.named_parameters():
+            if "scale_mul" not in name:
+                parameter.normal_(std=0.5 if parameter.ndim == 1 or "emb" in name or "pos" in name else width**-0.5)
+    return ElasticVAR(var, tokenizer)
+
+
+@pytest.fixture(scope="session")
+def tiny() -> ElasticVAR:
+    """6 layers, scales 1 2 3 4, 10 classes, 8 x 8 pixels."""
+    return random_model()
+
+
+def official_state(model: ElasticVAR) -> tuple[dict, dict]:
+    """State dicts as the public training code writes them, buffers included."""
+    config = model.var.config
+    levels = model.var.scale_index()[None]
+    var = {**model.var.state_dict(), "lvl_1L": levels}
+    seen = levels[0][:, None] >= levels[0][None, :]
+    var["attn_bias_for_masking"] = torch.where(seen, 0.0, -torch.inf)[None, None]
+    for layer in range(config.depth):
+        var[f"blocks.{layer}.attn.zero_k_bias"] = torch.zeros(config.width)
+    hits = torch.zeros(len(config.patch_nums), config.vocab)
+    return var, {**model.tokenizer.state_dict(), "quantize.ema_vocab_hit_SV": hits}
+
+
+@pytest.fixture(scope="session")
+def tiny_files(tiny, tmp_path_factory):
+    """A directory with var.pth and vae.pth in the official format."""
+    folder = tmp_path_factory.mktemp("official")
+    var, vae = official_state(tiny)
+    torch.save(var, folder / "var.pth")
+    torch.save(vae, folder / "vae.pth")
+    return folder

@@ -1,0 +1,34 @@
+"""Compress pretrained VAR checkpoints: one elastic set of weights whose depth is chosen at run time."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+__version__ = "0.1.0"
+__all__ = ["InputError", "Schedule", "__version__", "distill", "evaluate", "load", "profile", "push"]
+
+# Names are looked up on first use, so that `varcompress --help` does not wait for torch.
+_HOMES = {
+    "InputError": "varcompress.errors",
+    "Schedule": "varcompress.schedule",
+    "distill": "varcompress.training",
+    "evaluate": "varcompress.evaluation",
+    "load": "varcompress.hub",
+    "profile": "varcompress.profiling",
+    "push": "varcompress.hub",
+}
+
+if TYPE_CHECKING:
+    from varcompress.errors import InputError
+    from varcompress.evaluation import evaluate
+    from varcompress.hub import load, push
+    from varcompress.profiling import profile
+    from varcompress.schedule import Schedule
+    from varcompress.training import distill
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'varcompress' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)

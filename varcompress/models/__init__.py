@@ -1,0 +1,1 @@
+"""The VAR transformer, the VQVAE tokenizer, and ElasticVAR, which joins them."""

@@ -1,0 +1,307 @@
+"""The multi-scale residual VQVAE tokenizer of VAR, with state-dict keys of FoundationVision/VAR.
+
+Encoder and decoder are those of the VQGAN family (CompVis/latent-diffusion); the quantiser writes
+an image as a pyramid of token maps whose decoded sum is f_hat.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+NORM_GROUPS = 32
+NORM_EPS = 1e-6
+PHI_RATIO = 0.5
+
+
+@dataclass(frozen=True)
+class TokenizerConfig:
+    """The shape of a tokenizer; all but patch_nums is readable from its checkpoint."""
+
+    channels: int
+    channel_multipliers: tuple[int, ...]
+    res_blocks: int
+    z_channels: int
+    vocab: int
+    phis: int
+    kernel: int  # of the convolutions around the quantiser
+    patch_nums: tuple[int, ...]
+
+    @property
+    def downsampling(self) -> int:
+        return 2 ** (len(self.channel_multipliers) - 1)
+
+    @property
+    def image_size(self) -> int:
+        """Side of an image in pixels."""
+        return self.patch_nums[-1] * self.downsampling
+
+
+def _norm(channels: int) -> nn.GroupNorm:
+    return nn.GroupNorm(NORM_GROUPS, channels, eps=NORM_EPS)
+
+
+class ResBlock(nn.Module):
+    def __init__(self, channels: int, out_channels: int) -> None:
+        super().__init__()
+        self.norm1 = _norm(channels)
+        self.conv1 = nn.Conv2d(channels, out_channels, 3, padding=1)
+        self.norm2 = _norm(out_channels)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        self.nin_shortcut = nn.Identity() if channels == out_channels else nn.Conv2d(channels, out_channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.conv1(F.silu(self.norm1(x), inplace=True))
+        h = self.conv2(F.silu(self.norm2(h), inplace=True))
+        return self.nin_shortcut(x) + h
+
+
+class AttentionBlock(nn.Module):
+    """Self-attention over the pixels of a feature map, one head."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.norm = _norm(channels)
+        self.qkv = nn.Conv2d(channels, 3 * channels, 1)
+        self.proj_out = nn.Conv2d(channels, channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(self.norm(x)).flatten(2).transpose(1, 2).chunk(3, dim=-1)
+        h = F.scaled_dot_product_attention(q[:, None], k[:, None], v[:, None])[:, 0]
+        return x + self.proj_out(h.transpose(1, 2).unflatten(2, x.shape[2:]))
+
+
+class Resample(nn.Module):
+    """Half or double the resolution, then (or while) convolving."""
+
+    def __init__(self, channels: int, *, down: bool) -> None:
+        super().__init__()
+        self.down = down
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2 if down else 1, padding=0 if down else 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.pad(x, (0, 1, 0, 1)) if self.down else F.interpolate(x, scale_factor=2, mode="nearest"))
+
+
+class Level(nn.Module):
+    """The blocks of one resolution. `attn` is empty but at the lowest."""
+
+    def __init__(self, channels: int, out_channels: int, blocks: int, attention: bool) -> None:
+        super().__init__()
+        self.block = nn.ModuleList(ResBlock(channels if i == 0 else out_channels, out_channels) for i in range(blocks))
+        self.attn = nn.ModuleList(AttentionBlock(out_channels) for _ in range(blocks if attention else 0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for i, block in enumerate(self.block):
+            x = block(x)
+            if self.attn:
+                x = self.attn[i](x)
+        return x
+
+
+class Middle(nn.Module):
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.block_1 = ResBlock(channels, channels)
+        self.attn_1 = AttentionBlock(channels)
+        self.block_2 = ResBlock(channels, channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.block_2(self.attn_1(self.block_1(x)))
+
+
+class Encoder(nn.Module):
+    def __init__(self, config: TokenizerConfig) -> None:
+        super().__init__()
+        widths = [config.channels * m for m in config.channel_multipliers]
+        self.conv_in = nn.Conv2d(3, config.channels, 3, padding=1)
+        self.down = nn.ModuleList()
+        for i, width in enumerate(widths):
+            lowest = i == len(widths) - 1
+            level = Level(widths[i - 1] if i else config.channels, width, config.res_blocks, lowest)
+            if not lowest:
+                level.downsample = Resample(width, down=True)
+            self.down.append(level)
+        self.mid = Middle(widths[-1])
+        self.norm_out = _norm(widths[-1])
+        self.conv_out = nn.Conv2d(widths[-1], config.z_channels, 3, padding=1)
+
+    def forward(self, images: Tensor) -> Tensor:
+        h = self.conv_in(images)
+        for level in self.down:
+            h = level(h)
+            if hasattr(level, "downsample"):
+                h = level.downsample(h)
+        return self.conv_out(F.silu(self.norm_out(self.mid(h)), inplace=True))
+
+
+class Decoder(nn.Module):
+    def __init__(self, config: TokenizerConfig) -> None:
+        super().__init__()
+        widths = [config.channels * m for m in config.channel_multipliers]
+        self.conv_in = nn.Conv2d(config.z_channels, widths[-1], 3, padding=1)
+        self.mid = Middle(widths[-1])
+        self.up = nn.ModuleList()
+        for i, width in enumerate(widths):
+            lowest = i == len(widths) - 1
+            level = Level(width if lowest else widths[i + 1], width, config.res_blocks + 1, lowest)
+            if i:
+                level.upsample = Resample(width, down=False)
+            self.up.append(level)
+        self.norm_out = _norm(widths[0])
+        self.conv_out = nn.Conv2d(widths[0], 3, 3, padding=1)
+
+    def forward(self, z: Tensor) -> Tensor:
+        h = self.mid(self.conv_in(z))
+        for level in reversed(self.up):
+            h = level(h)
+            if hasattr(level, "upsample"):
+                h = level.upsample(h)
+        return self.conv_out(F.silu(self.norm_out(h), inplace=True))
+
+
+class Phi(nn.Conv2d):
+    """The residual convolution after upsampling: (1 - r) x + r conv(x)."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * (1 - PHI_RATIO) + super().forward(x) * PHI_RATIO
+
+
+class SharedPhis(nn.Module):
+    """A few phi shared over the scales: each scale takes the one whose tick is nearest to k / (K - 1)."""
+
+    def __init__(self, channels: int, count: int) -> None:
+        super().__init__()
+        self.qresi_ls = nn.ModuleList(Phi(channels) for _ in range(count))
+        edge = 1 / (3 * count) if count == 4 else 1 / (2 * count)
+        # numpy's own rounding decides ties, as in the public code: with three scales the middle one is a tie
+        self.ticks = np.linspace(edge, 1 - edge, count)
+
+    def at(self, scale: int, scales: int) -> Phi:
+        position = scale / (scales - 1) if scales > 1 else 0.0
+        return self.qresi_ls[int(np.abs(self.ticks - position).argmin())]
+
+
+class Quantizer(nn.Module):
+    """Multi-scale residual quantisation. Always computes in float32: one wrong index spoils all later scales."""
+
+    def __init__(self, config: TokenizerConfig) -> None:
+        super().__init__()
+        self.patch_nums = config.patch_nums
+        self.embedding = nn.Embedding(config.vocab, config.z_channels)
+        self.quant_resi = SharedPhis(config.z_channels, config.phis)
+
+    def nearest(self, z: Tensor) -> Tensor:
+        """Index of the nearest codebook entry by Euclidean distance: (N, C) -> (N,) int64."""
+        codebook = self.embedding.weight
+        distance = z.square().sum(dim=1, keepdim=True) + codebook.square().sum(dim=1)
+        return distance.addmm_(z, codebook.T, alpha=-2).argmin(dim=1)
+
+    def contribution(self, scale: int, tokens: Tensor) -> Tensor:
+        """What one decoded token map adds to f_hat: (B, p*p) int64 -> (B, C, P, P)."""
+        side, full = self.patch_nums[scale], self.patch_nums[-1]
+        h = self.embedding(tokens).transpose(1, 2).unflatten(2, (side, side))
+        if scale < len(self.patch_nums) - 1:
+            h = F.interpolate(h, size=(full, full), mode="bicubic")
+        return self.quant_resi.at(scale, len(self.patch_nums))(h.contiguous())
+
+    def next_input(self, scale: int, f_hat: Tensor) -> Tensor:
+        """Input of scale `scale` from f_hat of all earlier ones: (B, C, P, P) -> (B, p*p, C)."""
+        side = self.patch_nums[scale]
+        return F.interpolate(f_hat, size=(side, side), mode="area").flatten(2).transpose(1, 2)
+
+    @torch.no_grad()
+    def tokens(self, f: Tensor) -> Tensor:
+        """Token maps of encoder features: (B, C, P, P) -> (B, L) int64."""
+        rest, maps = f.float().clone(), []
+        for scale, side in enumerate(self.patch_nums):
+            z = rest if scale == len(self.patch_nums) - 1 else F.interpolate(rest, size=(side, side), mode="area")
+            maps.append(self.nearest(z.permute(0, 2, 3, 1).reshape(-1, z.shape[1])).view(len(f), -1))
+            rest -= self.contribution(scale, maps[-1])
+        return torch.cat(maps, dim=1)
+
+    def partial_sums(self, tokens: Tensor) -> Iterator[Tensor]:
+        """f_hat after each scale: (B, L) int64 -> K tensors (B, C, P, P). Differentiable in codebook and phi."""
+        f_hat = None
+        for scale, scale_tokens in enumerate(tokens.split([p * p for p in self.patch_nums], dim=1)):
+            added = self.contribution(scale, scale_tokens)
+            f_hat = added if f_hat is None else f_hat + added
+            yield f_hat
+
+
+class VQVAE(nn.Module):
+    """Images to token pyramids and back."""
+
+    def __init__(self, config: TokenizerConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.encoder = Encoder(config)
+        self.decoder = Decoder(config)
+        self.quantize = Quantizer(config)
+        self.quant_conv = nn.Conv2d(config.z_channels, config.z_channels, config.kernel, padding=config.kernel // 2)
+        self.post_quant_conv = nn.Conv2d(
+            config.z_channels, config.z_channels, config.kernel, padding=config.kernel // 2
+        )
+
+    def features(self, images: Tensor) -> Tensor:
+        """Encoder features of images in [0, 1]: (B, 3, H, W) -> (B, C, P, P)."""
+        return self.quant_conv(self.encoder(images * 2 - 1))
+
+    def encode(self, images: Tensor) -> Tensor:
+        """Images in [0, 1], (B, 3, H, W), to tokens (B, L) int64."""
+        return self.quantize.tokens(self.features(images))
+
+    def f_hat(self, tokens: Tensor) -> Tensor:
+        """The decoded sum of all token maps: (B, L) int64 -> (B, C, P, P) float32."""
+        *_, f_hat = self.quantize.partial_sums(tokens)
+        return f_hat
+
+    def teacher_input(self, tokens: Tensor) -> Tensor:
+        """What the transformer reads at scales 2 to K when fed `tokens`: (B, L) -> (B, L - p_1^2, C) float32."""
+        sums = zip(range(1, len(self.config.patch_nums)), self.quantize.partial_sums(tokens), strict=False)
+        return torch.cat([self.quantize.next_input(scale, f_hat) for scale, f_hat in sums], dim=1)
+
+    def decode_features(self, f_hat: Tensor) -> Tensor:
+        """f_hat (B, C, P, P) to images (B, 3, H, W) in [0, 1], float32."""
+        z = self.post_quant_conv(f_hat.to(self.post_quant_conv.weight.dtype))
+        return self.decoder(z).float().clamp(-1, 1).add(1).mul(0.5)
+
+    def decode(self, tokens: Tensor) -> Tensor:
+        """Tokens (B, L) int64 to images (B, 3, H, W) in [0, 1]."""
+        return self.decode_features(self.f_hat(tokens))
+
+
+def decoder_flops(config: TokenizerConfig) -> int:
+    """FLOPs of the decoder for one image: convolutions and attention, two per multiply-add."""
+
+    def conv(channels: int, out_channels: int, kernel: int, side: int) -> int:
+        return 2 * channels * out_channels * kernel * kernel * side * side
+
+    def res(channels: int, out_channels: int, side: int) -> int:
+        shortcut = 0 if channels == out_channels else conv(channels, out_channels, 1, side)
+        return conv(channels, out_channels, 3, side) + conv(out_channels, out_channels, 3, side) + shortcut
+
+    def attention(channels: int, side: int) -> int:
+        return conv(channels, 4 * channels, 1, side) + 4 * side**4 * channels
+
+    widths = [config.channels * m for m in config.channel_multipliers]
+    side, width, z = config.patch_nums[-1], widths[-1], config.z_channels
+    total = conv(z, z, config.kernel, side) + conv(z, width, 3, side) + 2 * res(width, width, side)
+    total += attention(width, side)
+    for level in reversed(range(len(widths))):
+        for _ in range(config.res_blocks + 1):
+            total += res(width, widths[level], side)
+            width = widths[level]
+            total += attention(width, side) if level == len(widths) - 1 else 0
+        if level:
+            side *= 2
+            total += conv(width, width, 3, side)
+    return total + conv(width, 3, 3, side)

@@ -1,0 +1,212 @@
+"""The VAR transformer (arXiv 2404.02905), with state-dict keys of FoundationVision/VAR.
+
+Weights and arithmetic are those of the public implementation; what is new is that every pass
+takes a `Schedule` and runs, at each scale, only the layers that it names.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from itertools import accumulate
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from varcompress.cache import KVCache
+from varcompress.schedule import Schedule
+
+NORM_EPS = 1e-6
+MAX_LOG_SCALE = math.log(100)
+
+
+@dataclass(frozen=True)
+class VARConfig:
+    """The shape of a transformer, all of it readable from a checkpoint."""
+
+    depth: int
+    width: int
+    heads: int
+    patch_nums: tuple[int, ...]
+    vocab: int
+    z_channels: int
+    classes: int
+    shared_aln: bool
+    hidden: int  # width of the MLP
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of one image, L."""
+        return sum(p * p for p in self.patch_nums)
+
+    @property
+    def ends(self) -> tuple[int, ...]:
+        """Tokens of the image after each scale."""
+        return tuple(accumulate(p * p for p in self.patch_nums))
+
+    @property
+    def mlp_ratio(self) -> float:
+        return self.hidden / self.width
+
+
+class Attention(nn.Module):
+    """Multi-head attention with L2-normalised queries and keys and a learned temperature per head."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads, self.head_dim = heads, width // heads
+        self.scale_mul_1H11 = nn.Parameter(torch.full((1, heads, 1, 1), math.log(4.0)))
+        self.mat_qkv = nn.Linear(width, 3 * width, bias=False)
+        self.q_bias = nn.Parameter(torch.zeros(width))
+        self.v_bias = nn.Parameter(torch.zeros(width))
+        self.proj = nn.Linear(width, width)
+
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x (B, n, C) -> queries, keys, values, each (B, heads, n, head_dim)."""
+        bias = torch.cat((self.q_bias, torch.zeros_like(self.q_bias), self.v_bias))
+        qkv = F.linear(x, self.mat_qkv.weight, bias).unflatten(-1, (3, self.heads, self.head_dim))
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)
+        temperature = self.scale_mul_1H11.float().clamp_max(MAX_LOG_SCALE).exp()
+        q = (F.normalize(q.float(), dim=-1) * temperature).to(v.dtype)
+        k = F.normalize(k.float(), dim=-1).to(v.dtype)
+        return q, k, v
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=1.0)
+        return self.proj(out.transpose(1, 2).flatten(2))
+
+
+class FeedForward(nn.Module):
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(width, hidden)
+        self.fc2 = nn.Linear(hidden, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+
+
+def modulate(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    """LayerNorm without affine, then AdaLN: x (B, n, C), scale and shift (B, 1, C)."""
+    return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=NORM_EPS), 1 + scale)
+
+
+class Block(nn.Module):
+    """One layer: attention and MLP, each between an AdaLN modulation and a gate."""
+
+    def __init__(self, config: VARConfig) -> None:
+        super().__init__()
+        width = config.width
+        self.attn = Attention(width, config.heads)
+        self.ffn = FeedForward(width, config.hidden)
+        if config.shared_aln:
+            self.ada_gss = nn.Parameter(torch.randn(1, 1, 6, width) / width**0.5)
+        else:
+            self.ada_lin = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
+
+    def modulation(self, condition: Tensor, shared: Tensor | None) -> tuple[Tensor, ...]:
+        """gamma1, gamma2, scale1, scale2, shift1, shift2, each (B, 1, C); the same at every scale."""
+        if shared is not None:
+            return (self.ada_gss + shared).unbind(2)
+        return self.ada_lin(condition).unflatten(-1, (6, -1))[:, None].unbind(2)
+
+    def forward(self, x: Tensor, modulation: tuple[Tensor, ...], mask: Tensor | None = None) -> Tensor:
+        """Teacher-forced: x (B, n, C), all scales side by side under a block-causal mask."""
+        return self._run(x, modulation, lambda q, k, v: self.attn.attend(q, k, v, mask))
+
+    def step(self, x: Tensor, modulation: tuple[Tensor, ...], cache: KVCache, layer: int) -> Tensor:
+        """Generation: x (B, n, C) is one scale; earlier ones are in the cache. No mask is needed."""
+        return self._run(x, modulation, lambda q, k, v: self.attn.attend(q, *cache.write(layer, k, v), None))
+
+    def _run(self, x: Tensor, modulation: tuple[Tensor, ...], attend) -> Tensor:
+        gamma1, gamma2, scale1, scale2, shift1, shift2 = modulation
+        x = torch.addcmul(x, attend(*self.attn.project(modulate(x, scale1, shift1))), gamma1)
+        return torch.addcmul(x, self.ffn(modulate(x, scale2, shift2)), gamma2)
+
+
+class HeadNorm(nn.Module):
+    """AdaLN before the classifier."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.ada_lin = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
+
+    def modulation(self, condition: Tensor) -> tuple[Tensor, ...]:
+        """scale and shift, each (B, 1, C)."""
+        return self.ada_lin(condition).unflatten(-1, (2, -1))[:, None].unbind(2)
+
+
+class VAR(nn.Module):
+    """Next-scale prediction transformer.
+
+    Class index `config.classes` is the null class of classifier-free guidance.
+    """
+
+    def __init__(self, config: VARConfig) -> None:
+        super().__init__()
+        self.config = config
+        width = config.width
+        self.word_embed = nn.Linear(config.z_channels, width)
+        self.class_emb = nn.Embedding(config.classes + 1, width)
+        self.pos_start = nn.Parameter(torch.zeros(1, config.patch_nums[0] ** 2, width))
+        self.pos_1LC = nn.Parameter(torch.zeros(1, config.tokens, width))
+        self.lvl_embed = nn.Embedding(len(config.patch_nums), width)
+        if config.shared_aln:
+            self.shared_ada_lin = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
+        self.head_nm = HeadNorm(width)
+        self.head = nn.Linear(width, config.vocab)
+        self.checkpointing = False  # recompute activations in the backward pass; set by the training loop
+
+    @property
+    def device(self) -> torch.device:
+        return self.pos_start.device
+
+    def scale_index(self) -> Tensor:
+        """The scale of each token: (L,) int64."""
+        sides = torch.tensor(self.config.patch_nums, device=self.device)
+        return torch.arange(len(sides), device=self.device).repeat_interleave(sides**2)
+
+    def positions(self) -> Tensor:
+        """Position plus level embedding of every token: (1, L, C)."""
+        return self.pos_1LC + self.lvl_embed(self.scale_index())
+
+    def modulations(self, condition: Tensor, layers: tuple[int, ...]) -> dict[int, tuple[Tensor, ...]]:
+        """AdaLN vectors of `layers` for class embeddings (B, C): they do not change between scales."""
+        shared = None
+        if self.config.shared_aln:
+            shared = self.shared_ada_lin(condition).unflatten(-1, (6, -1))[:, None]
+        return {i: self.blocks[i].modulation(condition, shared) for i in layers}
+
+    def logits(self, x: Tensor, head_modulation: tuple[Tensor, ...]) -> Tensor:
+        """Float32 logits of hidden states: (B, n, C) -> (B, n, V)."""
+        return self.head(modulate(x, *head_modulation)).float()
+
+    def first_input(self, condition: Tensor) -> Tensor:
+        """Input of scale 1 from class embeddings: (B, C) -> (B, p_1^2, C), position not yet added."""
+        return condition[:, None] + self.pos_start
+
+    def forward(self, labels: Tensor, teacher_input: Tensor, schedule: Schedule) -> Tensor:
+        """Teacher-forced logits under a schedule.
+
+        labels: (B,) int64; teacher_input: (B, L - p_1^2, z_channels), see `VQVAE.teacher_input`.
+        Returns (B, L, V) float32. A layer sees only the tokens of the scales that it runs at; the
+        block-causal mask makes that exactly what cached generation computes.
+        """
+        condition = self.class_emb(labels)
+        x = torch.cat((self.first_input(condition), self.word_embed(teacher_input.to(condition.dtype))), dim=1)
+        x = x + self.positions()
+        modulations = self.modulations(condition, schedule.layers[0])
+        scale = self.scale_index()
+        mask = scale[:, None] >= scale[None, :]
+        for layer in schedule.layers[0]:
+            seen = schedule.layer_tokens[layer]
+            arguments = (x[:, :seen], modulations[layer], mask[:seen, :seen])
+            if self.checkpointing and torch.is_grad_enabled():
+                y = checkpoint(self.blocks[layer], *arguments, use_reentrant=False)
+            else:
+                y = self.blocks[layer](*arguments)
+            x = y if seen == x.shape[1] else torch.cat((y, x[:, seen:]), dim=1)
+        return self.logits(x, self.head_nm.modulation(condition))
