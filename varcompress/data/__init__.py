@@ -1,0 +1,1 @@
+"""Image folders, the token store, and the embedded digits."""

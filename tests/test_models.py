@@ -1,0 +1,161 @@
+"""The two properties that carry everything, over many schedules."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.conftest import random_model
+from varcompress.errors import InputError
+from varcompress.models.transformer import VAR
+from varcompress.schedule import Schedule, equidistant
+
+MODELS = {
+    "plain": random_model(depth=6),
+    "shared": random_model(depth=5, width=48, heads=3, patch_nums=(1, 2, 4), shared_aln=True, seed=1),
+    "wide start": random_model(depth=4, patch_nums=(2, 3, 3, 5), seed=2),
+}
+
+
+@st.composite
+def schedules(draw, model):
+    """Any schedule that only shrinks: equidistant depths, or arbitrary nested sets of layers."""
+    config = model.var.config
+    in_use, layers = tuple(range(config.depth)), []
+    for _ in config.patch_nums:
+        if draw(st.booleans()):
+            if draw(st.booleans()) and len(in_use) > 2:
+                in_use = equidistant(in_use, draw(st.integers(2, len(in_use))))
+            else:
+                in_use = tuple(sorted(draw(st.sets(st.sampled_from(in_use), min_size=1))))
+        layers.append(in_use)
+    return Schedule(config.depth, config.patch_nums, tuple(layers))
+
+
+def random_tokens(model, batch, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(model.var.config.vocab, (batch, model.var.config.tokens), generator=generator)
+
+
+@pytest.mark.parametrize("name", MODELS)
+@settings(max_examples=40, deadline=None)
+@given(data=st.data())
+def test_cached_generation_equals_the_teacher_forced_pass(name, data):
+    model = MODELS[name]
+    schedule = data.draw(schedules(model))
+    batch = data.draw(st.integers(1, 3))
+    tokens, labels = random_tokens(model, batch), list(range(batch))
+    collected = []
+    model.generate_tokens(labels, schedule, forced=tokens, logits_out=collected)
+    with torch.inference_mode():
+        torch.testing.assert_close(torch.cat(collected, dim=1), model(labels, tokens, schedule), atol=2e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_cached_generation_equals_the_teacher_forced_pass_in_half_precision(dtype):
+    model = random_model(depth=6)
+    tokens, labels = random_tokens(model, 3), [1, 2, 3]
+    with torch.inference_mode():
+        exact = model(labels, tokens, "d3@2")
+        model.cast(dtype)
+        collected = []
+        model.generate_tokens(labels, "d3@2", forced=tokens, logits_out=collected)
+        cached, forced = torch.cat(collected, dim=1), model(labels, tokens, "d3@2")
+    error = {"cached": (cached - exact).norm() / exact.norm(), "forced": (forced - exact).norm() / exact.norm()}
+    assert max(error.values()) < (0.05 if dtype == torch.bfloat16 else 0.01)
+    assert (cached - forced).norm() / exact.norm() < (0.05 if dtype == torch.bfloat16 else 0.01)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_later_tokens_do_not_reach_earlier_scales(name):
+    model = MODELS[name]
+    tokens = random_tokens(model, 2)
+    changed = tokens.clone()
+    last = model.var.config.ends[-2]
+    changed[:, last:] = (changed[:, last:] + 1) % model.var.config.vocab
+    with torch.inference_mode():
+        assert torch.equal(model([0, 1], tokens, "d2@1"), model([0, 1], changed, "d2@1"))
+
+
+def test_a_subnet_changes_only_the_scales_after_the_bridge(tiny):
+    tokens = random_tokens(tiny, 2)
+    with torch.inference_mode():
+        full, subnet = tiny([3, 4], tokens), tiny([3, 4], tokens, "d2@2")
+    bridge = tiny.var.config.ends[1]
+    torch.testing.assert_close(full[:, :bridge], subnet[:, :bridge])
+    assert (full[:, bridge:] - subnet[:, bridge:]).abs().mean() > 0.1
+
+
+def test_skipped_layers_get_gradients_from_the_bridge_only(tiny):
+    tokens = random_tokens(tiny, 2)
+    tiny.zero_grad()
+    tiny([3, 4], tokens, "d2@0").sum().backward()
+    assert all(p.grad is None for p in tiny.var.blocks[2].parameters())
+    tiny([3, 4], tokens, "d2@1").sum().backward()
+    assert tiny.var.blocks[2].attn.proj.weight.grad.abs().sum() > 0
+    tiny.zero_grad()
+
+
+def test_recomputing_activations_gives_the_same_gradients(tiny):
+    tokens = random_tokens(tiny, 2)
+    gradients = []
+    for tiny.var.checkpointing in (False, True):
+        tiny.zero_grad()
+        tiny([3, 4], tokens, "d3@1").square().mean().backward()
+        gradients.append(tiny.var.blocks[1].ffn.fc1.weight.grad.clone())
+    tiny.var.checkpointing = False
+    tiny.zero_grad()
+    torch.testing.assert_close(*gradients)
+
+
+def test_guidance_is_zero_at_the_first_scale_and_cfg_at_the_last(tiny):
+    first = tiny.var.config.ends[0]
+    weak, _ = tiny.generate_tokens([1, 2], cfg=0.0, seed=3)
+    strong, _ = tiny.generate_tokens([1, 2], cfg=8.0, seed=3)
+    assert torch.equal(weak[:, :first], strong[:, :first])
+    assert not torch.equal(weak, strong)
+
+
+def test_images_are_in_range_and_of_the_tokenizers_size(tiny):
+    images = tiny.generate([0, 9, 5], "d2", seed=1)
+    size = tiny.tokenizer.config.image_size
+    assert images.shape == (3, 3, size, size)
+    assert images.dtype == torch.float32
+    assert images.min() >= 0
+    assert images.max() <= 1
+
+
+@pytest.mark.parametrize("labels", [[10], [-1], [], [[1]]])
+def test_unknown_classes_are_refused(tiny, labels):
+    with pytest.raises(InputError, match="class"):
+        tiny.generate(labels)
+
+
+def test_images_of_another_size_are_refused(tiny):
+    with pytest.raises(InputError, match="8, 8"):
+        tiny.encode(torch.zeros(1, 3, 9, 8))
+
+
+def test_a_schedule_of_another_model_is_refused(tiny):
+    with pytest.raises(InputError, match="another model"):
+        tiny.generate([0], MODELS["shared"].schedule("full"))
+
+
+def test_parameters_of_the_real_checkpoints_are_counted_without_allocating_them():
+    import json
+    from pathlib import Path
+
+    from varcompress.checkpoint import var_config
+
+    for name, spec in json.loads((Path(__file__).parent / "golden/official_checkpoints.json").read_text()).items():
+        if name.startswith("var"):
+            shapes = {
+                key.replace("*", str(layer)): tuple(shape)
+                for key, shape in spec["keys"].items()
+                for layer in range(spec["depth"] if "*" in key else 1)
+            }
+            with torch.device("meta"):
+                var = VAR(var_config(shapes, tuple(spec["patch_nums"])))
+            assert sum(p.numel() for p in var.parameters()) == spec["parameters"]
