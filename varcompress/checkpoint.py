@@ -214,10 +214,14 @@ def load_elastic(path: str | Path) -> ElasticVAR:
         if config["format"] != FORMAT:
             raise InputError(f"{path / CONFIG}: format {config['format']} is not known: update varcompress")
         patch_nums = tuple(config["var"]["patch_nums"])
+        bridge, depths = int(config["bridge"]), tuple(map(int, config["depths"]))
         state = load_file(path / WEIGHTS)
         recipe = yaml.safe_load((path / RECIPE).read_text()) if (path / RECIPE).is_file() else None
-    except (SafetensorError, json.JSONDecodeError, yaml.YAMLError, KeyError, TypeError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: damaged elastic directory ({error}): save or download it again") from error
+    except InputError:
+        raise
+    except (SafetensorError, yaml.YAMLError, OSError, KeyError, TypeError, ValueError) as error:
+        detail = f"lacks {error}" if isinstance(error, KeyError) else " ".join(str(error).split())
+        raise InputError(f"{path}: damaged elastic directory ({detail}): save or download it again") from error
     parts = {
         part: {k[len(part) + 1 :]: v for k, v in state.items() if k.startswith(part + ".")}
         for part in ("var", "tokenizer")
@@ -231,7 +235,7 @@ def load_elastic(path: str | Path) -> ElasticVAR:
         license=config.get("license"),
         recipe=recipe,
     )
-    return ElasticVAR(var, tokenizer, bridge=config["bridge"], depths=config["depths"], provenance=provenance)
+    return ElasticVAR(var, tokenizer, bridge=bridge, depths=depths, provenance=provenance)
 
 
 def is_elastic(path: str | Path) -> bool:
@@ -273,9 +277,7 @@ def disk_errors(path: Path):
     """Turn a full or read-only disk into an InputError that says how much room there is."""
     try:
         yield
-    except (OSError, SafetensorError) as error:
-        if isinstance(error, SafetensorError) and "No space" not in str(error):
-            raise
+    except (OSError, SafetensorError) as error:  # safetensors raises its own when it cannot write
         parent = next(p for p in (path, *path.parents) if p.exists())
         free = shutil.disk_usage(parent).free / 2**20
         raise InputError(f"{path}: could not be written ({error}); {free:,.0f} MiB are free there") from error
