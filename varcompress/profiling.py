@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import itertools
 import platform
 import random
 import time
@@ -140,7 +141,8 @@ def describe(model: ElasticVAR, schedules: Sequence[str | Schedule] | None = Non
         "heads": config.heads,
         "shared_aln": config.shared_aln,
         "parameters": {
-            part: sum(p.numel() for p in getattr(model, part).parameters()) for part in ("var", "tokenizer")
+            "transformer": sum(p.numel() for p in model.var.parameters()),
+            "tokenizer": sum(p.numel() for p in model.tokenizer.parameters()),
         },
         "patch_nums": list(config.patch_nums),
         "tokens": config.tokens,
@@ -163,7 +165,8 @@ def device_name(device: torch.device | str) -> str:
     lines = info.read_text().splitlines() if info.is_file() else []
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     name = names[0] if names else platform.processor() or platform.machine()
-    return f"{name}, {torch.get_num_threads()} threads"
+    threads = torch.get_num_threads()
+    return f"{name}, {threads} thread{'' if threads == 1 else 's'}"
 
 
 @contextlib.contextmanager
@@ -188,14 +191,14 @@ class PeakMemory:
 
     On a GPU the block's growth is what torch's allocator reports. On a CPU, where torch keeps no such count, every
     tensor made in the block is followed from its birth to its end; scratch inside an operator (a sort, a convolution's
-    packing) is not seen. Following slows small operators down on a CPU: never time inside. `peak_bytes` holds the
-    result after the block.
+    packing) is not seen. Following slows small operators down on a CPU: never time inside. `bytes` holds the result
+    after the block.
     """
 
     def __init__(self, model: ElasticVAR) -> None:
         self.device = model.device
         self.weight_bytes = sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
-        self.peak_bytes = self.weight_bytes
+        self.bytes = self.weight_bytes
         self._tensors = _LiveTensors()
 
     def __enter__(self) -> PeakMemory:
@@ -214,7 +217,7 @@ class PeakMemory:
         else:
             self._tensors.__exit__(*error)
             growth = self._tensors.peak_bytes
-        self.peak_bytes = self.weight_bytes + growth
+        self.bytes = self.weight_bytes + growth
 
 
 class _LiveTensors(TorchDispatchMode):
@@ -285,7 +288,7 @@ def _counts(model: ElasticVAR, call: Callable[[Schedule], Tensor], schedule: Sch
     finally:
         hook.remove()
     return {
-        "peak_bytes": memory.peak_bytes,
+        "peak_bytes": memory.bytes,
         "cache_bytes": cache_bytes,
         "weight_bytes": reads.bytes,
         "flops": flops.get_total_flops(),
@@ -346,7 +349,7 @@ def _phases_ms(model: ElasticVAR, call: Callable[[], Tensor]) -> dict[str, float
         for hook in hooks:
             hook.remove()
     spent = dict.fromkeys(PHASES, 0.0)
-    for (phase, start), (_, end) in zip(marks, marks[1:], strict=False):
+    for (phase, start), (_, end) in itertools.pairwise(marks):
         spent[phase] += start.elapsed_time(end) if device.type == "cuda" else (end - start) * 1e3
     return spent
 

@@ -1,0 +1,26 @@
+"""varcompress inspect"""
+
+from __future__ import annotations
+
+from varcompress.cli.options import Device, Dtype, Json, Model, Revision, Schedules, Vae, open_model
+from varcompress.cli.output import out, print_json
+
+
+def inspect(
+    model: Model,
+    schedules: Schedules = None,
+    vae: Vae = None,
+    device: Device = "cpu",
+    dtype: Dtype = "float32",
+    revision: Revision = None,
+    as_json: Json = False,
+) -> None:
+    """Say what a model is, which layers its schedules run, and their cost by arithmetic."""
+    from varcompress.profiling import describe
+    from varcompress.report import inspect_table
+
+    result = describe(open_model(model, vae, device, dtype, revision), schedules)
+    if as_json:
+        print_json(result)
+    else:
+        out.print(inspect_table(result))

@@ -1,0 +1,51 @@
+"""varcompress profile"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from varcompress.cli.options import Device, Dtype, Json, Model, Revision, Schedules, Vae, open_model
+from varcompress.cli.output import note, out, print_json, progress_bar
+
+
+def profile(
+    model: Model,
+    schedules: Schedules = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images per call.")] = 8,
+    runs: Annotated[int, typer.Option(min=1, help="Timed calls per schedule.")] = 5,
+    directory: Annotated[
+        Path | None,
+        typer.Option(
+            "--out",
+            help="Directory for profile.json and profile.png.  [default: MODEL where it is an elastic directory, "
+            "else nothing is written]",
+        ),
+    ] = None,
+    vae: Vae = None,
+    device: Device = None,
+    dtype: Dtype = "float32",
+    revision: Revision = None,
+    as_json: Json = False,
+) -> None:
+    """Measure time, memory, weights and FLOPs of schedules, each beside what arithmetic predicts."""
+    from varcompress import report
+    from varcompress.checkpoint import is_elastic
+    from varcompress.profiling import profile
+
+    if directory is None and is_elastic(model):
+        directory = Path(model)  # where push looks for results
+    if directory is not None:
+        report.check_results(directory, "profile")
+    loaded = open_model(model, vae, device, dtype, revision)
+    with progress_bar() as progress:
+        result = profile(loaded, schedules, batch_size=batch_size, runs=runs, progress=progress)
+    if as_json:
+        print_json(result)
+    else:
+        out.print(report.profile_table(result))
+    if directory is None:
+        note("Nothing was written: --out DIR keeps this result and its plot.")
+    else:
+        note(f"Written: {', '.join(map(str, report.write_results(result, directory)))}")
