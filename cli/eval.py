@@ -1,0 +1,87 @@
+"""varcompress eval"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from varcompress.cli.options import Device, Dtype, Json, Model, Revision, Schedules, Vae, open_model
+from varcompress.cli.output import note, out, print_json, progress_bar
+
+
+def evaluate(
+    model: Model,
+    schedules: Schedules = None,
+    reference: Annotated[
+        str | None,
+        typer.Option(
+            help="A folder of images, an .npz of images, or an .npz of statistics (mu, sigma). "
+            "Optional for the embedded digits.",
+            show_default=False,
+        ),
+    ] = None,
+    images: Annotated[int, typer.Option(min=10, help="Images per schedule, all classes equally often.")] = 50_000,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images generated at a time; latency is per batch.")] = 64,
+    cfg: Annotated[float, typer.Option(help="Guidance weight.")] = 1.5,
+    top_k: Annotated[int, typer.Option(min=0, help="Most probable tokens to draw from; 0 for all.")] = 900,
+    top_p: Annotated[float, typer.Option(min=0, max=1, help="Probability mass to draw from; 0 for all.")] = 0.96,
+    seed: Annotated[int, typer.Option(help="Seed of all images; the batch size changes none of them.")] = 0,
+    features: Annotated[
+        str | None, typer.Option(help="inception or digits.  [default: what fits the model]", show_default=False)
+    ] = None,
+    feature_weights: Annotated[
+        Path | None,
+        typer.Option(help="torch-fidelity's Inception weights, where there is no network.", show_default=False),
+    ] = None,
+    directory: Annotated[
+        Path | None,
+        typer.Option(
+            "--out",
+            help="Directory for eval.json and eval.png.  [default: MODEL where it is an elastic directory, "
+            "else nothing is written]",
+        ),
+    ] = None,
+    vae: Vae = None,
+    device: Device = None,
+    dtype: Dtype = "float32",
+    revision: Revision = None,
+    as_json: Json = False,
+) -> None:
+    """Score the images of each schedule, and measure what they cost, in one run.
+
+    FID, Inception Score, KID, precision and recall by torch-fidelity. The defaults are the published
+    settings of VAR: class-balanced labels, 8-bit rounding, 50,000 images.
+    """
+    from varcompress import report
+    from varcompress.checkpoint import is_elastic
+    from varcompress.evaluation import evaluate as run
+
+    if directory is None and is_elastic(model):
+        directory = Path(model)  # where push looks for results
+    if directory is not None:
+        report.check_results(directory, "eval")
+    loaded = open_model(model, vae, device, dtype, revision)
+    with progress_bar() as progress:
+        result = run(
+            loaded,
+            schedules,
+            reference=reference,
+            images=images,
+            batch_size=batch_size,
+            cfg=cfg,
+            top_k=top_k,
+            top_p=top_p,
+            seed=seed,
+            features=features,
+            feature_weights=feature_weights,
+            progress=progress,
+        )
+    if as_json:
+        print_json(result)
+    else:
+        out.print(report.eval_table(result))
+    if directory is None:
+        note("Nothing was written: --out DIR keeps this result and its plot.")
+    else:
+        note(f"Written: {', '.join(map(str, report.write_results(result, directory)))}")

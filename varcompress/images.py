@@ -1,0 +1,126 @@
+"""Images as bytes: 8-bit rounding, image files in, PNG grids and .npz out."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from varcompress.checkpoint import disk_errors, replacing
+from varcompress.errors import InputError
+from varcompress.schedule import Schedule
+
+if TYPE_CHECKING:
+    from varcompress.models.elastic import ElasticVAR
+
+EXTENSIONS = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"})
+OUTPUTS = (".png", ".npz")
+MIN_CELL_PIXELS = 64
+
+
+def to_uint8(images: Tensor) -> Tensor:
+    """Images in [0, 1] as bytes of the same shape: floor(255 x + 0.5), the rounding behind VAR's published FID."""
+    return (images.float() * 255 + 0.5).floor().clamp(0, 255).to(torch.uint8)
+
+
+# -- in -----------------------------------------------------------------------------------------
+
+
+def image_files(folder: Path) -> list[Path]:
+    """Image files in a folder and all below it, in the order of their paths."""
+    return sorted(path for path in folder.rglob("*") if path.suffix.lower() in EXTENSIONS and path.is_file())
+
+
+def read_image(path: Path, size: int) -> tuple[Tensor, bool]:
+    """One image file as (3, size, size) uint8, and whether it had to be resized for that.
+
+    Raises whatever Pillow raises for an empty or damaged file, which is half a dozen types.
+    """
+    with Image.open(path) as image:
+        return _fit(image.convert("RGB"), size), image.size != (size, size)
+
+
+def fit(pixels: np.ndarray, size: int) -> Tensor:
+    """Images (B, H, W, 3) uint8 as (B, 3, size, size) uint8, each fitted as `read_image` does."""
+    return torch.stack([_fit(Image.fromarray(image), size) for image in pixels])
+
+
+def _fit(image: Image.Image, size: int) -> Tensor:
+    """Centre square of an image, resized (Lanczos) where it is not of the right size already."""
+    side = min(image.size)
+    if image.size != (size, size):
+        left, top = (image.width - side) // 2, (image.height - side) // 2
+        box = (left, top, left + side, top + side)
+        image = image.resize((size, size), Image.Resampling.LANCZOS, box=box)
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+
+# -- drawn --------------------------------------------------------------------------------------
+
+
+def draw_images(
+    model: ElasticVAR,
+    labels: Sequence[int],
+    schedule: str | Schedule = "full",
+    *,
+    batch_size: int = 16,
+    progress: Callable[[int, int, str], None] | None = None,
+    **sampling: float,
+) -> Tensor:
+    """Images of any number of labels (N, 3, H, W) uint8, generated batch_size at a time.
+
+    Image i has the random stream (seed, i), as in one call of `generate`, whose other arguments
+    `sampling` holds. Raises InputError for an unknown class before any image is drawn.
+    """
+    labels, schedule = model.labels(labels), model.schedule(schedule)
+    parts = []
+    for first in range(0, len(labels), batch_size):
+        batch = labels[first : first + batch_size]
+        parts.append(to_uint8(model.generate(batch, schedule, first_index=first, **sampling)).cpu())
+        if progress:
+            progress(first + len(batch), len(labels), f"{schedule}: images")
+    return torch.cat(parts)
+
+
+# -- out ----------------------------------------------------------------------------------------
+
+
+def check_image_output(path: Path) -> None:
+    """Raises InputError unless `path` names a .png or .npz file that can be written."""
+    if path.suffix.lower() not in OUTPUTS:
+        raise InputError(f"{path}: the name must end in .png (a grid) or .npz (arrays)")
+    if path.is_dir():
+        raise InputError(f"{path}: is a directory: name a file in it")
+
+
+def save_images(path: Path, images: Tensor, labels: Sequence[int], *, columns: int) -> None:
+    """Write images (N, 3, H, W) uint8: a PNG grid, or an .npz of arr_0 (N, H, W, 3) uint8 and arr_1 labels (N,) int64.
+
+    An existing file is replaced, whole or not at all. Raises InputError when the disk refuses.
+    """
+    pixels = images.permute(0, 2, 3, 1).cpu().numpy()
+    with disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(path) as temporary, open(temporary, "wb") as file:
+            if path.suffix.lower() == ".png":
+                Image.fromarray(grid(pixels, columns)).save(file, format="PNG")
+            else:
+                np.savez(file, arr_0=pixels, arr_1=np.asarray(labels, np.int64))
+
+
+def grid(pixels: np.ndarray, columns: int) -> np.ndarray:
+    """Images (N, H, W, 3) uint8 row by row on one sheet; small ones enlarged by a whole factor to 64 pixels or more."""
+    count, height, width, channels = pixels.shape
+    rows = math.ceil(count / columns)
+    cells = np.full((rows * columns, height, width, channels), 255, np.uint8)
+    cells[:count] = pixels
+    sheet = cells.reshape(rows, columns, height, width, channels).swapaxes(1, 2)
+    sheet = sheet.reshape(rows * height, columns * width, channels)
+    factor = math.ceil(MIN_CELL_PIXELS / min(height, width))
+    return sheet.repeat(factor, axis=0).repeat(factor, axis=1)
