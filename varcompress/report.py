@@ -317,10 +317,10 @@ def _plot_memory(axis: Axes, rows: Rows) -> None:
 def _plot_speedup(axis: Axes, rows: Rows) -> None:
     measured = [row["speedup"] for row in rows]
     predicted = [row["speedup_predicted"] for row in rows]
-    axis.barh(range(len(rows)), measured, height=0.62, color=SPEED_COLOUR, label="measured")
+    bars = axis.barh(range(len(rows)), measured, height=0.62, color=SPEED_COLOUR, label="measured")
+    axis.bar_label(bars, [f"{_number(value)}x" for value in measured], label_type="center", color="white", fontsize=9)
     axis.plot(predicted, range(len(rows)), label="predicted", **PREDICTED)
-    labels = [f"{_number(value)}x" for value in measured]
-    _finish(axis, "speed-up over full", labels, [max(pair) for pair in zip(measured, predicted, strict=True)])
+    _finish(axis, "speed-up over full")
 
 
 def _figure(width: float, height: float, panels: int) -> tuple[Figure, Sequence[Axes]]:

@@ -1,0 +1,88 @@
+"""The cache holds exactly the schedule's rows, and a layer that survives reads exactly what it wrote."""
+
+from __future__ import annotations
+
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from varcompress.cache import KVCache
+from varcompress.schedule import Schedule
+
+BATCH, HEADS, HEAD_DIM = 4, 2, 3
+
+
+@st.composite
+def schedules(draw):
+    """Any schedule that narrows, subsets of layers of every kind, not only the equidistant ones."""
+    depth = draw(st.integers(1, 8))
+    in_use, layers = list(range(depth)), []
+    patch_nums = tuple(draw(st.lists(st.integers(1, 4), min_size=1, max_size=6)))
+    for _ in patch_nums:
+        in_use = sorted(draw(st.lists(st.sampled_from(in_use), min_size=1, max_size=len(in_use), unique=True)))
+        layers.append(tuple(in_use))
+        in_use = draw(st.sampled_from([in_use, in_use, list(layers[-1])]))
+    return Schedule(depth, patch_nums, tuple(layers))
+
+
+def new_cache(schedule: Schedule, dtype=torch.float32) -> KVCache:
+    return KVCache(schedule, batch=BATCH, heads=HEADS, head_dim=HEAD_DIM, dtype=dtype, device=torch.device("cpu"))
+
+
+def decode(schedule: Schedule, cache: KVCache):
+    """Write random keys and values as generation does; yields (read, written so far), each a pair, for every write."""
+    written = {layer: torch.empty(2, BATCH, HEADS, 0, HEAD_DIM) for layer in range(schedule.depth)}
+    for scale, layers in enumerate(schedule.layers):
+        cache.begin(scale)
+        for layer in layers:
+            new = torch.randn(2, BATCH, HEADS, schedule.patch_nums[scale] ** 2, HEAD_DIM)
+            written[layer] = torch.cat((written[layer], new), dim=3)
+            yield cache.write(layer, *new), written[layer]
+
+
+def equal(read, written) -> bool:
+    return all(map(torch.equal, read, written))
+
+
+@given(schedules())
+@settings(deadline=None)
+def test_reads_what_was_written(schedule):
+    cache = new_cache(schedule)
+    cache.rows.fill_(torch.nan)  # a row that was never written must never be read
+    for read, written in decode(schedule, cache):
+        assert equal(read, written)
+
+
+@given(schedules())
+@settings(deadline=None)
+def test_layers_do_not_overwrite_each_other(schedule):
+    """At the end of each scale, all its layers still hold their own, not only the one just written."""
+    cache = new_cache(schedule)
+    views, held = {}, {}
+    steps = decode(schedule, cache)
+    for layers in schedule.layers:
+        for layer in layers:
+            views[layer], held[layer] = next(steps)
+        for layer in layers:
+            assert equal(views[layer], held[layer])
+
+
+@given(schedules(), st.sampled_from([torch.float32, torch.bfloat16, torch.float16]))
+@settings(deadline=None)
+def test_bytes_are_the_schedules(schedule, dtype):
+    cache = new_cache(schedule, dtype)
+    assert cache.rows.shape == (2, BATCH, HEADS, schedule.peak_rows, HEAD_DIM)
+    expected = schedule.cache_bytes(batch=BATCH // 2, width=HEADS * HEAD_DIM, element_bytes=dtype.itemsize)
+    assert cache.nbytes == cache.rows.untyped_storage().nbytes() == expected
+    storage = cache.rows.data_ptr()
+    for _ in decode(schedule, cache):
+        pass
+    assert cache.rows.data_ptr() == storage  # allocated once
+
+
+def test_the_peak_is_the_larger_of_bridge_and_flexible_zone():
+    flexible = Schedule.parse("d2@2", depth=4, patch_nums=(1, 1, 3), bridge=1)
+    assert (flexible.scale_rows, flexible.peak_rows) == ((8, 8, 22), 22)
+    bridge = Schedule.parse("d2@2", depth=8, patch_nums=(1, 3, 1), bridge=1)
+    assert (bridge.scale_rows, bridge.peak_rows) == ((80, 80, 22), 80)
+    assert new_cache(bridge).rows.shape[3] == 80

@@ -1,0 +1,197 @@
+"""Schedules: text and back, narrowing, refusals, and METHOD's arithmetic."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from varcompress.errors import InputError
+from varcompress.models.tokenizer import TokenizerConfig, decoder_flops
+from varcompress.schedule import Schedule, equidistant
+
+PATCH_NUMS = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
+PATCH_NUMS_512 = (1, 2, 3, 4, 6, 9, 13, 18, 24, 32)
+MIB = 2**20
+D30 = {"width": 1920, "vocab": 4096}
+TOKENIZER = TokenizerConfig(160, (1, 1, 2, 2, 4), 2, 32, 4096, 4, 3, PATCH_NUMS)
+
+
+def parse(text: str, *, depth=30, patch_nums=PATCH_NUMS, bridge=6) -> Schedule:
+    return Schedule.parse(text, depth=depth, patch_nums=patch_nums, bridge=bridge)
+
+
+@st.composite
+def run_lists(draw):
+    """(depth of the model, patch_nums, [(depth, scales), ...] from large to small)."""
+    depth = draw(st.integers(2, 40))
+    widths = sorted(draw(st.lists(st.integers(2, depth), min_size=1, max_size=5)), reverse=True)
+    runs = [(width, draw(st.integers(1, 3))) for width in widths]
+    sides = draw(st.lists(st.integers(1, 5), min_size=sum(n for _, n in runs), max_size=sum(n for _, n in runs)))
+    return depth, tuple(sides), runs
+
+
+def parse_runs(case) -> Schedule:
+    depth, patch_nums, runs = case
+    return parse(",".join(f"{d}x{n}" for d, n in runs), depth=depth, patch_nums=patch_nums, bridge=1)
+
+
+@given(run_lists(), st.integers(0, 3))
+def test_text_and_back(case, bridge):
+    depth, patch_nums, _ = case
+    schedule = parse_runs(case)
+    assert parse(str(schedule), depth=depth, patch_nums=patch_nums, bridge=bridge) == schedule
+
+
+@given(run_lists())
+def test_layers_only_shrink_and_keep_the_ends(case):
+    depth, _, runs = case
+    schedule = parse_runs(case)
+    assert [len(layers) for layers in schedule.layers] == [d for d, n in runs for _ in range(n)]
+    for before, after in zip(schedule.layers, schedule.layers[1:], strict=False):
+        assert set(after) <= set(before)
+    for layers in schedule.layers:
+        assert layers[0] == 0
+        assert layers[-1] == depth - 1
+
+
+@given(run_lists())
+def test_segments_and_costs_agree_with_counting(case):
+    depth, patch_nums, _ = case
+    schedule = parse_runs(case)
+    assert [k for s in schedule.segments for k in s.scales] == list(range(len(patch_nums)))
+    seen = [0] * depth
+    for side, layers in zip(patch_nums, schedule.layers, strict=True):
+        for layer in layers:
+            seen[layer] += side * side
+    assert list(schedule.layer_tokens) == seen  # layers leave for good, so what they saw is a prefix
+    assert schedule.layer_calls() == sum(map(len, schedule.layers))
+    weights = schedule.weights(width=64)
+    assert weights == tuple(12 * 64 * 64 * len(layers) for layers in schedule.layers)
+    full = parse("full", depth=depth, patch_nums=patch_nums)
+    assert schedule.peak_rows <= full.peak_rows == depth * sum(p * p for p in patch_nums)
+    assert schedule.flops(width=64, vocab=40) <= full.flops(width=64, vocab=40)
+
+
+@given(st.integers(2, 40), st.data())
+def test_equidistant_is_the_formula(layers, data):
+    depth = data.draw(st.integers(2, layers))
+    assert equidistant(range(layers), depth) == tuple(i * (layers - 1) // (depth - 1) for i in range(depth))
+
+
+# -- METHOD's figures -----------------------------------------------------------------------------
+
+
+def test_subnets_of_thirty():
+    assert equidistant(range(30), 16) == (0, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29)
+    assert equidistant(range(30), 8) == (0, 4, 8, 12, 16, 20, 24, 29)
+    assert equidistant(range(30), 4) == (0, 9, 19, 29)
+    assert equidistant(range(30), 2) == (0, 29)
+
+
+def test_a_list_of_depths_narrows_though_the_subnets_are_not_nested():
+    assert not set(equidistant(range(30), 8)) <= set(equidistant(range(30), 16))
+    schedule = parse("30x6,16x2,8x2")
+    assert schedule.layers[7] == equidistant(range(30), 16)
+    assert schedule.layers[9] == equidistant(schedule.layers[7], 8)
+    assert len(schedule.layers[9]) == 8
+
+
+def test_forms_of_the_same_schedule():
+    assert parse("d8") == parse("d8@6") == parse("30x6,8x4") == parse(" D8@6 ")
+    assert parse("d8", bridge=3) == parse("d8@3")
+    assert parse("full") == parse("d30") == parse("d16@10") == parse("30x4,30x6")
+    assert str(parse("d8")) == "d8@6"
+    assert str(parse("16x10")) == "d16@0"
+    assert str(parse("30x6,16x2,8x2")) == "30x6,16x2,8x2"
+
+
+def test_tokens():
+    schedule = parse("d8")
+    assert (schedule.ends[5], schedule.ends[-1]) == (91, 680)
+    assert schedule.layer_tokens[1] == 91
+    assert schedule.layer_tokens[4] == 680
+    assert parse("full", depth=36, patch_nums=PATCH_NUMS_512).ends[-1] == 2240
+
+
+@pytest.mark.parametrize(
+    ("text", "mebibytes"), [("full", 19125), ("d16", 10200), ("d8", 5100), ("d4", 2559.375), ("d2", 2559.375)]
+)
+def test_cache_of_d30_at_batch_64(text, mebibytes):
+    assert parse(text).cache_bytes(batch=64, width=1920, element_bytes=2) / MIB == mebibytes
+
+
+def test_work_of_one_guided_image():
+    assert parse("full").flops(**D30) / 1e9 == pytest.approx(3763, abs=0.5)
+    assert decoder_flops(TOKENIZER) / 1e9 == pytest.approx(394, abs=0.5)
+
+
+@pytest.mark.parametrize(
+    ("text", "alone", "with_decoder"), [("d16", 1.68, 1.58), ("d8", 2.74, 2.35), ("d4", 4.0, 3.1), ("d2", 5.2, 3.7)]
+)
+def test_ceilings(text, alone, with_decoder):
+    full, subnet, decoder = parse("full").flops(**D30), parse(text).flops(**D30), decoder_flops(TOKENIZER)
+    assert full / subnet == pytest.approx(alone, abs=0.05)
+    assert (full + decoder) / (subnet + decoder) == pytest.approx(with_decoder, abs=0.05)
+
+
+# -- refusals -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "schedule '' is not understood: write full, d8, d8@6 or 30x6,8x4"),
+        ("d", "'d' is not understood"),
+        ("8", "'8' is not understood"),
+        ("30x6;8x4", "is not understood"),
+        ("d-8", "is not understood"),
+        ("d40", "schedule 'd40': 40 layers, but this model has 30"),
+        ("d8@11", "schedule 'd8@11': a bridge of 11 scales, but this model has 10"),
+        ("d1", "a subnet has at least 2 layers"),
+        ("30x6,0x4", "a subnet has at least 2 layers"),
+        ("30x6,8x3", "schedule '30x6,8x3': 9 scales, but this model has 10"),
+        ("30x10,8x0", "10 scales"),
+        ("31x6,8x4", "31 layers, but this model has 30"),
+        ("8x6,16x4", "widens to 16 layers at scale 7: layer 1 was skipped before and has no cache"),
+        ("30x2,8x4,9x4", "widens to 9 layers at scale 7: layer 1 "),
+    ],
+)
+def test_refused_texts(text, message):
+    with pytest.raises(InputError, match=re.escape(message)):
+        parse(text)
+
+
+@pytest.mark.parametrize(
+    ("layers", "message"),
+    [
+        (((0, 1, 2), (0, 2), (0, 1, 2)), "layer 1 comes back at scale 3"),
+        (((0, 2), (0, 1)), "a schedule of 2 scales: this model has 3"),
+        (((0, 1, 2), (0, 2), ()), "scale 3: layers must be ascending and at least one"),
+        (((0, 2, 1), (0,), (0,)), "scale 1: layers must be ascending"),
+        (((0, 1, 1), (0,), (0,)), "scale 1: layers must be ascending"),
+        (((0, 1, 3), (0,), (0,)), "scale 1 names layer 3: this model has layers 0 to 2"),
+        (((-1, 0), (0,), (0,)), "scale 1"),
+    ],
+)
+def test_refused_layers(layers, message):
+    with pytest.raises(InputError, match=re.escape(message)):
+        Schedule(3, (1, 2, 3), layers)
+
+
+@given(run_lists(), st.data())
+def test_widening_is_refused_by_name(case, data):
+    """Whichever layer comes back at whichever scale, the message names both."""
+    depth, patch_nums, _ = case
+    schedule = parse_runs(case)
+    gone = [(k, i) for k, layers in enumerate(schedule.layers) if k for i in set(range(depth)) - set(layers)]
+    gone = [(k, i) for k, i in gone if i not in schedule.layers[k - 1]]
+    if not gone:
+        return
+    scale, layer = data.draw(st.sampled_from(gone))
+    layers = list(schedule.layers)
+    layers[scale] = tuple(sorted({*layers[scale], layer}))
+    with pytest.raises(InputError, match=f"layer {layer} comes back at scale {scale + 1}:"):
+        Schedule(depth, patch_nums, tuple(layers))
