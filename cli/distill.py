@@ -1,0 +1,76 @@
+"""varcompress distill"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.table import Table
+from varcompress.cli.options import Device, Json, Model, Revision, Vae, open_model
+from varcompress.cli.output import note, out, print_json, progress_bar
+
+
+def distill(
+    model: Model,
+    recipe: Annotated[str, typer.Option(help="A recipe's name (see `varcompress recipes list`) or a YAML file.")],
+    directory: Annotated[Path, typer.Option("--out", help="Directory that becomes the elastic checkpoint.")],
+    data: Annotated[
+        Path | None, typer.Option(help="Images, one subfolder per class. The embedded digits need none.")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue a run that was interrupted.")] = False,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Change a value of the recipe; may be given several times."),
+    ] = None,
+    tokens: Annotated[
+        Path | None, typer.Option(help="Keep the encoded images here, for further runs.  [default: drop them]")
+    ] = None,
+    vae: Vae = None,
+    device: Device = None,
+    revision: Revision = None,
+    as_json: Json = False,
+) -> None:
+    """Make a pretrained VAR elastic in depth: train it, by a recipe, to one set of weights for all depths.
+
+    On several GPUs: torchrun --nproc-per-node 8 -m varcompress.cli.app distill …
+    """
+    from varcompress.training import distill
+    from varcompress.training.distributed import is_first, local_device
+    from varcompress.training.log import summary
+    from varcompress.training.recipe import load_recipe
+
+    chosen = load_recipe(recipe, settings or ())
+    loaded = open_model(model, vae, str(local_device(device)), revision=revision)
+    with progress_bar() as progress:
+        distill(
+            loaded,
+            chosen,
+            data=data,
+            out=directory,
+            resume=resume,
+            tokens=tokens,
+            progress=progress,
+            note=note,
+        )
+    if not is_first():
+        return
+    result = {
+        "kind": "distill",
+        "model": model,
+        "out": str(directory),
+        "recipe": chosen.to_dict(),
+        **summary(directory),
+    }
+    if as_json:
+        print_json(result)
+        return
+    table = Table("schedule", "steps", "first loss", "last loss", "at step", title="Cross-entropy, nats per token")
+    for row in result["schedules"]:
+        losses = (f"{row[key]:.3f}" for key in ("loss_first", "loss_last"))
+        table.add_row(row["schedule"], str(row["steps"]), *losses, str(row["last_step"]))
+    out.print(table)
+    out.print(f"{result['steps']} steps in {result['seconds']:.0f} s; elastic checkpoint: {directory}", highlight=False)
+    out.print("Next:", highlight=False)
+    for command in ("profile {}", "eval {} --reference REF", "push {} REPO"):
+        out.print(f"  varcompress {command.format(directory)}", highlight=False)

@@ -1,0 +1,76 @@
+"""Image folders in the layout of ImageNet: one subfolder per class, in sorted order of their names."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from varcompress.data.streams import CROP, fractions, words
+from varcompress.errors import InputError
+
+MARGIN = 1.125  # an image's shorter side before cropping, in units of the model's image size (VAR's training)
+
+
+@dataclass(frozen=True)
+class ImageFolder:
+    """The images of a data set, not yet opened. Every file in a class folder counts as one, hidden files aside."""
+
+    root: Path
+    files: tuple[str, ...]  # below root, in order of class and name
+    labels: np.ndarray  # (N,) int64
+    digest: str  # of the names and sizes of all files
+
+
+def scan(root: str | Path, classes: int) -> ImageFolder:
+    """List an image folder. Raises InputError unless it has one folder with images for each of `classes` classes."""
+    root = Path(root)
+    if not root.is_dir():
+        raise InputError(f"{root}: no such directory of images")
+    folders = sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
+    if len(folders) != classes:
+        raise InputError(
+            f"{root}: {len(folders)} class folders, but the model has {classes} classes; "
+            "lay the images out as one folder per class"
+        )
+    files, labels, digest = [], [], hashlib.sha256()
+    for label, folder in enumerate(folders):
+        found = [path for path in sorted(folder.rglob("*")) if path.is_file() and not path.name.startswith(".")]
+        if not found:
+            raise InputError(f"{folder}: holds no images")
+        for path in found:
+            files.append(path.relative_to(root).as_posix())
+            digest.update(f"{files[-1]}\0{path.stat().st_size}\0".encode())
+        labels += [label] * len(found)
+    return ImageFolder(root, tuple(files), np.array(labels, dtype=np.int64), digest.hexdigest())
+
+
+def read_views(folder: ImageFolder, index: int, size: int, views: int) -> np.ndarray | None:
+    """Views of one image, (views, 3, size, size) uint8: the centre, then random crops. None if it is unreadable.
+
+    The shorter side is resized to 1.125 size first. A crop depends on (index, view) alone, so that
+    runs of any seed can share the tokens.
+    """
+    try:
+        with Image.open(folder.root / folder.files[index]) as file:
+            pixels = _shorter_side(file.convert("RGB"), round(MARGIN * size))
+    except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError):  # Pillow's ways to say no
+        return None
+    height, width = pixels.shape[:2]
+    rows, columns = (fractions(word) for word in words(0, CROP, index, views)[:2])
+    rows[0] = columns[0] = 0.5
+    crops = []
+    for row, column in zip(rows.tolist(), columns.tolist(), strict=True):
+        top, left = int(row * (height - size + 1)), int(column * (width - size + 1))
+        crops.append(pixels[top : top + size, left : left + size])
+    return np.stack(crops).transpose(0, 3, 1, 2)
+
+
+def _shorter_side(image: Image.Image, side: int) -> np.ndarray:
+    """The image with its shorter side resized to `side`: (H, W, 3) uint8."""
+    factor = side / min(image.size)
+    size = tuple(max(side, round(length * factor)) for length in image.size)
+    return np.asarray(image.resize(size, Image.Resampling.LANCZOS))

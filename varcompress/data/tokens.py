@@ -1,0 +1,206 @@
+"""The token store: a data set as the tokenizer sees it, encoded once and read many times."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from varcompress.checkpoint import disk_errors, write_text
+from varcompress.data.images import ImageFolder, read_views
+from varcompress.data.streams import SAMPLE, fractions, words
+from varcompress.errors import InputError
+from varcompress.models.elastic import ElasticVAR
+
+CHUNK = 32  # images encoded at a time
+AHEAD = 2  # chunks that are read while one is encoded
+META, TOKENS, STATES = "store.json", "tokens.npy", "states.npy"
+PENDING, DONE, UNREADABLE = 0, 1, 2
+
+
+@dataclass(frozen=True)
+class TokenData:
+    """Tokens and labels of a data set.
+
+    tokens: (images, views, L) uint16 or wider, perhaps memory-mapped; rows: (N,) the images that
+    could be read; labels: (N,) int64; skipped: names of the images that could not.
+    """
+
+    tokens: np.ndarray
+    rows: np.ndarray
+    labels: np.ndarray
+    skipped: tuple[str, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+
+def weights_digest(module: nn.Module) -> str:
+    """SHA-256 of a module's weights, names and shapes included."""
+    digest = hashlib.sha256()
+    for key, value in module.state_dict().items():
+        digest.update(f"{key} {tuple(value.shape)} {value.dtype}\0".encode())
+        digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def encode_images(model: ElasticVAR, load: Callable[[int], tuple[Tensor, Tensor]], views: int) -> TokenData:
+    """Encode a small data set in memory. `load(view)` gives images (N, 3, H, W) in [0, 1] and labels (N,)."""
+    tokens = []
+    for view in range(views):
+        images, labels = load(view)
+        tokens.append(torch.cat([model.encode(chunk).cpu() for chunk in images.split(CHUNK)]))
+    return TokenData(_narrow(model, torch.stack(tokens, dim=1).numpy()), np.arange(len(labels)), labels.numpy())
+
+
+class TokenStore:
+    """The tokens of an image folder, in a directory that several runs may share.
+
+    store.json says what was encoded by which tokenizer, states.npy which images are done, tokens.npy
+    holds (images, views, L). Encoding may stop at any moment and goes on where it stopped; several
+    processes may encode their shares of one store at a time.
+    """
+
+    def __init__(self, path: str | Path, folder: ImageFolder, model: ElasticVAR, views: int) -> None:
+        self.path, self.folder, self.model, self.views = Path(path), folder, model, views
+
+    def create(self) -> None:
+        """Make an empty store, or find the one that is there.
+
+        Raises InputError when the directory holds something else, or the tokens of other images,
+        another tokenizer or other views.
+        """
+        meta = {
+            "format": 1,
+            "images": self.folder.digest,
+            "tokenizer": weights_digest(self.model.tokenizer),
+            "image_size": self.model.tokenizer.config.image_size,
+            "views": self.views,
+        }
+        if (self.path / META).is_file():
+            found = json.loads((self.path / META).read_text())
+            other = [key for key, value in meta.items() if found.get(key) != value]
+            if other:
+                raise InputError(
+                    f"{self.path}: holds tokens made with another {' and another '.join(other)}; "
+                    "choose another directory for the tokens"
+                )
+            return
+        if self.path.exists() and (not self.path.is_dir() or {p.name for p in self.path.iterdir()} - {TOKENS, STATES}):
+            raise InputError(f"{self.path}: holds something else already: choose another directory for the tokens")
+        count, length = len(self.folder.files), self.model.var.config.tokens
+        with disk_errors(self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
+            np.save(self.path / STATES, np.full(count, PENDING, dtype=np.uint8))
+            shape = (count, self.views, length)
+            np.lib.format.open_memmap(self.path / TOKENS, mode="w+", dtype=_width(self.model), shape=shape)
+            write_text(self.path / META, json.dumps(meta, indent=2) + "\n")
+
+    def encode(self, rank: int = 0, ranks: int = 1, progress: Callable[[int, int, str], None] | None = None) -> None:
+        """Encode this process's share of the images that are not done yet."""
+        states = np.load(self.path / STATES)
+        chunks = [range(i, min(i + CHUNK, len(states))) for i in range(0, len(states), CHUNK)]
+        todo = [chunk for chunk in chunks[rank::ranks] if (states[chunk.start : chunk.stop] == PENDING).any()]
+        size = self.model.tokenizer.config.image_size
+        done = len(chunks[rank::ranks]) - len(todo)
+        with disk_errors(self.path), _Rows(self.path / TOKENS) as tokens, _Rows(self.path / STATES) as marks:
+            read = partial(read_views, self.folder, size=size, views=self.views)
+            for chunk, images in _read_ahead(todo, read):
+                readable = [i for i, image in enumerate(images) if image is not None]
+                rows = np.zeros((len(chunk), self.views, self.model.var.config.tokens), dtype=_width(self.model))
+                for view in range(self.views if readable else 0):
+                    pixels = torch.from_numpy(np.stack([images[i][view] for i in readable]))
+                    encoded = self.model.encode(pixels.to(self.model.device).float() / 255)
+                    rows[readable, view] = _narrow(self.model, encoded.cpu().numpy())
+                tokens.write(chunk.start, rows)
+                state = [UNREADABLE if image is None else DONE for image in images]
+                marks.write(chunk.start, np.array(state, dtype=np.uint8))
+                done += 1
+                if progress:
+                    progress(min(done * CHUNK * ranks, len(states)), len(states), "encode: images to tokens")
+
+    def read(self) -> TokenData:
+        """The finished store, memory-mapped. Raises InputError when no image could be read."""
+        states = np.load(self.path / STATES)
+        rows = np.flatnonzero(states == DONE)
+        if not len(rows):
+            raise InputError(f"{self.folder.root}: none of its {len(states)} files is a readable image")
+        skipped = tuple(self.folder.files[i] for i in np.flatnonzero(states == UNREADABLE))
+        return TokenData(np.load(self.path / TOKENS, mmap_mode="r"), rows, self.folder.labels[rows], skipped)
+
+
+class _Rows:
+    """Writes rows of a .npy file in place. Plain writes, because a full disk kills the writer of a memory map."""
+
+    def __init__(self, path: Path) -> None:
+        array = np.load(path, mmap_mode="r")
+        self._start, self._row_bytes = array.offset, array.itemsize * int(np.prod(array.shape[1:]))
+        self._file = path.open("r+b", buffering=0)
+
+    def __enter__(self) -> _Rows:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    def write(self, first: int, rows: np.ndarray) -> None:
+        data = memoryview(np.ascontiguousarray(rows)).cast("B")
+        self._file.seek(self._start + first * self._row_bytes)
+        while data:
+            data = data[self._file.write(data) :]
+
+
+def _read_ahead(chunks: Iterable[range], read: Callable[[int], np.ndarray | None]) -> Iterator[tuple[range, list]]:
+    """Each chunk with its images, read by threads while earlier chunks are encoded."""
+    with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
+        waiting: deque = deque()
+        for chunk in chunks:
+            waiting.append((chunk, [pool.submit(read, i) for i in chunk]))
+            if len(waiting) > AHEAD:
+                first, futures = waiting.popleft()
+                yield first, [future.result() for future in futures]
+        for first, futures in waiting:
+            yield first, [future.result() for future in futures]
+
+
+def _width(model: ElasticVAR) -> type:
+    return np.uint16 if model.var.config.vocab <= 2**16 else np.uint32
+
+
+def _narrow(model: ElasticVAR, tokens: np.ndarray) -> np.ndarray:
+    return tokens.astype(_width(model))
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """One pass over a data set: an order of the images, the view of each, and the label it is trained with."""
+
+    data: TokenData
+    order: np.ndarray  # (N,) places in data.rows
+    views: np.ndarray  # (N,)
+    labels: np.ndarray  # (N,) int64, dropped ones replaced by the null class
+
+    @classmethod
+    def draw(cls, data: TokenData, *, seed: int, epoch: int, label_drop: float, null: int) -> Epoch:
+        """The pass that belongs to (seed, epoch). An image's view and dropped label do not depend on the others."""
+        order, view, drop, _ = words(seed, SAMPLE, epoch, len(data))
+        order = order.argsort(stable=True).numpy()
+        labels = np.where((fractions(drop) < label_drop).numpy(), null, data.labels)
+        views = (fractions(view) * data.tokens.shape[1]).long().numpy()
+        return cls(data, order, views[order], labels[order])
+
+    def samples(self, places: slice) -> tuple[Tensor, Tensor]:
+        """Labels (B,) and tokens (B, L), int64, of the images at these places of the pass."""
+        rows = self.data.rows[self.order[places]]
+        tokens = self.data.tokens[rows, self.views[places]].astype(np.int64)
+        return torch.from_numpy(self.labels[places]), torch.from_numpy(tokens)

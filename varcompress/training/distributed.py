@@ -1,0 +1,107 @@
+"""Several processes, one per device, started by torchrun: gloo on the CPU, nccl on CUDA."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from varcompress.errors import InputError
+
+BUCKET_ELEMENTS = 2**24  # gradients are averaged in pieces of 64 MiB: few calls, little memory
+PATIENCE = timedelta(hours=2)  # others wait while one process writes a checkpoint or encodes the last images
+T = TypeVar("T")
+
+
+def local_device(device: str | torch.device | None = None) -> torch.device:
+    """The device of this process: under torchrun `cuda` is the GPU of its local rank. None is cuda if there is one."""
+    chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if chosen.type == "cuda" and "LOCAL_RANK" in os.environ:
+        return torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+    return chosen
+
+
+def is_first() -> bool:
+    """Whether this process is the one that speaks and writes."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """The processes that train together, and which of them this one is."""
+
+    rank: int = 0
+    count: int = 1
+
+    @property
+    def first(self) -> bool:
+        return self.rank == 0
+
+    def barrier(self) -> None:
+        """Wait until all processes are here."""
+        if self.count > 1:
+            dist.barrier()
+
+    def on_first(self, function: Callable[[], T]) -> T:
+        """The result of `function`, which the first process alone runs. Its InputError is raised in all of them."""
+        answer: list = [None, None]
+        if self.first:
+            try:
+                answer[0] = function()
+            except InputError as error:
+                answer[1] = error
+        if self.count > 1:
+            dist.broadcast_object_list(answer, src=0)
+        if answer[1] is not None:
+            raise answer[1]
+        return answer[0]
+
+    @torch.no_grad()
+    def average_(self, tensors: list[Tensor]) -> None:
+        """Replace each tensor by its mean over the processes, many at a time."""
+        if self.count == 1:
+            return
+        for bucket in _buckets(tensors):
+            flat = torch.cat([tensor.reshape(-1) for tensor in bucket])
+            dist.all_reduce(flat)
+            flat /= self.count
+            pieces = flat.split([tensor.numel() for tensor in bucket])
+            torch._foreach_copy_(bucket, [piece.view_as(tensor) for piece, tensor in zip(pieces, bucket, strict=True)])
+
+
+def _buckets(tensors: list[Tensor]) -> Iterator[list[Tensor]]:
+    bucket, elements = [], 0
+    for tensor in tensors:
+        bucket.append(tensor)
+        elements += tensor.numel()
+        if elements >= BUCKET_ELEMENTS:
+            yield bucket
+            bucket, elements = [], 0
+    if bucket:
+        yield bucket
+
+
+@contextmanager
+def joined(device: torch.device) -> Iterator[Ranks]:
+    """Join the processes that torchrun started, or stand alone. Of bad input the first process alone speaks."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield Ranks()
+        return
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
+    try:
+        yield Ranks(dist.get_rank(), dist.get_world_size())
+    except InputError:
+        if is_first():
+            raise
+        raise SystemExit(2) from None
+    finally:
+        dist.destroy_process_group()

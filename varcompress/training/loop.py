@@ -1,0 +1,246 @@
+"""Distillation, from a pretrained model and a recipe to one elastic checkpoint. Reads from top to bottom."""
+
+from __future__ import annotations
+
+import math
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from varcompress.data.digits import load_digits
+from varcompress.data.images import ImageFolder, scan
+from varcompress.data.tokens import Epoch, TokenData, TokenStore, encode_images, weights_digest
+from varcompress.errors import InputError
+from varcompress.models.elastic import ElasticVAR
+from varcompress.models.transformer import VAR
+from varcompress.schedule import Schedule
+from varcompress.training.distributed import Ranks, joined, local_device
+from varcompress.training.log import StepLog
+from varcompress.training.progressive import Step, plan
+from varcompress.training.recipe import Recipe, load_recipe
+from varcompress.training.state import RunDirectory
+
+EMBEDDED = "digits"  # the model that brings its own images
+NAMED = 5  # skipped images whose names a note lists
+Progress = Callable[[int, int, str], None]
+
+
+def distill(
+    model: ElasticVAR,
+    recipe: Recipe | str | Path,
+    *,
+    data: str | Path | None = None,
+    out: str | Path,
+    resume: bool = False,
+    tokens: str | Path | None = None,
+    progress: Progress | None = None,
+    note: Callable[[str], None] = warnings.warn,
+) -> ElasticVAR:
+    """Make a model elastic in depth: train it, in place, as the recipe says (VARiant, arXiv 2511.16546).
+
+    recipe: a Recipe, a recipe's name or a YAML file; data: an image folder, one subfolder per class
+    (the embedded digits model needs none); out: the directory that becomes the elastic checkpoint;
+    resume: continue the run that is there, to the weights it would have reached undisturbed;
+    tokens: a directory that keeps the encoded images for further runs; note: called with remarks.
+
+    Under torchrun every process calls this, and each takes its share of the batch. Returns the
+    trained model, float32. Raises InputError for a recipe that does not fit the model or the data,
+    and for an `out` that holds anything else.
+    """
+    recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
+    directory = RunDirectory(out)
+    with joined(local_device(model.device)) as ranks:
+        check_fit(recipe, model, ranks)
+        if not ranks.first:
+            progress, note = None, _silence
+        model.to(local_device(model.device)).float()
+        model.tokenizer.requires_grad_(False)
+        ranks.on_first(lambda: directory.check(resume=resume))
+        if ranks.on_first(lambda: directory.finished):
+            note(f"{out}: that run is finished already")
+            return directory.result(recipe)
+
+        folder = ranks.on_first(lambda: _folder(model, data))
+        identity = {"recipe": recipe.to_dict(), "model": weights_digest(model) if ranks.first else ""}
+        identity["data"] = folder.digest if folder else EMBEDDED
+        done = ranks.on_first(lambda: directory.begin(identity, note=note, resume=resume))
+
+        if folder is None:
+            encoded = encode_images(model, load_digits, recipe.views)
+        else:
+            store = TokenStore(tokens or directory.tokens_path, folder, model, recipe.views)
+            encoded = _encode(store, ranks, progress, note)
+        if len(encoded) < recipe.batch_size:
+            raise InputError(f"recipe: batch_size {recipe.batch_size} is more than the {len(encoded)} images there are")
+        steps = plan(recipe, len(encoded) // recipe.batch_size)  # a pass drops its last, incomplete batch
+        with StepLog(directory.steps_path, done) if ranks.first else nullcontext() as log:
+            train(model, recipe, steps, encoded, directory, log, ranks, progress)
+
+        model.bridge, model.depths = recipe.bridge, recipe.depths
+        model.provenance = replace(model.provenance, recipe=recipe.to_dict())
+        ranks.on_first(lambda: directory.finish(model))
+    return model
+
+
+def train(
+    model: ElasticVAR,
+    recipe: Recipe,
+    steps: list[Step],
+    data: TokenData,
+    directory: RunDirectory,
+    log: StepLog | None,
+    ranks: Ranks,
+    progress: Progress | None = None,
+) -> None:
+    """Run the steps that the saved state has not done yet. The first process saves and logs."""
+    var = model.var
+    var.checkpointing = recipe.activation_checkpointing
+    schedules = {depth: model.schedule(f"d{depth}@{recipe.bridge}") for depth in recipe.depths}
+    schedules[None] = model.schedule("full")
+    parameters = list(var.parameters())
+    optimizer = adamw(var, recipe)
+    directory.load(var, optimizer)
+    epoch = None
+    for step in steps[directory.step() :]:
+        began = time.perf_counter()
+        if epoch is None or step.place == 0:
+            null = var.config.classes
+            epoch = Epoch.draw(data, seed=recipe.seed, epoch=step.epoch, label_drop=recipe.label_drop, null=null)
+        schedule = schedules[step.depth]
+        learning_rate = recipe.learning_rate * min(1.0, step.number / max(recipe.warmup_steps, 1))
+
+        token_loss = torch.zeros(var.config.tokens, device=model.device)  # (L,), mean over this process's images
+        for places in micro_batches(step, recipe, ranks):
+            labels, tokens = (tensor.to(model.device) for tensor in epoch.samples(places))
+            loss = token_losses(model, labels, tokens, schedule, recipe.dtype) / recipe.accumulation
+            loss.mean().backward()
+            token_loss += loss.detach()
+
+        # Layers that a step leaves out have no gradient: neither clipping nor AdamW touches them.
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        ranks.average_([*gradients, token_loss])
+        gradient_norm = clip_(gradients, recipe.gradient_clip)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+        per_scale = [part.mean() for part in token_loss.split([p * p for p in var.config.patch_nums])]
+        loss, gradient_norm, *per_scale = torch.stack([token_loss.mean(), gradient_norm, *per_scale]).tolist()
+        if not math.isfinite(loss):
+            raise InputError(
+                f"step {step.number}: the loss is {loss}; lower learning_rate, then --resume or start again"
+            )
+        if ranks.first:
+            log.append(
+                {
+                    "step": step.number,
+                    "epoch": step.epoch,
+                    "phase": step.phase,
+                    "p": round(step.p, 6),
+                    "schedule": str(schedule),
+                    "depth": step.depth or var.config.depth,
+                    "loss": loss,
+                    "loss_per_scale": per_scale,
+                    "learning_rate": learning_rate,
+                    "gradient_norm": gradient_norm,
+                    "seconds": round(time.perf_counter() - began, 4),
+                }
+            )
+            if step.number % recipe.checkpoint_every == 0 or step.ends_phase:
+                directory.save(var, optimizer, step.number)
+        if progress:
+            what = f"distill: phase {step.phase}, p {step.p:.2f}, {schedule}, loss {loss:.3f}"
+            progress(step.number, len(steps), what)
+    var.checkpointing = False
+
+
+def token_losses(
+    model: ElasticVAR, labels: Tensor, tokens: Tensor, schedule: Schedule, dtype: str = "float32"
+) -> Tensor:
+    """Teacher-forced cross-entropy under a schedule, in nats.
+
+    labels (B,), the null class included, and tokens (B, L), int64 -> the mean over the batch at each place, (L,).
+    """
+    with torch.no_grad():
+        teacher_input = model.tokenizer.teacher_input(tokens)
+    with torch.autocast(model.device.type, torch.bfloat16, enabled=dtype == "bfloat16"):
+        logits = model.var(labels, teacher_input, schedule)
+    losses = F.cross_entropy(logits.flatten(0, 1), tokens.flatten(), reduction="none")
+    return losses.view(tokens.shape).mean(dim=0)
+
+
+def micro_batches(step: Step, recipe: Recipe, ranks: Ranks) -> Iterator[slice]:
+    """The places of the epoch that this process runs, one slice per pass. All processes together cover the batch."""
+    size = recipe.batch_size // (ranks.count * recipe.accumulation)
+    for micro in range(recipe.accumulation):
+        start = step.place * recipe.batch_size + (micro * ranks.count + ranks.rank) * size
+        yield slice(start, start + size)
+
+
+def adamw(var: VAR, recipe: Recipe) -> torch.optim.AdamW:
+    """AdamW over the transformer. Weight decay is for the matrices of linear layers, not for biases and embeddings."""
+    matrices = [module.weight for module in var.modules() if isinstance(module, nn.Linear)]
+    known = set(map(id, matrices))
+    rest = [parameter for parameter in var.parameters() if id(parameter) not in known]
+    groups = [{"params": matrices, "weight_decay": recipe.weight_decay}, {"params": rest, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=recipe.learning_rate, betas=recipe.betas, fused=True)
+
+
+@torch.no_grad()
+def clip_(gradients: list[Tensor], limit: float) -> Tensor:
+    """Scale gradients down to a common norm of at most `limit` (0: never). Returns the norm they had, a scalar."""
+    norm = torch.stack(torch._foreach_norm(gradients)).norm()
+    if limit:
+        torch._foreach_mul_(gradients, (limit / (norm + 1e-6)).clamp_max(1.0))
+    return norm
+
+
+def check_fit(recipe: Recipe, model: ElasticVAR, ranks: Ranks) -> None:
+    """Raises InputError when a recipe asks for what the model, or the number of processes, has no room for."""
+    depth, scales = model.var.config.depth, len(model.var.config.patch_nums)
+    if recipe.depths[0] >= depth:
+        raise InputError(
+            f"recipe: depths names {recipe.depths[0]}, but the model has {depth} layers: list fewer than that"
+        )
+    if recipe.bridge >= scales:
+        raise InputError(
+            f"recipe: a bridge of {recipe.bridge} leaves nothing to thin out: the model has {scales} scales"
+        )
+    if recipe.batch_size % (ranks.count * recipe.accumulation):
+        raise InputError(
+            f"recipe: batch_size {recipe.batch_size} does not divide into "
+            f"{ranks.count} processes x {recipe.accumulation} passes (accumulation)"
+        )
+
+
+def _folder(model: ElasticVAR, data: str | Path | None) -> ImageFolder | None:
+    """The image folder to train on; None for the images that the embedded model brings."""
+    if data is not None:
+        return scan(data, model.var.config.classes)
+    if model.provenance.name == EMBEDDED:
+        return None
+    raise InputError(f"{model.provenance.name} needs images: give a folder with one subfolder per class as --data")
+
+
+def _encode(store: TokenStore, ranks: Ranks, progress: Progress | None, note: Callable[[str], None]) -> TokenData:
+    """Encode an image folder, each process its share, and say which images could not be read."""
+    ranks.on_first(store.create)
+    store.encode(ranks.rank, ranks.count, progress)
+    ranks.barrier()
+    data = store.read()
+    if data.skipped:
+        names = ", ".join(data.skipped[:NAMED]) + (", ..." if len(data.skipped) > NAMED else "")
+        note(f"skipped {len(data.skipped)} of {len(store.folder.files)} images that could not be read: {names}")
+    return data
+
+
+def _silence(text: str) -> None:
+    """Where the notes of all processes but the first go."""

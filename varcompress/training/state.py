@@ -1,0 +1,144 @@
+"""The directory of a run: what it started from, the state it can continue from, and the finished checkpoint.
+
+    OUT/steps.jsonl                     one line per step, stays
+    OUT/.training/run.json              recipe, model and data the run was started with
+    OUT/.training/state.safetensors     weights, moments of the optimiser, step: one file, so always one moment
+    OUT/.training/tokens/               the token store, unless it lives elsewhere
+
+The last three go when the elastic checkpoint stands in OUT.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from varcompress.checkpoint import check_output, disk_errors, is_elastic, load_elastic, replacing, write_text
+from varcompress.errors import InputError
+from varcompress.models.elastic import ElasticVAR
+from varcompress.models.transformer import VAR
+from varcompress.training.recipe import Recipe
+
+STEPS, WORK = "steps.jsonl", ".training"
+MOMENTS = ("step", "exp_avg", "exp_avg_sq")
+
+
+class RunDirectory:
+    """The output directory of one distillation."""
+
+    def __init__(self, out: str | Path) -> None:
+        self.out = Path(out)
+        self.work = self.out / WORK
+        self.steps_path = self.out / STEPS
+        self.tokens_path = self.work / "tokens"
+        self._run, self._state = self.work / "run.json", self.work / "state.safetensors"
+
+    @property
+    def finished(self) -> bool:
+        """Whether the run that wrote here has come to its end."""
+        return is_elastic(self.out) and not self._state.is_file()
+
+    def check(self, *, resume: bool) -> None:
+        """Raises InputError when a run may not write here: nothing that is there is ever overwritten."""
+        if self.work.is_dir() and not self.finished:
+            if not resume:
+                raise InputError(f"{self.out}: holds an unfinished run: continue it with --resume, or choose another")
+        elif not resume and is_elastic(self.out):
+            raise InputError(f"{self.out}: holds a finished checkpoint: choose another output directory")
+        else:
+            check_output(self.out)
+
+    def begin(self, identity: dict, *, note: Callable[[str], None], resume: bool) -> int:
+        """Start or continue a run; returns the number of steps already done.
+
+        identity: {"recipe": {...}, "model": digest, "data": digest}. Raises InputError when the run
+        that is there was started with something else, naming it.
+        """
+        with disk_errors(self.out):
+            self.work.mkdir(parents=True, exist_ok=True)
+            for left_over in self.work.glob("*.tmp"):  # of a process that was killed while it wrote
+                left_over.unlink()
+            if self._run.is_file():
+                _compare(self.out, json.loads(self._run.read_text()), identity)
+            else:
+                write_text(self._run, json.dumps(identity, indent=2) + "\n")
+        done = self.step()
+        if resume:
+            note(f"continuing after step {done}" if done else "nothing to resume there: starting from the first step")
+        return done
+
+    def step(self) -> int:
+        """Steps behind the saved state, 0 if there is none."""
+        if not self._state.is_file():
+            return 0
+        try:
+            with safe_open(self._state, framework="pt") as state:
+                return int(state.metadata()["step"])
+        except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+            raise InputError(f"{self._state}: damaged; delete {self.out} and start again") from error
+
+    def save(self, var: VAR, optimizer: torch.optim.Optimizer, step: int) -> None:
+        """Write the state after `step`. The earlier state stays whole until the new one is."""
+        tensors = {}
+        for name, parameter in var.named_parameters():
+            tensors[f"weight.{name}"] = parameter.detach().contiguous()
+            for moment, value in optimizer.state.get(parameter, {}).items():
+                tensors[f"{moment}.{name}"] = value.contiguous()
+        with disk_errors(self._state), replacing(self._state) as temporary:
+            save_file(tensors, temporary, metadata={"step": str(step)})
+
+    @torch.no_grad()
+    def load(self, var: VAR, optimizer: torch.optim.Optimizer) -> None:
+        """Put the saved state, if there is one, into the weights and the optimiser."""
+        if not self._state.is_file():
+            return
+        with safe_open(self._state, framework="pt", device=str(var.device)) as state:
+            saved = set(state.keys())
+            for name, parameter in var.named_parameters():
+                parameter.copy_(state.get_tensor(f"weight.{name}"))
+                if f"step.{name}" in saved:  # a parameter that never had a gradient has no moments
+                    optimizer.state[parameter] = {moment: state.get_tensor(f"{moment}.{name}") for moment in MOMENTS}
+
+    def finish(self, model: ElasticVAR) -> None:
+        """Put the elastic checkpoint into place, file by file, then drop what only training needed."""
+        whole = self.work / "finished"
+        with disk_errors(self.out):
+            shutil.rmtree(whole, ignore_errors=True)
+            model.save_pretrained(whole)
+            for file in sorted(whole.iterdir()):
+                os.replace(file, self.out / file.name)
+            self.clear()
+
+    def clear(self) -> None:
+        """Drop what only training needed. The state goes first: without it the run counts as finished."""
+        self._state.unlink(missing_ok=True)
+        shutil.rmtree(self.work, ignore_errors=True)
+
+    def result(self, recipe: Recipe) -> ElasticVAR:
+        """The checkpoint of a finished run. Raises InputError when another recipe made it."""
+        model = load_elastic(self.out)
+        _compare(self.out, {"recipe": model.provenance.recipe or {}}, {"recipe": recipe.to_dict()})
+        self.clear()
+        return model
+
+
+def _compare(out: Path, started: dict, now: dict) -> None:
+    """Raises InputError that names what differs between the run that is there and this one."""
+    before, after = started["recipe"], now["recipe"]
+    differences = [
+        f"{key} was {before.get(key)}, now {after.get(key)}"
+        for key in {**before, **after}
+        if before.get(key) != after.get(key)
+    ]
+    if differences:
+        raise InputError(f"{out}: was made with another recipe: {'; '.join(differences)}")
+    for part in ("model", "data"):
+        if started.get(part) != now.get(part):
+            raise InputError(f"{out}: was started with another {part}: resume with the same, or choose another output")
