@@ -23,7 +23,7 @@ TRAINED_ON = {"FoundationVision/var": "ILSVRC/imagenet-1k"}
 REFERENCES = {
     "VIRTUAL_imagenet256_labeled": ("ILSVRC/imagenet-1k", "ImageNet 256x256, ADM reference batch"),
     "VIRTUAL_imagenet512": ("ILSVRC/imagenet-1k", "ImageNet 512x512, ADM reference batch"),
-    "digits": ("digits", "Handwritten digits of scikit-learn"),
+    "embedded digits": ("digits", "Handwritten digits of scikit-learn"),
 }
 METRICS = {
     "fid": "FID",
@@ -38,7 +38,7 @@ METRICS = {
     "digits_precision": "Precision, digits features",
     "digits_recall": "Recall, digits features",
 }
-MISSING = "–"
+MISSING = "\N{EN DASH}"
 CITATIONS = """\
 ```bibtex
 @misc{chen2025variant,
@@ -243,9 +243,8 @@ def _eval(result: dict) -> str:
         f"Against {_reference(result['reference'])[1]} with {result['features']} features ({told}), "
         f"batches of {result['batch_size']} in {result['dtype']} on {result['device']}."
     )
-    if result["features"] == "digits":
-        caption += " These scores are on a small network for digits and cannot be compared with any on Inception."
-    return f"### Image quality\n\n{caption}\n\n{_rows(columns, rows)}"
+    notes = "\n".join(f"- {note}" for note in result.get("notes", []))
+    return "\n\n".join(filter(None, ["### Image quality", caption, _rows(columns, rows), notes]))
 
 
 def _recipe(model: ElasticVAR) -> str:

@@ -1,0 +1,394 @@
+"""Models by path, by name or from the Hub, and models to the Hub.
+
+`load` opens whatever a person calls a model; `push` publishes one with its card, its measured results
+and the recipe that made it, all in one commit. What the Hub refuses becomes one line with a remedy.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import errno
+import json
+import re
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+import torch
+
+from varcompress import report
+from varcompress.card import model_card
+from varcompress.checkpoint import (
+    CARD,
+    CONFIG,
+    DTYPES,
+    RECIPE,
+    WEIGHTS,
+    is_elastic,
+    load_elastic,
+    load_official,
+    save_elastic,
+)
+from varcompress.data.digits import FOLDER as DIGITS_FOLDER
+from varcompress.errors import InputError
+from varcompress.models.elastic import ElasticVAR
+
+OFFICIAL_REPO, OFFICIAL_LICENSE = "FoundationVision/var", "mit"
+OFFICIAL_VAE = "vae_ch160v4096z32.pth"
+OFFICIAL = {f"var-d{depth}": f"var_d{depth}.pth" for depth in (16, 20, 24, 30, 36)}
+DIGITS = "digits"
+ACCEPTED = f"a .pth file, an elastic directory, a Hub id such as someone/model, {', '.join(OFFICIAL)} or {DIGITS}"
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+CHECKPOINT_SUFFIXES = {".pth", ".pt", ".safetensors"}
+RESULT_KINDS = tuple(report.PLOTS)
+OUR_RESULT = re.compile(rf"({'|'.join(RESULT_KINDS)})(-\d+)?\.(json|png)")
+Progress = Callable[[int, int, str], None] | None
+
+
+# -- load ---------------------------------------------------------------------------------------
+
+
+def load(
+    source: str | Path,
+    *,
+    vae: str | Path | None = None,
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype = "float32",
+    revision: str | None = None,
+) -> ElasticVAR:
+    """Open a model: an official `.pth` (with its tokenizer as `vae`), an elastic directory, a Hub id, a name.
+
+    device: cuda when there is one, else cpu; dtype: of the transformer and the decoder (encoder and
+    quantiser stay float32); revision: branch, tag or commit on the Hub.
+    Raises InputError for whatever cannot be opened, saying what is accepted.
+    """
+    place, kind = _device(device), _dtype(dtype)
+    model = _open(str(source), vae, revision)
+    model.tokenizer.float()  # stored in float16 or bfloat16 it would otherwise quantise in it
+    return model.cast(kind).to(place)
+
+
+def _open(source: str, vae: str | Path | None, revision: str | None) -> ElasticVAR:
+    path = Path(source).expanduser()
+    named = source == DIGITS or source in OFFICIAL
+    if path.is_file():
+        _refuse(revision, "revision", "models on the Hub")
+        if vae is None:
+            raise InputError(f"{path}: a transformer goes with its tokenizer: give {OFFICIAL_VAE} as vae (--vae)")
+        return load_official(path, Path(vae).expanduser())
+    _refuse(vae, "vae", "a transformer .pth")
+    if path.is_dir() and (is_elastic(path) or not named):
+        _refuse(revision, "revision", "models on the Hub")
+        return load_elastic(path)
+    if source == DIGITS:
+        _refuse(revision, "revision", "models on the Hub")
+        weights, tokenizer = DIGITS_FOLDER / "var_digits.pth", DIGITS_FOLDER / "vae_digits.pth"
+        return load_official(weights, tokenizer, name=DIGITS, license="mit")
+    if source in OFFICIAL:
+        return _download_official(source, revision)
+    if HUB_ID.fullmatch(source) and path.suffix not in CHECKPOINT_SUFFIXES:
+        return load_elastic(_download_elastic(source, revision))
+    raise InputError(_unknown(source, path))
+
+
+def _refuse(value: object, name: str, owner: str) -> None:
+    if value is not None:
+        raise InputError(f"{name} {value}: only {owner} can be loaded with one")
+
+
+def _unknown(source: str, path: Path) -> str:
+    if path.suffix in CHECKPOINT_SUFFIXES:
+        return f"{source}: no such checkpoint file"
+    near = difflib.get_close_matches(source, [*OFFICIAL, DIGITS], n=1)
+    hint = f"did you mean {near[0]}? " if near else ""
+    return f"{source}: no such model: {hint}A model is {ACCEPTED}"
+
+
+def _device(device: str | torch.device | None) -> torch.device:
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        place = torch.device(device)
+    except RuntimeError as error:
+        raise InputError(f"device {device!r} is unknown: use cpu, cuda or cuda:1") from error
+    if place.type not in ("cpu", "cuda"):
+        raise InputError(f"device {device!r} is not supported: use cpu or cuda")
+    count = torch.cuda.device_count()
+    if place.type == "cuda" and (place.index or 0) >= count:
+        raise InputError(f"device {device!r}: torch sees {count or 'no'} CUDA devices here: use cpu")
+    return place
+
+
+def _dtype(dtype: str | torch.dtype) -> torch.dtype:
+    kind = dtype if isinstance(dtype, torch.dtype) else DTYPES.get(dtype)
+    if kind not in DTYPES.values():
+        raise InputError(f"dtype {dtype!r} is unknown: use {', '.join(DTYPES)}")
+    return kind
+
+
+# -- download -----------------------------------------------------------------------------------
+
+
+def _download_official(name: str, revision: str | None) -> ElasticVAR:
+    from huggingface_hub import hf_hub_download
+
+    with hub_errors(f"cannot load {name} from {OFFICIAL_REPO}", revision):
+        files = [hf_hub_download(OFFICIAL_REPO, file, revision=revision) for file in (OFFICIAL[name], OFFICIAL_VAE)]
+    return load_official(*files, name=name, base_model=OFFICIAL_REPO, license=OFFICIAL_LICENSE)
+
+
+def _download_elastic(repo: str, revision: str | None) -> Path:
+    """The snapshot of an elastic model. Its config is looked at before gigabytes of something else come down."""
+    from huggingface_hub import hf_hub_download, snapshot_download
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+    none = f"{repo}: holds no elastic model ({CONFIG} and {WEIGHTS} of varcompress)"
+    with hub_errors(f"cannot load {repo}: it is no path here, and from the Hub", revision):
+        try:
+            config = Path(hf_hub_download(repo, CONFIG, revision=revision))
+        except EntryNotFoundError as error:
+            if isinstance(error, LocalEntryNotFoundError):
+                raise  # the Hub could not be asked
+            raise InputError(none) from error
+        if not _is_config(config):
+            raise InputError(none)
+        wanted = [CONFIG, WEIGHTS, RECIPE, CARD]
+        commit = config.parent.name  # the cache names a snapshot by its commit: all files come from that one
+        folder = Path(snapshot_download(repo, revision=commit, allow_patterns=wanted))
+    if not is_elastic(folder):
+        raise InputError(none)
+    return folder
+
+
+def _is_config(path: Path) -> bool:
+    try:
+        return {"format", "var", "tokenizer"} <= json.loads(path.read_text(encoding="utf-8")).keys()
+    except (ValueError, AttributeError):
+        return False
+
+
+# -- push ---------------------------------------------------------------------------------------
+
+
+def push(
+    model: str | Path | ElasticVAR,
+    repo: str,
+    *,
+    vae: str | Path | None = None,
+    private: bool = False,
+    results: Iterable[str | Path | dict] = (),
+    revision: str | None = None,
+    progress: Progress = None,
+) -> dict:
+    """Publish a model on the Hub: weights, config, recipe, card, results and their plots in one commit.
+
+    model: an elastic directory, a loaded model, or whatever `load` opens. results: of `profile` and
+    `evaluate`, as dicts or JSON files; those that lie in the model's directory come along unasked.
+    revision: branch to commit to. Results and recipe of an earlier push that have no successor are removed.
+    Returns {"kind": "push", "repo", "url", "commit", "private", "files", "bytes"}.
+    Raises InputError when something is not readable or the Hub refuses; nothing local is changed, and
+    nothing is published before the one commit.
+    """
+    tell = progress or (lambda done, total, what: None)
+    with tempfile.TemporaryDirectory(prefix="varcompress-") as scratch:
+        tell(0, 3, "read the model and its results")
+        folder = _elastic_folder(model, vae, Path(scratch) / "model")
+        loaded = load_elastic(folder)
+        measured = _named_results(_results(folder, results))
+        files = {name: folder / name for name in (CONFIG, WEIGHTS, RECIPE) if (folder / name).is_file()}
+        files |= _result_files(loaded, measured, Path(scratch))
+        tell(1, 3, f"create {repo}")
+        repo, is_private = _create(repo, private)
+        files[CARD] = Path(scratch) / CARD
+        plots = {f"{stem}.png": f"Plot of the {result['kind']} results" for stem, result in measured.items()}
+        files[CARD].write_text(model_card(loaded, list(measured.values()), repo=repo, plots=plots), encoding="utf-8")
+        size = sum(path.stat().st_size for path in files.values())
+        tell(2, 3, f"upload {len(files)} files, {size / 2**20:,.1f} MiB")
+        commit, url = _commit(repo, files, revision)
+        tell(3, 3, f"published {repo}")
+    return {
+        "kind": "push",
+        "repo": repo,
+        "url": url,
+        "commit": commit,
+        "private": is_private,
+        "files": sorted(files),
+        "bytes": size,
+    }
+
+
+def _elastic_folder(model: str | Path | ElasticVAR, vae: str | Path | None, scratch: Path) -> Path:
+    """The model's elastic directory; written to `scratch` when it has none of its own."""
+    if isinstance(model, ElasticVAR):
+        return save_elastic(model, scratch)
+    path = Path(model).expanduser()
+    if is_elastic(path):
+        _refuse(vae, "vae", "a transformer .pth")
+        return path
+    return save_elastic(_open(str(model), vae, None), scratch)
+
+
+def _results(folder: Path, given: Iterable[str | Path | dict]) -> list[dict]:
+    """The results given, then those that lie in the model's directory and were not given."""
+    results = [result if isinstance(result, dict) else _read_result(Path(result)) for result in given]
+    for path in sorted(folder.glob("*.json")):
+        with contextlib.suppress(InputError):  # config.json, logs and the like are no results
+            if (found := _read_result(path)) not in results:
+                results.append(found)
+    return results
+
+
+def _read_result(path: Path) -> dict:
+    try:
+        result = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: not a readable JSON file ({error})") from error
+    if not isinstance(result, dict) or result.get("kind") not in RESULT_KINDS:
+        raise InputError(f"{path}: not a result: give what {' or '.join(RESULT_KINDS)} wrote (KIND.json)")
+    return result
+
+
+def _named_results(results: Iterable[dict]) -> dict[str, dict]:
+    """profile, profile-2, eval, ...: the stem of each result's files on the Hub."""
+    named: dict[str, dict] = {}
+    for result in results:
+        kind = result.get("kind")
+        if kind not in RESULT_KINDS:
+            raise InputError(f"a result of kind {kind!r}: give results of {' or '.join(RESULT_KINDS)}")
+        count = 1 + sum(other["kind"] == kind for other in named.values())
+        named[kind if count == 1 else f"{kind}-{count}"] = result
+    return named
+
+
+def _result_files(model: ElasticVAR, results: dict[str, dict], folder: Path) -> dict[str, Path]:
+    """JSON and plot of each result, written to `folder`. Raises InputError for a result that is not this model's."""
+    files = {}
+    for stem, result in results.items():
+        kind, data, plot = result["kind"], folder / f"{stem}.json", folder / f"{stem}.png"
+        try:
+            _check_schedules(model, result)
+            model_card(model, [result])
+            report.PLOTS[kind](result, plot)
+        except (KeyError, TypeError, ValueError, AttributeError, IndexError, StopIteration) as error:
+            if isinstance(error, InputError):
+                raise
+            detail = f"lacks {error}" if isinstance(error, KeyError) else "is damaged"
+            raise InputError(f"the {kind} result {detail}: measure it again") from error
+        data.write_text(json.dumps(_without_folders(result), indent=2) + "\n", encoding="utf-8")
+        files |= {data.name: data, plot.name: plot}
+    return files
+
+
+def _check_schedules(model: ElasticVAR, result: dict) -> None:
+    for row in result["schedules"]:
+        try:
+            model.schedule(row["schedule"])
+        except InputError as error:
+            raise InputError(f"the {result['kind']} result was measured on another model: {error}") from error
+
+
+def _without_folders(result: dict) -> dict:
+    """A result without the folders in which its reference lay: they are nobody else's business."""
+    return result | ({"reference": Path(result["reference"]).name} if "reference" in result else {})
+
+
+def _create(repo: str, private: bool) -> tuple[str, bool]:
+    """Create the repository unless it is there. Returns its full name, and whether it is private.
+
+    A private push never goes to a public repository.
+    """
+    from huggingface_hub import HfApi
+
+    with hub_errors(f"cannot create {repo} on the Hub"):
+        api = HfApi()
+        repo = api.create_repo(repo, private=private or None, exist_ok=True).repo_id
+        is_private = bool(api.model_info(repo).private)
+    if private and not is_private:
+        raise InputError(f"{repo}: exists on the Hub and is public: make it private there, or leave out --private")
+    return repo, is_private
+
+
+def _commit(repo: str, files: dict[str, Path], revision: str | None) -> tuple[str, str]:
+    """Upload all files in one commit, without what an earlier push left and this one has not. Returns commit, URL."""
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
+
+    with hub_errors(f"cannot upload to {repo}; nothing was published", revision):
+        api = HfApi()
+        present = api.list_repo_files(repo, revision=revision)
+        stale = [name for name in present if name not in files and (name == RECIPE or OUR_RESULT.fullmatch(name))]
+        done = api.create_commit(
+            repo,
+            [
+                *(CommitOperationAdd(path_in_repo=name, path_or_fileobj=path) for name, path in files.items()),
+                *(CommitOperationDelete(path_in_repo=name) for name in stale),
+            ],
+            commit_message="Publish with varcompress",
+            revision=revision,
+        )
+        return done.oid, f"{api.endpoint}/{repo}"
+
+
+# -- what the Hub refuses -----------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def hub_errors(doing: str, revision: str | None = None) -> Iterator[None]:
+    """Turn whatever the Hub's client raises in the block into an InputError: what failed, why, and the remedy."""
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:  # by its version the client raises errors of requests, httpx or hf_xet, and its own
+        raise InputError(f"{doing}: {_reason(error, revision)}") from error
+
+
+def _reason(error: Exception, revision: str | None) -> str:
+    """One line: why the Hub refused, and the remedy."""
+    from huggingface_hub import constants, errors
+
+    chain: list[BaseException] = [error]
+    while cause := chain[-1].__cause__:
+        chain.append(cause)
+
+    def find(*types: type[BaseException]) -> BaseException | None:
+        return next((link for link in chain if isinstance(link, types)), None)
+
+    if any(getattr(link, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) for link in chain):
+        return "no room left on the disk: free some, or set HF_HOME to a folder on another disk"
+    if find(errors.GatedRepoError):
+        return "access is restricted: ask for it on the model's page, then run `hf auth login`"
+    if find(errors.RevisionNotFoundError):
+        return f"it has no revision {revision!r}: check the branch, tag or commit"
+    if find(errors.RepositoryNotFoundError):
+        return "there is no such repository, or it is private: check the name, or run `hf auth login`"
+    if refusal := find(errors.HfHubHTTPError):
+        return _refused(refusal)
+    if find(errors.HFValidationError):
+        return "this is no repository name: write organisation/name with letters, digits, - _ and ."
+    if find(errors.OfflineModeIsEnabled, errors.LocalEntryNotFoundError, ConnectionError, *_transport_errors()):
+        return f"{constants.ENDPOINT} cannot be reached: check the connection, HF_ENDPOINT and HF_HUB_OFFLINE"
+    return _one_line(chain[-1])
+
+
+def _transport_errors() -> list[type[BaseException]]:
+    """What the client's HTTP library (requests, httpx, ...) raises without an answer: relatives of its HTTP error."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    return [kind for kind in HfHubHTTPError.__mro__[1:] if kind.__module__ != "builtins"]
+
+
+def _refused(refusal: BaseException) -> str:
+    status = refusal.response.status_code
+    if status == 401:
+        return "the Hub does not know you: run `hf auth login`"
+    if status == 403:
+        said = refusal.server_message
+        return f"your token does not allow it{f' ({said})' if said else ''}: `hf auth login` with one that may write"
+    if status == 429 or status >= 500:
+        return f"the Hub answered {status}: try again later"
+    return _one_line(refusal)
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
