@@ -227,13 +227,16 @@ class _LiveTensors(TorchDispatchMode):
         super().__init__()
         self.peak_bytes = self._now = 0
         self._alive: dict[int, weakref.ref] = {}
+        self._elementary = set()  # operators known to have no parts
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None) -> object:  # noqa: ANN001
         kwargs = kwargs or {}
-        with self:  # inference mode hands composite operators over whole: look at the parts, as FlopCounterMode does
-            result = func.decompose(*args, **kwargs)
-        if result is not NotImplemented:
-            return result
+        if func not in self._elementary:
+            with self:  # inference mode hands composite operators over whole: follow their parts instead
+                result = func.decompose(*args, **kwargs)
+            if result is not NotImplemented:
+                return result
+            self._elementary.add(func)
         result = func(*args, **kwargs)
         given = {id(t.untyped_storage()) for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
         for tensor in tree_leaves(result):

@@ -1,0 +1,218 @@
+"""Measured quantities against arithmetic, and against what can be known otherwise."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from varcompress.errors import InputError
+from varcompress.models.tokenizer import decoder_flops
+from varcompress.profiling import PeakMemory, describe, device_name, fitting_memory, predict, profile
+
+from .conftest import random_model
+
+SCHEDULES = ["d4@2", "d2", "6x1,4x1,3x1,2x1"]
+
+
+@pytest.fixture(scope="module")
+def model():
+    """Wide enough that matrices outweigh what prediction leaves out."""
+    return random_model(depth=6, width=64, heads=2, patch_nums=(1, 2, 4, 6), vocab=64)
+
+
+@pytest.fixture(scope="module")
+def result(model):
+    return profile(model, SCHEDULES, batch_size=3, runs=3, warmup=1)
+
+
+def test_full_comes_first_and_each_schedule_once(model, result):
+    assert [row["schedule"] for row in result["schedules"]] == ["full", "d4@2", "d2@2", "6x1,4x1,3x1,2x1"]
+    again = profile(model, ["d2", "d2@2", "full"], batch_size=1, runs=1, warmup=0)
+    assert [row["schedule"] for row in again["schedules"]] == ["full", "d2@2"]
+
+
+def test_the_default_schedules_are_the_models():
+    small = random_model(depth=3, patch_nums=(1, 2))
+    rows = profile(small, batch_size=1, runs=1, warmup=0)["schedules"]
+    assert [row["schedule"] for row in rows] == ["full", "d2@1"]
+
+
+def test_the_result_is_json_and_says_where(result):
+    assert json.loads(json.dumps(result)) == result
+    assert (result["kind"], result["dtype"], result["batch_size"], result["runs"]) == ("profile", "float32", 3, 3)
+    assert result["device"] == device_name("cpu")
+    assert result["torch"] == torch.__version__
+
+
+def test_cache_and_weights_are_exactly_as_predicted(result):
+    for row in result["schedules"]:
+        assert row["cache_bytes"] == row["cache_bytes_predicted"] > 0
+        assert row["weight_bytes"] == row["weight_bytes_predicted"] > 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shared_aln", [False, True])
+def test_peak_is_near_its_prediction(dtype, shared_aln):
+    """The activations, without the weights that both sides count alike, to a seventh."""
+    model = random_model(depth=6, width=64, heads=2, patch_nums=(1, 2, 4, 6), vocab=64, shared_aln=shared_aln)
+    model.cast(dtype)
+    weights = PeakMemory(model).weight_bytes
+    for row in profile(model, ["d2@2"], batch_size=4, runs=1, warmup=0)["schedules"]:
+        measured, predicted = row["peak_bytes"] - weights, row["peak_bytes_predicted"] - weights
+        assert measured == pytest.approx(predicted, rel=1 / 7)
+        assert measured > row["cache_bytes"]
+
+
+def test_peak_is_the_decoders_where_that_is_larger():
+    model = random_model(depth=2, width=16, heads=1, patch_nums=(1, 2, 8), vocab=8)
+    (full,) = profile(model, ["full"], batch_size=4, runs=1, warmup=0)["schedules"]
+    weights = PeakMemory(model).weight_bytes
+    assert full["peak_bytes"] - weights > 4 * full["cache_bytes"]
+    assert full["peak_bytes"] - weights == pytest.approx(full["peak_bytes_predicted"] - weights, rel=1 / 7)
+
+
+def test_flops_are_the_prediction_and_the_small_extras(model, result):
+    """The difference is AdaLN, word embedding and phi, which can be written down."""
+    config, batch, side = model.var.config, 3, model.var.config.patch_nums[-1]
+    rows = 2 * batch
+    adaln = 2 * rows * config.width**2 * (6 * config.depth + 2)
+    embedding = 2 * batch * (config.tokens - 1) * config.z_channels * config.width
+    phi = 2 * batch * len(config.patch_nums) * config.z_channels**2 * 9 * side**2
+    for row in result["schedules"]:
+        assert row["flops"] - row["flops_predicted"] == adaln + embedding + phi
+
+
+def test_phases_make_up_the_latency(result):
+    for row in result["schedules"]:
+        parts = [row[f"{phase}_ms"] for phase in ("transformer", "sampling", "decoder")]
+        assert min(parts) > 0
+        assert sum(parts) == pytest.approx(row["latency_ms"], rel=0.5)
+        low, high = row["latency_spread_ms"]
+        assert low <= row["latency_ms"] <= high
+        assert row["images_per_second"] == pytest.approx(3000 / row["latency_ms"])
+
+
+def test_each_phase_takes_the_time_spent_in_it(model, monkeypatch):
+    """Sleeping in the sampler or the decoder lengthens that phase and no other."""
+    import time
+
+    from varcompress.models import elastic
+
+    draw, decode = elastic.draw, model.tokenizer.decoder.forward
+    monkeypatch.setattr(elastic, "draw", lambda *a, **k: (time.sleep(0.05), draw(*a, **k))[1])
+    monkeypatch.setattr(model.tokenizer.decoder, "forward", lambda z: (time.sleep(0.3), decode(z))[1])
+    (row,) = profile(model, ["full"], batch_size=1, runs=2, warmup=0)["schedules"]
+    assert row["sampling_ms"] >= 200  # four scales
+    assert row["decoder_ms"] >= 300
+    assert row["transformer_ms"] < row["latency_ms"] - 400
+
+
+def test_ratios_are_to_full(result):
+    full, *others = result["schedules"]
+    ratios = ("speedup", "speedup_predicted", "speedup_without_decoder", "memory_ratio", "cache_ratio")
+    assert all(full[ratio] == 1 for ratio in ratios)
+    for row in others:
+        assert row["speedup"] == full["latency_ms"] / row["latency_ms"]
+        assert row["cache_ratio"] == row["cache_bytes"] / full["cache_bytes"] < 1
+        assert 1 < row["speedup_predicted"] < row["speedup_without_decoder_predicted"]
+
+
+def test_nothing_stays_attached(model):
+    profile(model, ["d2"], batch_size=1, runs=1, warmup=0)
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+def test_progress_reaches_its_total(model):
+    seen = []
+    profile(model, ["d2"], batch_size=1, runs=2, warmup=1, progress=lambda *step: seen.append(step))
+    assert [done for done, _, _ in seen] == list(range(1, seen[0][1] + 1))
+    assert {total for _, total, _ in seen} == {len(seen)}
+
+
+def test_prediction_of_d30_needs_no_weights():
+    """Predictions are METHOD's figures on a model of which only the shapes exist."""
+    with torch.device("meta"):
+        model = random_shapes_of_d30()
+    costs = predict(model.cast(torch.bfloat16), "d8@6", batch_size=64)
+    assert costs["cache_bytes"] == 5100 * 2**20
+    assert costs["flops"] / 64e9 == pytest.approx(3763 / 2.74 + 394, rel=0.01)
+    assert costs["weight_bytes"] == (6 * 30 + 4 * 8) * 12 * 1920**2 * 2
+    assert costs["peak_bytes"] < predict(model, "full", batch_size=64)["peak_bytes"]
+
+
+def random_shapes_of_d30():
+    from varcompress.models.elastic import ElasticVAR
+    from varcompress.models.tokenizer import VQVAE, TokenizerConfig
+    from varcompress.models.transformer import VAR, VARConfig
+
+    patch_nums = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
+    var = VAR(VARConfig(30, 1920, 30, patch_nums, 4096, 32, 1000, False, 7680))
+    return ElasticVAR(var, VQVAE(TokenizerConfig(160, (1, 1, 2, 2, 4), 2, 32, 4096, 4, 3, patch_nums)))
+
+
+# -- PeakMemory -----------------------------------------------------------------------------------
+
+
+def test_peak_memory_counts_what_lives_at_once(tiny):
+    with PeakMemory(tiny) as memory:
+        for _ in range(3):
+            block = torch.zeros(1000, 256)  # 1,024,000 bytes, dropped before the next is made
+            view = block[10:].t()
+            del block, view
+        first = torch.zeros(250)
+        second = first + 1
+    assert memory.bytes - memory.weight_bytes == 1_024_000
+    assert second.sum() == 250
+    with PeakMemory(tiny) as memory:
+        kept = [torch.ones(250) for _ in range(3)]
+        kept[0].add_(1)  # in place: nothing new
+    assert memory.bytes - memory.weight_bytes == 3 * 1000
+
+
+def test_peak_memory_counts_every_weight_once(tiny):
+    parameters = sum(p.numel() for p in tiny.parameters())
+    assert PeakMemory(tiny).weight_bytes == 4 * parameters
+
+
+# -- describe, and refusals -----------------------------------------------------------------------
+
+
+def test_describe(model):
+    described = describe(model, ["full", "d2@1"])
+    assert json.loads(json.dumps(described)) == described
+    assert (described["kind"], described["checkpoint"], described["depth"]) == ("inspect", "official", 6)
+    assert described["parameters"]["transformer"] == sum(p.numel() for p in model.var.parameters())
+    full, subnet = described["schedules"]
+    assert full["segments"] == [{"scales": [1, 4], "layers": [0, 1, 2, 3, 4, 5]}]
+    assert subnet["segments"] == [
+        {"scales": [1, 1], "layers": [0, 1, 2, 3, 4, 5]},
+        {"scales": [2, 4], "layers": [0, 5]},
+    ]
+    transformer = model.schedule("d2@1").flops(width=64, vocab=64)
+    assert subnet["flops"] == transformer + decoder_flops(model.tokenizer.config)
+    assert subnet["cache_bytes"] == model.schedule("d2@1").cache_bytes(batch=1, width=64, element_bytes=4)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"schedules": ["d9"]}, "9 layers, but this model has 6"),
+        ({"batch_size": 0}, "batch size 0"),
+        ({"runs": 0}, "runs 0"),
+        ({"warmup": -1}, "warm-up -1"),
+    ],
+)
+def test_refusals(model, arguments, message):
+    with pytest.raises(InputError, match=message):
+        profile(model, **arguments)
+
+
+def test_too_large_a_batch_is_named(model):
+    with pytest.raises(InputError, match="a batch of 64 images does not fit"), fitting_memory(model, 64):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+    with pytest.raises(InputError, match="choose a smaller one"), fitting_memory(model, 64):
+        torch.empty(2**60)  # the CPU's allocator refuses
+    with pytest.raises(RuntimeError, match="another"), fitting_memory(model, 64):
+        raise RuntimeError("another")

@@ -1,0 +1,183 @@
+"""Tables fit and hold every figure; plots are readable PNGs; files replace nothing that is not theirs."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import numpy as np
+import pytest
+from PIL import Image
+from rich.console import Console
+
+from varcompress.errors import InputError
+from varcompress.profiling import describe, profile
+from varcompress.report import (
+    NOT_GIVEN,
+    check_results,
+    demo_table,
+    eval_table,
+    inspect_table,
+    plot_eval,
+    plot_profile,
+    profile_table,
+    write_results,
+)
+
+NAMES = ["full", "d16@6", "d8@6", "d4@6", "30x1,20x1,16x2,12x2,8x1,4x2,2x1", "30x6,16x2,8x2"]
+DIGITS = ("digits_fd", "digits_is", "digits_kid", "digits_precision", "digits_recall")
+INCEPTION = ("fid", "is", "kid", "precision", "recall")
+
+
+def big_profile(names: list[str]) -> dict:
+    """A result with the figures of a large model, to see that they have room."""
+    row = {
+        "latency_ms": 123456.0,
+        "latency_spread_ms": [121212.0, 125252.0],
+        "images_per_second": 0.518,
+        "transformer_ms": 100000.0,
+        "sampling_ms": 11111.0,
+        "decoder_ms": 12345.0,
+        "speedup": 1.0,
+        "speedup_predicted": 1.0,
+        "speedup_without_decoder": 1.0,
+        "speedup_without_decoder_predicted": 1.0,
+        "memory_ratio": 1.0,
+        "cache_ratio": 1.0,
+    }
+    counts = {"peak_bytes": 41_171_000_000, "cache_bytes": 20_054_016_000, "weight_bytes": 26_542_000_000}
+    for name, count in {**counts, "flops": 266_048_000_000_000}.items():
+        row |= {name: count, f"{name}_predicted": int(0.99 * count)}
+    where = {"model": "var_d30", "device": "NVIDIA H100 80GB HBM3", "dtype": "bfloat16", "torch": "2.11.0"}
+    return {
+        "kind": "profile",
+        **where,
+        "batch_size": 64,
+        "runs": 5,
+        "schedules": [{"schedule": n, **row} for n in names],
+    }
+
+
+def scored(names: list[str], keys: tuple[str, ...]) -> dict:
+    rows = [
+        {"schedule": name, **dict.fromkeys(keys, 1.234 + i), f"{keys[1]}_std": 0.5, "latency_ms": 1000.0 / (i + 1)}
+        | {"images_per_second": 64.0 * (i + 1), "peak_bytes": 10**9, "cache_bytes": 10**8}
+        for i, name in enumerate(names)
+    ]
+    settings = {"cfg": 1.5, "top_k": 900, "top_p": 0.96, "seed": 0, "images": 50000, "rounding": "8 bits"}
+    where = {"model": "m", "device": "a processor, 2 threads", "dtype": "float32", "batch_size": 64}
+    return {"kind": "eval", **where, "reference": "r.npz", "features": "f", "settings": settings, "schedules": rows}
+
+
+def text_of(renderable, width: int) -> str:
+    console = Console(width=width, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    console.print(renderable)
+    return console.export_text()
+
+
+@pytest.mark.parametrize(("names", "width"), [(NAMES[:4], 80), (NAMES, 100)])
+def test_a_profile_of_a_large_model_fits(names, width):
+    """No figure is cut or broken over two lines."""
+    text = text_of(profile_table(big_profile(names)), width)
+    assert max(map(len, text.splitlines())) <= width
+    assert "…" not in text
+    for figure in ("121,212-125,252", "266,048 (263,388)", "19,125 (18,934)", "39,264 (38,871)", "123,456", "0.518"):
+        assert text.count(figure) >= len(names)
+    for name in names:
+        assert re.sub(r",.*", "", name) in text
+
+
+def test_tables_of_a_real_profile(tiny):
+    result = profile(tiny, ["d2@1"], batch_size=2, runs=2, warmup=0)
+    text = text_of(profile_table(result), 100)
+    assert result["device"] in text
+    assert "batch of 2, median of 2 runs" in text
+    assert text.count("d2@1") == 3
+    assert f"{result['schedules'][1]['cache_ratio']:.0%}" in text
+
+
+@pytest.mark.parametrize(("keys", "name"), [(DIGITS, "digits"), (INCEPTION, "FID")])
+def test_scores_carry_their_own_name(keys, name):
+    result = scored(NAMES, keys)
+    for row in result["schedules"]:
+        row[keys[2]] = None
+    text = text_of(eval_table(result), 80)
+    assert name in text
+    assert ("FID" in text) == (keys is INCEPTION)
+    assert "±" in text
+    assert text.count(NOT_GIVEN) == len(NAMES)  # the score that the reference cannot give
+    assert "…" not in text
+
+
+def test_inspect_says_what_the_model_is(tiny):
+    text = text_of(inspect_table(describe(tiny, ["full", "d3@2"])), 80)
+    assert "official checkpoint, untouched" in text
+    assert "codebook 40 x 8" in text
+    assert "1, 2, 3, 4: 30 tokens" in text
+    assert "0-5" in text
+    assert "0 2 5" in text
+
+
+def test_demo_table():
+    row = {"schedule": "d4@2", "untrained": 91.5, "distilled": 3.25, "latency_ms": 55.0, "speedup": 2.5}
+    row |= {"cache_bytes": 2**20, "peak_bytes": 2**23}
+    result = {"device": "cpu", "score": "digits_fd", "images": 1000, "batch_size": 64, "schedules": [row]}
+    text = text_of(demo_table(result), 80)
+    for part in ("digits FD of 1,000 images", "91.5", "3.25", "2.50", "8.00"):
+        assert part in text
+
+
+# -- plots and files ------------------------------------------------------------------------------
+
+
+def pixels(path) -> np.ndarray:
+    with Image.open(path) as image:
+        assert image.format == "PNG"
+        return np.asarray(image.convert("RGB"))
+
+
+@pytest.mark.parametrize("names", [["full"], NAMES])
+def test_plots_are_drawn(tmp_path, names):
+    plots = [
+        plot_profile(big_profile(names), tmp_path / "profile.png"),
+        plot_eval(scored(names, INCEPTION), tmp_path / "eval.png"),
+    ]
+    for plot in plots:
+        image = pixels(plot)
+        assert min(image.shape[:2]) > 200
+        assert len(np.unique(image[::5, ::5].reshape(-1, 3), axis=0)) > 10
+        assert (image[:, [0, -1]] == 255).all()  # nothing runs over the left or right edge
+
+
+def test_scores_that_are_missing_have_no_point(tmp_path):
+    result = scored(NAMES, INCEPTION)
+    result["schedules"][1]["fid"] = None
+    plot_eval(result, tmp_path / "eval.png")
+    assert pixels(tmp_path / "eval.png").size
+
+
+def test_results_are_written_and_replaced(tmp_path):
+    folder = tmp_path / "new" / "place"
+    result = big_profile(["full"])
+    paths = write_results(result, folder)
+    assert sorted(path.name for path in folder.iterdir()) == ["profile.json", "profile.png"]
+    assert json.loads(paths[0].read_text()) == result
+    result["runs"] = 7
+    write_results(result, folder)
+    assert json.loads(paths[0].read_text())["runs"] == 7
+    assert [path.name for path in write_results(scored(NAMES, DIGITS), folder)] == ["eval.json", "eval.png"]
+
+
+@pytest.mark.parametrize("content", ["not json", "[]", '{"kind": "eval"}', "{}"])
+def test_files_of_others_stay(tmp_path, content):
+    (tmp_path / "profile.json").write_text(content)
+    with pytest.raises(InputError, match="holds something else"):
+        write_results(big_profile(["full"]), tmp_path)
+    assert (tmp_path / "profile.json").read_text() == content
+    assert not (tmp_path / "profile.png").exists()
+
+
+def test_a_file_is_no_folder(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match="is a file, not a directory"):
+        check_results(tmp_path / "file", "profile")
