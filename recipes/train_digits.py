@@ -120,7 +120,8 @@ def train_tokenizer(images: Tensor, steps: int) -> VQVAE:
         error = F.mse_loss(vae.decode(vae.encode(plain)), plain).item()
         entries = len(vae.encode(plain).unique())
     print(f"tokenizer: reconstruction {10 * math.log10(1 / error):.2f} dB, {entries} of {TOKENIZER.vocab} entries used")
-    return vae.eval().requires_grad_(False)
+    # the transformer learns the tokens of the tokenizer that ships, which is stored as float16
+    return vae.half().float().eval().requires_grad_(False)
 
 
 @torch.no_grad()
@@ -176,7 +177,7 @@ def train_transformer(vae: VQVAE, images: Tensor, labels: Tensor, steps: int) ->
         logits = var(condition, inputs[pick], full)
         return F.cross_entropy(logits.flatten(0, 1), tokens[pick].flatten())
 
-    minimise(list(var.parameters()), loss_at, steps=steps, rate=1.5e-3, decay=0.05, name="transformer")
+    minimise(list(var.parameters()), loss_at, steps=steps, rate=2e-3, decay=0.05, name="transformer")
     return var.eval()
 
 
@@ -203,7 +204,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=digits.FOLDER)
     parser.add_argument("--tokenizer-steps", type=int, default=3000)
-    parser.add_argument("--transformer-steps", type=int, default=4000)
+    parser.add_argument("--transformer-steps", type=int, default=2400)
     parser.add_argument("--features-steps", type=int, default=2000)
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
