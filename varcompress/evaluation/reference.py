@@ -53,7 +53,7 @@ class Reference:
             if progress:
                 progress(done, total, "reference: images")
         if done < MIN_IMAGES:
-            raise InputError(f"{name}: {done} readable images: a reference has at least {MIN_IMAGES}")
+            raise InputError(f"{name}: readable images: {done}, but a reference needs at least {MIN_IMAGES}")
         vectors = Features.join(parts).vectors
         return cls(name, fid_features_to_statistics(vectors), vectors)
 
@@ -97,7 +97,7 @@ def _of_folder(folder: Path, extractor: Extractor, size: int, batch_size: int, p
     if skipped:
         names = ", ".join(str(path.relative_to(folder)) for path in skipped[:NAMED])
         more = f" and {len(skipped) - NAMED} more" if len(skipped) > NAMED else ""
-        reference.notes.append(f"{len(skipped)} empty or unreadable reference images were skipped: {names}{more}")
+        reference.notes.append(f"empty or unreadable reference images, skipped: {len(skipped)} ({names}{more})")
     if resized:
         reference.notes.append(_resized(len(resized), size))
     return reference
@@ -117,7 +117,7 @@ def _readable(files: list[Path], size: int, skipped: list[Path], resized: list[P
 
 
 def _resized(count: int, size: int) -> str:
-    return f"{count} reference images of another size were cropped to their centre and resized to {size} x {size}"
+    return f"reference images cropped to their centre and resized to {size} x {size}: {count:,}"
 
 
 # -- an .npz ------------------------------------------------------------------------------------

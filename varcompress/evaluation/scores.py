@@ -178,7 +178,7 @@ def _evaluate_schedule(
         **score(Features.join(parts), reference, extractor.kind),
         "latency_ms": latency * 1e3,
         "images_per_second": batch_size / latency,
-        "peak_bytes": memory.peak_bytes,
+        "peak_bytes": memory.bytes,
         "cache_bytes": schedule.cache_bytes(batch=batch_size, width=width, element_bytes=element_bytes),
     }
 

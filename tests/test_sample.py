@@ -1,0 +1,128 @@
+"""Image files, and the command that draws them."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+import typer
+from PIL import Image
+from typer.testing import CliRunner
+
+from varcompress.errors import InputError
+from varcompress.images import draw_images, grid, save_images, to_uint8
+
+
+@pytest.fixture(scope="module")
+def run():
+    from varcompress.cli.sample import sample
+
+    app = typer.Typer()
+    app.command()(sample)
+    return lambda *arguments: CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+@pytest.fixture
+def model_arguments(tiny_files):
+    return [tiny_files / "var.pth", "--vae", tiny_files / "vae.pth", "--device", "cpu"]
+
+
+def test_batches_draw_what_one_call_draws(tiny):
+    labels = [0, 1, 2, 3, 4]
+    whole = to_uint8(tiny.generate(labels, "d2@2", seed=3))
+    for size in (1, 2, 5, 9):
+        drawn = draw_images(tiny, labels, "d2@2", batch_size=size, seed=3)
+        assert int((drawn.int() - whole.int()).abs().max()) <= 1  # a rounding may tip
+
+
+def test_draw_reports_progress(tiny):
+    steps = []
+    draw_images(tiny, [1, 2, 3], batch_size=2, progress=lambda *step: steps.append(step))
+    assert steps == [(2, 3, "full: images"), (3, 3, "full: images")]
+
+
+def test_grid_goes_row_by_row_and_enlarges_by_a_whole_factor():
+    pixels = np.arange(5, dtype=np.uint8).repeat(20 * 20 * 3).reshape(5, 20, 20, 3) * 50
+    sheet = grid(pixels, columns=3)
+    assert sheet.shape == (2 * 80, 3 * 80, 3)
+    for index in range(5):
+        row, column = divmod(index, 3)
+        cell = sheet[row * 80 : row * 80 + 80, column * 80 : column * 80 + 80]
+        assert (cell == index * 50).all()
+    assert (sheet[80:, 160:] == 255).all()
+
+
+def test_large_images_keep_their_pixels():
+    pixels = np.random.default_rng(0).integers(256, size=(2, 70, 70, 3), dtype=np.uint8)
+    assert (grid(pixels, columns=2) == np.concatenate(list(pixels), axis=1)).all()
+
+
+@pytest.mark.parametrize("name", ["grid.png", "arrays.npz"])
+def test_a_failed_write_keeps_the_old_file(tmp_path, name, monkeypatch):
+    path = tmp_path / name
+    path.write_text("old")
+    for target in ("PIL.Image.Image.save", "numpy.savez"):
+        monkeypatch.setattr(target, refuse)
+    with pytest.raises(InputError, match="could not be written"):
+        save_images(path, torch.zeros(1, 3, 8, 8, dtype=torch.uint8), [0], columns=1)
+    assert path.read_text() == "old"
+    assert [file.name for file in tmp_path.iterdir()] == [name]
+
+
+def refuse(*_, **__):
+    raise OSError(28, "No space left on device")
+
+
+def test_sample_writes_a_grid(run, model_arguments, tmp_path):
+    out = tmp_path / "new" / "grid.png"
+    outcome = run(*model_arguments, "--classes", "1,2,9", "--count", 4, "-s", "d2@2", "--out", out)
+    assert outcome.exit_code == 0, outcome.output
+    assert "12 images under d2@2" in outcome.stdout
+    with Image.open(out) as image:
+        assert image.size == (4 * 64, 3 * 64)  # a row for each class
+
+
+def test_sample_writes_arrays_and_replaces_them(run, model_arguments, tiny, tmp_path):
+    out = tmp_path / "arrays.npz"
+    out.write_text("old")
+    outcome = run(
+        *model_arguments, "--classes", "1-2,9", "--count", 2, "--out", out, "--seed", 5, "--batch-size", 4, "--cfg", 2,
+        "--json",
+    )  # fmt: skip
+    assert outcome.exit_code == 0, outcome.output
+    result = json.loads(outcome.stdout)
+    assert result["labels"] == [1, 1, 2, 2, 9, 9]
+    assert (result["cfg"], result["seed"], result["out"]) == (2, 5, str(out))
+    with np.load(out, allow_pickle=False) as file:
+        images, labels = file["arr_0"], file["arr_1"]
+    assert (images.shape, images.dtype) == ((6, 8, 8, 3), np.uint8)
+    assert (labels.tolist(), labels.dtype) == ([1, 1, 2, 2, 9, 9], np.int64)
+    expected = to_uint8(tiny.generate(result["labels"], seed=5, cfg=2)).permute(0, 2, 3, 1).numpy()
+    assert np.abs(images.astype(int) - expected).max() <= 1
+    assert [path.name for path in tmp_path.iterdir()] == ["arrays.npz"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--classes", "1", "--out", "images.jpg"], "must end in .png"),
+        (["--classes", "1", "--out", "folder.png"], "is a directory"),
+        (["--classes", "1;2", "--out", "a.png"], "not understood"),
+        (["--classes", "", "--out", "a.png"], "not understood"),
+        (["--classes", "1,,2", "--out", "a.png"], "not understood"),
+        (["--classes", "5-2", "--out", "a.png"], "not understood"),
+        (["--classes", "-1", "--out", "a.png"], "not understood"),
+        (["--classes", "3,10", "--out", "a.png"], "class 10 is unknown: this model has classes 0 to 9"),
+        (["--classes", "0-99999999999", "--out", "a.png"], "class 99999999999 is unknown"),
+        (["--classes", "1", "--out", "a.png", "-s", "d9"], "6"),
+    ],
+)
+def test_bad_input_writes_nothing(run, model_arguments, arguments, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder.png").mkdir()
+    outcome = run(*model_arguments, *arguments)
+    assert isinstance(outcome.exception, InputError)
+    assert message in str(outcome.exception)
+    assert [path.name for path in tmp_path.iterdir()] == ["folder.png"]
