@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+
 from varcompress.cli.options import Device, Dtype, Json, Model, Revision, Schedules, Vae, open_model
 from varcompress.cli.output import note, out, print_json, progress_bar
 

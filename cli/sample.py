@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+
 from varcompress.cli.options import Device, Dtype, Json, Model, Revision, Vae, open_model
 from varcompress.cli.output import out as stdout
 from varcompress.cli.output import print_json, progress_bar
-
 from varcompress.errors import InputError
 
 
