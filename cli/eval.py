@@ -29,7 +29,7 @@ def evaluate(
     top_p: Annotated[float, typer.Option(min=0, max=1, help="Probability mass to draw from; 0 for all.")] = 0.96,
     seed: Annotated[int, typer.Option(help="Seed of all images; the batch size changes none of them.")] = 0,
     features: Annotated[
-        str | None, typer.Option(help="inception or digits.  [default: what fits the model]", show_default=False)
+        str | None, typer.Option(help="inception or digits.", show_default="what fits the model")
     ] = None,
     feature_weights: Annotated[
         Path | None,
@@ -39,8 +39,8 @@ def evaluate(
         Path | None,
         typer.Option(
             "--out",
-            help="Directory for eval.json and eval.png.  [default: MODEL where it is an elastic directory, "
-            "else nothing is written]",
+            help="Directory for eval.json and eval.png.",
+            show_default="MODEL where it is an elastic directory, else nothing is written",
         ),
     ] = None,
     vae: Vae = None,
@@ -51,8 +51,9 @@ def evaluate(
 ) -> None:
     """Score the images of each schedule, and measure what they cost, in one run.
 
-    FID, Inception Score, KID, precision and recall by torch-fidelity. The defaults are the published
-    settings of VAR: class-balanced labels, 8-bit rounding, 50,000 images.
+    FID, Inception Score, KID, precision and recall are torch-fidelity's.
+    The defaults are VAR's published settings. Labels are balanced over classes.
+    Images are rounded to 8 bits before they are scored.
     """
     from varcompress import report
     from varcompress.checkpoint import is_elastic
