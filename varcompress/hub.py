@@ -11,6 +11,7 @@ import difflib
 import errno
 import json
 import re
+import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -133,7 +134,7 @@ def _dtype(dtype: str | torch.dtype) -> torch.dtype:
 def _download_official(name: str, revision: str | None) -> ElasticVAR:
     from huggingface_hub import hf_hub_download
 
-    with hub_errors(f"cannot load {name} from {OFFICIAL_REPO}", revision):
+    with hub_client(f"cannot load {name} from {OFFICIAL_REPO}", revision):
         files = [hf_hub_download(OFFICIAL_REPO, file, revision=revision) for file in (OFFICIAL[name], OFFICIAL_VAE)]
     return load_official(*files, name=name, base_model=OFFICIAL_REPO, license=OFFICIAL_LICENSE)
 
@@ -144,7 +145,7 @@ def _download_elastic(repo: str, revision: str | None) -> Path:
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
     none = f"{repo}: holds no elastic model ({CONFIG} and {WEIGHTS} of varcompress)"
-    with hub_errors(f"cannot load {repo}: it is no path here, and from the Hub", revision):
+    with hub_client(f"cannot load {repo}: it is no path here, and from the Hub", revision):
         try:
             config = Path(hf_hub_download(repo, CONFIG, revision=revision))
         except EntryNotFoundError as error:
@@ -300,7 +301,7 @@ def _create(repo: str, private: bool) -> tuple[str, bool]:
     """
     from huggingface_hub import HfApi
 
-    with hub_errors(f"cannot create {repo} on the Hub"):
+    with hub_client(f"cannot create {repo} on the Hub"):
         api = HfApi()
         repo = api.create_repo(repo, private=private or None, exist_ok=True).repo_id
         is_private = bool(api.model_info(repo).private)
@@ -313,7 +314,7 @@ def _commit(repo: str, files: dict[str, Path], revision: str | None) -> tuple[st
     """Upload all files in one commit, without what an earlier push left and this one has not. Returns commit, URL."""
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
-    with hub_errors(f"cannot upload to {repo}; nothing was published", revision):
+    with hub_client(f"cannot upload to {repo}; nothing was published", revision):
         api = HfApi()
         present = api.list_repo_files(repo, revision=revision)
         stale = [name for name in present if name not in files and (name == RECIPE or OUR_RESULT.fullmatch(name))]
@@ -333,14 +334,25 @@ def _commit(repo: str, files: dict[str, Path], revision: str | None) -> tuple[st
 
 
 @contextlib.contextmanager
-def hub_errors(doing: str, revision: str | None = None) -> Iterator[None]:
-    """Turn whatever the Hub's client raises in the block into an InputError: what failed, why, and the remedy."""
+def hub_client(doing: str, revision: str | None = None) -> Iterator[None]:
+    """For a block that does nothing but call the Hub's client: its bars on a terminal only, its errors as one line.
+
+    Raises InputError for whatever the client raises: what failed, why, and the remedy.
+    """
+    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+
+    hide = not sys.stderr.isatty() and not are_progress_bars_disabled()
+    if hide:
+        disable_progress_bars()
     try:
         yield
     except InputError:
         raise
     except Exception as error:  # by its version the client raises errors of requests, httpx or hf_xet, and its own
         raise InputError(f"{doing}: {_reason(error, revision)}") from error
+    finally:
+        if hide:
+            enable_progress_bars()
 
 
 def _reason(error: Exception, revision: str | None) -> str:

@@ -1,0 +1,137 @@
+"""The model card: its metadata as huggingface_hub reads it, and what it tells a person."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import yaml
+from huggingface_hub import ModelCard
+
+from varcompress.card import TASK, model_card
+from varcompress.models.elastic import ElasticVAR, Provenance
+
+COST = {"latency_ms": 20.0, "images_per_second": 400.0, "peak_bytes": 3 * 2**20, "cache_bytes": 2**20}
+PROFILE_ROW = {
+    **COST,
+    "latency_spread_ms": [19.0, 21.0],
+    **{"transformer_ms": 12.0, "sampling_ms": 3.0, "decoder_ms": 5.0},
+    **{"peak_bytes_predicted": 3 * 2**20, "cache_bytes_predicted": 2**20},
+    **{"weight_bytes": 10**6, "weight_bytes_predicted": 10**6, "flops": 10**9, "flops_predicted": 10**9},
+    **{"speedup": 1.0, "speedup_predicted": 1.0},
+    **{"speedup_without_decoder": 1.0, "speedup_without_decoder_predicted": 1.0},
+    **{"memory_ratio": 1.0, "cache_ratio": 1.0},
+}
+PROFILE = {
+    "kind": "profile",
+    **{"model": "tiny", "device": "Some CPU", "dtype": "float32", "torch": "2.14.1", "batch_size": 8, "runs": 5},
+    "schedules": [
+        {"schedule": "full", **PROFILE_ROW},
+        {"schedule": "d2@2", **PROFILE_ROW, "latency_ms": 8.0, "speedup": 2.5, "cache_bytes": 2**19},
+    ],
+}
+EVAL = {
+    "kind": "eval",
+    **{"model": "tiny", "device": "Some CPU", "dtype": "float32", "batch_size": 64},
+    "reference": "/home/ann/VIRTUAL_imagenet256_labeled.npz",
+    "features": "inception-v3",
+    "settings": {"cfg": 1.5, "top_k": 900, "top_p": 0.96, "seed": 0, "images": 1000, "rounding": "8 bits"},
+    "notes": ["the reference holds statistics only: no KID, precision or recall"],
+    "schedules": [
+        {"schedule": "full", "fid": 12.3, "is": 40.1, "is_std": 1.5, "kid": None, "recall": None, **COST},
+        {"schedule": "d2@2", "fid": 15.6, "is": 35.0, "is_std": 1.25, "kid": None, "recall": None, **COST},
+    ],
+}
+DIGITS = {
+    **EVAL,
+    "reference": "embedded digits",
+    "features": "digits",
+    "notes": [],
+    "schedules": [{"schedule": "full", "digits_fd": 1.25, "digits_is": 8.0, "digits_kid": 0.0123, **COST}],
+}
+
+
+@pytest.fixture(scope="module")
+def distilled(tiny):
+    recipe = {"depths": [4, 2], "learning_rate": 1e-4}
+    provenance = Provenance("tiny", "FoundationVision/var", "mit", recipe)
+    return ElasticVAR(tiny.var, tiny.tokenizer, bridge=2, depths=(4, 2), provenance=provenance)
+
+
+def section(card: str, title: str) -> str:
+    return re.search(rf"\n##+ {title}\n(.*?)(?=\n##+ |\Z)", card, re.DOTALL)[1]
+
+
+def test_metadata(distilled):
+    data = ModelCard(model_card(distilled, [PROFILE, EVAL], repo="ann/elastic")).data
+    assert (data.license, data.base_model, data.library_name) == ("mit", "FoundationVision/var", "varcompress")
+    assert (data.pipeline_tag, data.datasets, data.model_name) == (TASK, ["ILSVRC/imagenet-1k"], "elastic")
+    assert "elastic-depth" in data.tags
+
+
+def test_model_index_holds_the_measured_values_alone(distilled):
+    data = ModelCard(model_card(distilled, [PROFILE, EVAL])).data
+    values = {(score.metric_type, score.metric_args["schedule"]): score.metric_value for score in data.eval_results}
+    assert values == {("fid", "full"): 12.3, ("is", "full"): 40.1, ("fid", "d2@2"): 15.6, ("is", "d2@2"): 35.0}
+    score = data.eval_results[0]
+    assert score.dataset_type == "ILSVRC/imagenet-1k"
+    assert score.dataset_name == "ImageNet 256x256, ADM reference batch"
+    assert score.metric_args["images"] == 1000
+
+
+def test_folders_of_the_publisher_stay_private(distilled):
+    card = model_card(distilled, [EVAL, {**EVAL, "reference": "/home/ann/my cats/"}])
+    assert "/home/ann" not in card
+    assert ModelCard(card).data.eval_results[-1].dataset_type == "my-cats"
+
+
+def test_tables(distilled):
+    card = model_card(distilled, [PROFILE, EVAL], plots={"profile.png": "Plot"})
+    speed, quality = section(card, "Speed and memory"), section(card, "Image quality")
+    assert "batch of 8 in float32 on Some CPU" in speed
+    assert "| `d2@2` | 8.0 | 400.00 | 2.50 | 1.00 | 3.00 | 0.50 |" in speed
+    assert "| schedule | FID | IS | KID | Recall | latency, ms |" in quality
+    assert "| `full` | 12.30 | 40.10 ± 1.50 | – | – |" in quality  # noqa: RUF001
+    assert "no KID, precision or recall" in quality
+    assert "![Plot](profile.png)" in card
+
+
+def test_scores_on_digits_are_never_called_fid(distilled):
+    card = model_card(distilled, [DIGITS])
+    assert not re.search(r"\bFID\b", card)
+    assert not any(score.metric_type == "fid" for score in ModelCard(card).data.eval_results)
+    assert "digits features" in section(card, "Image quality")
+
+
+def test_nothing_measured(distilled):
+    card = model_card(distilled)
+    assert section(card, "Measured").strip() == "Not measured."
+    data = ModelCard(card).data
+    assert data.eval_results is None
+    assert "model_name" not in data.to_dict()
+
+
+def test_how_to_load_runs_as_it_stands(distilled, tmp_path):
+    path = distilled.save_pretrained(tmp_path / "model")
+    code = re.search(r"```python\n(.*?)```", model_card(distilled, repo=str(path)), re.DOTALL)[1]
+    names: dict = {}
+    exec(code, names)
+    assert names["images"].shape == (2, 3, 8, 8)
+
+
+def test_schedules_and_their_layers(distilled):
+    text = section(model_card(distilled), "Schedules")
+    assert "| `full` | 6x4 | all | 100% | 100% |" in text
+    assert "| `d2@2` | 6x2, 2x2 | 0, 5 |" in text
+
+
+def test_recipe_licence_and_citations(distilled, tiny):
+    card = model_card(distilled)
+    recipe = re.search(r"```yaml\n(.*?)```", card, re.DOTALL)[1]
+    assert yaml.safe_load(recipe) == distilled.provenance.recipe
+    assert "2511.16546" in section(card, "Citation")
+    assert "2404.02905" in section(card, "Citation")
+    assert "Licence: mit. Base model: [FoundationVision/var]" in card
+    untouched = model_card(tiny)
+    assert "Licence: not stated" in untouched
+    assert "only `full` gives the quality" in untouched

@@ -1,0 +1,368 @@
+"""Loading by path, name and Hub id; publishing; and what the Hub refuses. The client is the real one."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import subprocess
+import sys
+
+import huggingface_hub
+import pytest
+import torch
+from huggingface_hub import ModelCard
+from safetensors.torch import load_file
+
+import varcompress
+from tests.hub_server import HANG_UP, HubServer, Repo
+from tests.test_card import EVAL, PROFILE
+from varcompress import InputError
+from varcompress.hub import DIGITS_FOLDER, OFFICIAL, OFFICIAL_REPO, OFFICIAL_VAE, load, push
+
+TOKEN = "hf_" + "a" * 34
+RECIPE = {"depths": [4, 2], "bridge": 2, "learning_rate": 1e-4, "seed": 0}
+
+
+def point_client_at(endpoint, monkeypatch):
+    """What HF_ENDPOINT does when it is set before the client is imported."""
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", endpoint)
+    template = endpoint + "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    """A Hub on the loopback, where TOKEN belongs to `ann`. The client's address, cache and token point to it."""
+    with HubServer() as server:
+        server.tokens[TOKEN] = {"ann"}
+        point_client_at(server.endpoint, monkeypatch)
+        constants = huggingface_hub.constants
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        monkeypatch.setenv("HF_TOKEN", TOKEN)
+        yield server
+
+
+@pytest.fixture(scope="module")
+def elastic(tiny, tmp_path_factory):
+    """An elastic directory of the tiny model, made by a recipe."""
+    folder = tmp_path_factory.mktemp("elastic") / "model"
+    model = varcompress.models.elastic.ElasticVAR(tiny.var, tiny.tokenizer, bridge=2, depths=(4, 2))
+    model.provenance = varcompress.models.elastic.Provenance("tiny", "FoundationVision/var", "mit", RECIPE)
+    return model.save_pretrained(folder)
+
+
+def snapshot(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+# -- load by path and name ------------------------------------------------------------------------
+
+
+def test_official_files(tiny, tiny_files):
+    model = load(tiny_files / "var.pth", vae=tiny_files / "vae.pth", device="cpu")
+    assert model.dtype is torch.float32
+    assert torch.equal(model.generate([1, 2], "d4", seed=3), tiny.generate([1, 2], "d4", seed=3))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", torch.float16])
+def test_half_precision_weights_quantise_in_float32(dtype, tiny, tiny_files, tmp_path):
+    for name in ("var.pth", "vae.pth"):
+        state = torch.load(tiny_files / name)
+        torch.save({key: v.half() if v.is_floating_point() else v for key, v in state.items()}, tmp_path / name)
+    model = load(tmp_path / "var.pth", vae=tmp_path / "vae.pth", device="cpu", dtype=dtype)
+    expected = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+    assert {p.dtype for p in model.var.parameters()} == {expected}
+    assert {p.dtype for p in model.tokenizer.decoder.parameters()} == {expected}
+    for part in (model.tokenizer.encoder, model.tokenizer.quantize, model.tokenizer.quant_conv):
+        assert {p.dtype for p in part.parameters()} == {torch.float32}
+    assert model.generate([1], "d2", seed=0).dtype is torch.float32
+    assert model.encode(torch.rand(1, 3, 8, 8)).shape == (1, 30)
+
+
+def test_elastic_directory(elastic, tiny):
+    model = load(str(elastic), device="cpu")
+    assert (model.depths, model.bridge, model.provenance.recipe) == ((4, 2), 2, RECIPE)
+    assert torch.equal(model.generate([5], "d2", seed=1), tiny.generate([5], "d2@2", seed=1))
+
+
+@pytest.mark.skipif(not (DIGITS_FOLDER / "var_digits.pth").is_file(), reason="the digits are not trained yet")
+def test_embedded_digits_whatever_lies_in_the_working_directory(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "digits").mkdir()
+    model = load("digits", device="cpu")
+    assert (model.provenance.name, model.var.config.depth, model.var.config.classes) == ("digits", 30, 10)
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize(
+    ("source", "options", "told"),
+    [
+        ("var-d31", {}, "did you mean var-d3"),
+        ("digit", {}, "did you mean digits?"),
+        ("nonsense", {}, "A model is a .pth file, an elastic directory"),
+        ("gone.pth", {}, "gone.pth: no such checkpoint file"),
+        ("some/where/gone.pth", {}, "no such checkpoint file"),
+        ("a/b/c", {}, "no such model"),
+        ("digits", {"revision": "main"}, "only models on the Hub"),
+        ("digits", {"vae": "vae.pth"}, "only a transformer .pth"),
+        ("digits", {"dtype": "float8"}, "use float32, bfloat16, float16"),
+        ("digits", {"dtype": torch.int64}, "use float32, bfloat16, float16"),
+        ("digits", {"device": "gpu"}, "use cpu, cuda or cuda:1"),
+        ("digits", {"device": "meta"}, "use cpu or cuda"),
+        ("digits", {"device": "cuda:99"}, "CUDA devices here"),
+    ],
+)
+def test_what_cannot_be_loaded(source, options, told, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError) as caught:
+        load(source, **options)
+    assert told in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_transformer_without_its_tokenizer(tiny_files):
+    with pytest.raises(InputError, match=r"give vae_ch160v4096z32.pth as vae"):
+        load(tiny_files / "var.pth")
+    with pytest.raises(InputError, match="only models on the Hub"):
+        load(tiny_files / "var.pth", vae=tiny_files / "vae.pth", revision="main")
+
+
+# -- push and load back ---------------------------------------------------------------------------
+
+
+def test_push_then_load_back(hub, elastic, tmp_path):
+    (tmp_path / "profile.json").write_text(json.dumps(PROFILE))
+    before, steps = snapshot(elastic), []
+    done = push(
+        elastic, "ann/tiny", results=[tmp_path / "profile.json", EVAL], progress=lambda *step: steps.append(step)
+    )
+    assert snapshot(elastic) == before
+    assert steps[-1][:2] == (3, 3)
+
+    files = hub.files("ann/tiny")
+    pictures = {"profile.png", "eval.png"}
+    assert done["files"] == sorted(
+        {"README.md", "config.json", "model.safetensors", "recipe.yaml", "profile.json", "eval.json"} | pictures
+    )
+    assert set(files) == {*done["files"], ".gitattributes"}
+    assert (done["commit"], done["private"]) == (hub.repos["ann/tiny"].refs["main"], False)
+    assert len(hub.requests("POST .*/commit/")) == 1
+    assert len(hub.requests("PUT /storage/")) == 3  # weights and two plots: the protocol for large files was spoken
+    assert all(files[name].startswith(b"\x89PNG") for name in pictures)
+    assert files["model.safetensors"] == before["model.safetensors"]
+    assert json.loads(files["profile.json"]) == PROFILE
+    assert json.loads(files["eval.json"])["reference"] == "VIRTUAL_imagenet256_labeled.npz"  # without its folder
+    card = ModelCard(files["README.md"].decode())
+    assert card.data.base_model == "FoundationVision/var"
+    assert 'varcompress.load("ann/tiny")' in card.text
+
+    mine, theirs = load(elastic, device="cpu"), load("ann/tiny", device="cpu")
+    for (name, a), (_, b) in zip(mine.state_dict().items(), theirs.state_dict().items(), strict=True):
+        assert torch.equal(a, b), name
+    assert theirs.provenance == mine.provenance
+    assert torch.equal(mine.generate([3, 4], "d2", seed=7), theirs.generate([3, 4], "d2", seed=7))
+
+
+def test_only_what_a_model_needs_is_downloaded(hub, elastic):
+    push(elastic, "ann/tiny", results=[PROFILE])
+    hub.log.clear()
+    load("ann/tiny", device="cpu")
+    names = {request.rsplit("/", 1)[1] for request in hub.requests("GET .*/resolve/")}
+    assert names == {"config.json", "recipe.yaml", "README.md"}
+    assert len(hub.requests("GET /storage/")) == 1  # the weights; neither results nor plots
+
+
+def test_a_revision_stays_what_it_was(hub, tiny, elastic):
+    first = push(elastic, "ann/tiny", results=[PROFILE])["commit"]
+    changed = load(elastic, device="cpu")
+    with torch.no_grad():
+        changed.var.head.bias.add_(1)
+    changed.provenance.recipe = None
+    push(changed, "ann/tiny")
+    assert torch.equal(load("ann/tiny", device="cpu").var.head.bias, tiny.var.head.bias + 1)
+    assert torch.equal(load("ann/tiny", device="cpu", revision=first).var.head.bias, tiny.var.head.bias)
+    # measurements and recipe of the first model do not lie beside the second
+    assert {"profile.json", "profile.png", "recipe.yaml"}.isdisjoint(hub.files("ann/tiny"))
+    assert {"profile.json", "profile.png", "recipe.yaml"} < set(hub.files("ann/tiny", first))
+
+
+def test_official_checkpoint_by_name(hub, tiny, tiny_files):
+    hub.repos[OFFICIAL_REPO] = Repo(private=False)
+    names = {OFFICIAL["var-d16"]: "var.pth", OFFICIAL_VAE: "vae.pth"}
+    hub.repos[OFFICIAL_REPO].commit({name: (tiny_files / file).read_bytes() for name, file in names.items()})
+    model = load("var-d16", device="cpu")
+    assert torch.equal(model.generate([1], seed=0), tiny.generate([1], seed=0))
+    assert (model.provenance.base_model, model.provenance.license) == ("FoundationVision/var", "mit")
+    assert push(model, "ann/copy")["files"] == ["README.md", "config.json", "model.safetensors"]
+
+
+def test_official_files_are_published_as_an_elastic_model(hub, tiny, tiny_files):
+    push(tiny_files / "var.pth", "ann/tiny", vae=tiny_files / "vae.pth")
+    assert torch.equal(load("ann/tiny", device="cpu").var.head.weight, tiny.var.head.weight)
+
+
+def test_results_beside_the_weights_come_along_once(hub, elastic, tmp_path):
+    model = load(elastic, device="cpu")
+    folder = model.save_pretrained(tmp_path / "model")
+    (folder / "eval.json").write_text(json.dumps(EVAL))
+    (folder / "notes.json").write_text("[1, 2]")
+    done = push(folder, "ann/tiny", results=[folder / "eval.json", PROFILE, {**PROFILE, "batch_size": 2}])
+    assert [n for n in done["files"] if n.endswith(".json")] == [
+        "config.json",
+        "eval.json",
+        "profile-2.json",
+        "profile.json",
+    ]
+    assert "| `full` | 12.30 |" in hub.files("ann/tiny")["README.md"].decode()
+
+
+def test_private(hub, elastic, monkeypatch):
+    assert push(elastic, "ann/secret", private=True)["private"]
+    assert hub.repos["ann/secret"].private
+    load("ann/secret", device="cpu")
+    monkeypatch.delenv("HF_TOKEN")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_TOKEN_PATH", "/nowhere")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(elastic.parent / "another-cache"))
+    with pytest.raises(InputError, match=r"no such repository, or it is private.*hf auth login"):
+        load("ann/secret", device="cpu")
+
+
+def test_a_private_push_does_not_go_to_a_public_repository(hub, elastic):
+    push(elastic, "ann/tiny")
+    with pytest.raises(InputError, match="is public"):
+        push(elastic, "ann/tiny", private=True)
+    assert len(hub.requests("POST .*/commit/")) == 1
+
+
+# -- refusals -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("pattern", "status", "headers", "told"),
+    [
+        ("POST /api/repos/create", 401, {}, "cannot create ann/tiny on the Hub: .* run `hf auth login`"),
+        ("POST /api/repos/create", 403, {"X_Error_Message": "no rights"}, r"does not allow it \(no rights\)"),
+        ("POST .*/preupload/", 403, {}, "cannot upload to ann/tiny; nothing was published: your token"),
+        ("PUT /storage/", 403, {}, "cannot upload to ann/tiny; nothing was published"),
+        ("POST .*/commit/", 503, {}, "nothing was published: the Hub answered 503: try again later"),
+        ("POST .*/commit/", HANG_UP, {}, "nothing was published: http://127.0.0.1:.* cannot be reached"),
+    ],
+)
+def test_a_refused_push_loses_nothing(hub, elastic, pattern, status, headers, told):
+    before = snapshot(elastic)
+    hub.refuse(pattern, status, **headers)
+    with pytest.raises(InputError, match=told) as caught:
+        push(elastic, "ann/tiny")
+    assert "\n" not in str(caught.value)
+    assert snapshot(elastic) == before
+    if "ann/tiny" in hub.repos:
+        assert set(hub.files("ann/tiny")) == {".gitattributes"}
+    hub.refusals.clear()
+    assert push(elastic, "ann/tiny")["commit"]  # the same command mends it
+
+
+def test_pushing_to_someone_else(hub, elastic):
+    with pytest.raises(InputError, match=r"does not allow it .*rights to create a model under bob"):
+        push(elastic, "bob/tiny")
+    with pytest.raises(InputError, match="organisation/name"):
+        push(elastic, "ann/a/b")
+    with pytest.raises(InputError, match="no revision 'gone'"):
+        push(elastic, "ann/tiny", revision="gone")
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        ("{", "not a readable JSON file"),
+        ('{"kind": "sample"}', "not a result: give what profile or eval wrote"),
+        ('{"kind": "profile"}', "the profile result lacks 'schedules': measure it again"),
+        (json.dumps({**PROFILE, "schedules": [{**PROFILE["schedules"][0], "schedule": "d20"}]}), "another model"),
+    ],
+)
+def test_results_that_are_none(hub, elastic, tmp_path, content, told):
+    (tmp_path / "result.json").write_text(content)
+    with pytest.raises(InputError, match=told):
+        push(elastic, "ann/tiny", results=[tmp_path / "result.json"])
+    assert hub.log == []
+
+
+def test_download_refusals(hub, elastic, tmp_path):
+    with pytest.raises(InputError, match=r"cannot load ann/none: .* no such repository"):
+        load("ann/none")
+    push(elastic, "ann/tiny")
+    with pytest.raises(InputError, match="no revision 'v9'"):
+        load("ann/tiny", revision="v9")
+    hub.repos["meta/gated"] = Repo(private=False, gated=True)
+    hub.repos["meta/gated"].commit(hub.files("ann/tiny"))
+    with pytest.raises(InputError, match="access is restricted"):
+        load("meta/gated")
+    hub.refuse("HEAD .*/resolve/", 403)
+    with pytest.raises(InputError, match="your token does not allow it"):
+        load("ann/tiny")
+
+
+@pytest.mark.parametrize("config", [None, b"{}", b"[1]", b"{", b'{"model_type": "bert"}'])
+def test_repository_without_an_elastic_model(hub, config):
+    hub.repos["ann/bert"] = Repo(private=False)
+    weights = {"model.safetensors": b"0" * 1000, **({"config.json": config} if config else {})}
+    hub.repos["ann/bert"].commit(weights)
+    with pytest.raises(InputError, match="ann/bert: holds no elastic model"):
+        load("ann/bert")
+    assert not hub.requests("safetensors")  # what it holds instead was not downloaded
+
+
+def test_without_a_connection(hub, elastic, monkeypatch):
+    push(elastic, "ann/tiny")
+    load("ann/tiny", device="cpu")
+    with HubServer() as gone:
+        pass
+    point_client_at(gone.endpoint, monkeypatch)
+    load("ann/tiny", device="cpu")  # from the cache
+    with pytest.raises(InputError, match="cannot be reached: check the connection"):
+        load("ann/other")
+    with pytest.raises(InputError, match="cannot be reached: check the connection"):
+        push(elastic, "ann/tiny")
+
+
+def test_a_full_disk_while_downloading(hub, elastic, monkeypatch):
+    def full(*arguments, **options):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    push(elastic, "ann/tiny")
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", full)
+    with pytest.raises(InputError, match="no room left on the disk"):
+        load("ann/tiny")
+
+
+# -- the command, as a user runs it ---------------------------------------------------------------
+
+
+def run_push(hub, *arguments, **environment):
+    command = "import sys; from varcompress.cli.app import main; main(sys.argv[1:])"
+    return subprocess.run(
+        [sys.executable, "-c", command, "push", *map(str, arguments)],
+        env={**os.environ, "HF_ENDPOINT": hub.endpoint, "HF_HUB_DISABLE_XET": "1", **environment},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+def test_command(hub, elastic, tmp_path):
+    (tmp_path / "p.json").write_text(json.dumps(PROFILE))
+    done = run_push(hub, elastic, "ann/tiny", "--private", "--results", tmp_path / "p.json", "--json", HF_TOKEN=TOKEN)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["url"] == f"{hub.endpoint}/ann/tiny"
+    assert hub.repos["ann/tiny"].private
+    assert hub.files("ann/tiny")["model.safetensors"] == (elastic / "model.safetensors").read_bytes()
+    assert load_file(elastic / "model.safetensors")
+
+
+def test_command_without_a_login(hub, elastic, tmp_path):
+    done = run_push(hub, elastic, "ann/tiny", HF_TOKEN="", HF_HOME=str(tmp_path))
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith("error: cannot create ann/tiny on the Hub: ")
+    assert "hf auth login" in done.stderr
+    assert "Traceback" not in done.stderr
