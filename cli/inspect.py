@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from varcompress.cli.options import Device, Dtype, Json, Model, Revision, Schedules, Vae, open_model
+from varcompress.cli.options import Dtype, Json, Model, Revision, Schedules, Vae, open_model
 from varcompress.cli.output import out, print_json
 
 
@@ -10,7 +10,6 @@ def inspect(
     model: Model,
     schedules: Schedules = None,
     vae: Vae = None,
-    device: Device = "cpu",
     dtype: Dtype = "float32",
     revision: Revision = None,
     as_json: Json = False,
@@ -19,7 +18,7 @@ def inspect(
     from varcompress.profiling import describe
     from varcompress.report import inspect_table
 
-    result = describe(open_model(model, vae, device, dtype, revision), schedules)
+    result = describe(open_model(model, vae, "cpu", dtype, revision), schedules)
     if as_json:
         print_json(result)
     else:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+
 from varcompress.cli.options import Device, Dtype, Json, Model, Revision, Schedules, Vae, open_model
 from varcompress.cli.output import note, out, print_json, progress_bar
 
@@ -19,8 +20,8 @@ def profile(
         Path | None,
         typer.Option(
             "--out",
-            help="Directory for profile.json and profile.png.  [default: MODEL where it is an elastic directory, "
-            "else nothing is written]",
+            help="Directory for profile.json and profile.png.",
+            show_default="MODEL where it is an elastic directory, else nothing is written",
         ),
     ] = None,
     vae: Vae = None,

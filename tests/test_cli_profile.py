@@ -8,9 +8,9 @@ import shutil
 import pytest
 import typer
 from typer.testing import CliRunner
+
 from varcompress.cli.inspect import inspect
 from varcompress.cli.profile import profile
-
 from varcompress.errors import InputError
 
 app = typer.Typer(pretty_exceptions_enable=False)
