@@ -22,7 +22,14 @@ def evaluate(
             show_default=False,
         ),
     ] = None,
-    images: Annotated[int, typer.Option(min=10, help="Images per schedule, all classes equally often.")] = 50_000,
+    images: Annotated[
+        int | None,
+        typer.Option(
+            min=10,
+            help="Images per schedule, all classes equally often.",
+            show_default="50000; 2000 with the digits features",
+        ),
+    ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Images generated at a time; latency is per batch.")] = 64,
     cfg: Annotated[float, typer.Option(help="Guidance weight.")] = 1.5,
     top_k: Annotated[int, typer.Option(min=0, help="Most probable tokens to draw from; 0 for all.")] = 900,

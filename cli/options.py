@@ -19,7 +19,7 @@ Model = Annotated[
     ),
 ]
 Vae = Annotated[Path | None, typer.Option(help="Tokenizer file that goes with a transformer .pth.")]
-Device = Annotated[str | None, typer.Option(help="cuda, cuda:1 or cpu.  [default: cuda when there is one]")]
+Device = Annotated[str | None, typer.Option(help="cuda, cuda:1 or cpu.", show_default="cuda when there is one")]
 Dtype = Annotated[str, typer.Option(help="float32, bfloat16 or float16.")]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit on the Hub.")]
 Schedules = Annotated[
@@ -27,7 +27,8 @@ Schedules = Annotated[
     typer.Option(
         "--schedule",
         "-s",
-        help="full, d8, d8@6 or 30x6,8x4; may be given several times.  [default: full and the model's subnets]",
+        help="full, d8, d8@6 or 30x6,8x4; may be given several times.",
+        show_default="full and the model's subnets",
     ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")]

@@ -21,7 +21,7 @@ def push(
             show_default=False,
         ),
     ] = None,
-    branch: Annotated[str | None, typer.Option(help="Branch to commit to.  [default: main]")] = None,
+    branch: Annotated[str | None, typer.Option(help="Branch to commit to.", show_default="main")] = None,
     vae: Vae = None,
     as_json: Json = False,
 ) -> None:

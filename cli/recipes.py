@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 from rich.table import Table
+
 from varcompress.cli.options import Json
 from varcompress.cli.output import note, out, print_json
 
@@ -47,7 +48,7 @@ def copy_recipe(
     name: Name,
     destination: Annotated[
         Path | None,
-        typer.Argument(metavar="[DEST]", show_default=False, help="File or directory.  [default: ./NAME.yaml]"),
+        typer.Argument(metavar="[DEST]", show_default="./NAME.yaml", help="File or directory."),
     ] = None,
     as_json: Json = False,
 ) -> None:
