@@ -8,9 +8,9 @@ from typing import Annotated
 
 import click
 import typer
-from varcompress.cli.output import err
 
 from varcompress import __version__
+from varcompress.cli.output import err
 from varcompress.errors import InputError
 
 app = typer.Typer(
@@ -69,3 +69,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _escape(text: str) -> str:
     return text.replace("[", r"\[")
+
+
+if __name__ == "__main__":
+    main()

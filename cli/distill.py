@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 from rich.table import Table
+
 from varcompress.cli.options import Device, Json, Model, Revision, Vae, open_model
 from varcompress.cli.output import note, out, print_json, progress_bar
 

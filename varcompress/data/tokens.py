@@ -88,7 +88,10 @@ class TokenStore:
             "views": self.views,
         }
         if (self.path / META).is_file():
-            found = json.loads((self.path / META).read_text())
+            try:
+                found = json.loads((self.path / META).read_text())
+            except ValueError as error:
+                raise InputError(f"{self.path / META}: damaged; delete {self.path} to encode anew") from error
             other = [key for key, value in meta.items() if found.get(key) != value]
             if other:
                 raise InputError(
@@ -96,7 +99,7 @@ class TokenStore:
                     "choose another directory for the tokens"
                 )
             return
-        if self.path.exists() and (not self.path.is_dir() or {p.name for p in self.path.iterdir()} - {TOKENS, STATES}):
+        if self.path.exists() and not (self.path.is_dir() and self._is_ours()):
             raise InputError(f"{self.path}: holds something else already: choose another directory for the tokens")
         count, length = len(self.folder.files), self.model.var.config.tokens
         with disk_errors(self.path):
@@ -105,6 +108,10 @@ class TokenStore:
             shape = (count, self.views, length)
             np.lib.format.open_memmap(self.path / TOKENS, mode="w+", dtype=_width(self.model), shape=shape)
             write_text(self.path / META, json.dumps(meta, indent=2) + "\n")
+
+    def _is_ours(self) -> bool:
+        """Whether the directory is empty, but for what a killed process leaves before it writes store.json."""
+        return all(file.name in (TOKENS, STATES) or file.suffix == ".tmp" for file in self.path.iterdir())
 
     def encode(self, rank: int = 0, ranks: int = 1, progress: Callable[[int, int, str], None] | None = None) -> None:
         """Encode this process's share of the images that are not done yet."""

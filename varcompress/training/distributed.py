@@ -50,7 +50,7 @@ class Ranks:
             dist.barrier()
 
     def on_first(self, function: Callable[[], T]) -> T:
-        """The result of `function`, which the first process alone runs. Its InputError is raised in all of them."""
+        """The result of `function`, which the first process alone runs. Its InputError ends the others silently."""
         answer: list = [None, None]
         if self.first:
             try:
@@ -60,7 +60,7 @@ class Ranks:
         if self.count > 1:
             dist.broadcast_object_list(answer, src=0)
         if answer[1] is not None:
-            raise answer[1]
+            raise answer[1] if self.first else SystemExit(2)
         return answer[0]
 
     @torch.no_grad()
@@ -90,7 +90,7 @@ def _buckets(tensors: list[Tensor]) -> Iterator[list[Tensor]]:
 
 @contextmanager
 def joined(device: torch.device) -> Iterator[Ranks]:
-    """Join the processes that torchrun started, or stand alone. Of bad input the first process alone speaks."""
+    """Join the processes that torchrun started, or stand alone."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield Ranks()
         return
@@ -99,9 +99,5 @@ def joined(device: torch.device) -> Iterator[Ranks]:
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
     try:
         yield Ranks(dist.get_rank(), dist.get_world_size())
-    except InputError:
-        if is_first():
-            raise
-        raise SystemExit(2) from None
     finally:
         dist.destroy_process_group()

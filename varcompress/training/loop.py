@@ -6,7 +6,7 @@ import math
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -57,7 +57,7 @@ def distill(
     recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
     directory = RunDirectory(out)
     with joined(local_device(model.device)) as ranks:
-        check_fit(recipe, model, ranks)
+        ranks.on_first(lambda: check_fit(recipe, model, ranks))
         if not ranks.first:
             progress, note = None, _silence
         model.to(local_device(model.device)).float()
@@ -65,7 +65,7 @@ def distill(
         ranks.on_first(lambda: directory.check(resume=resume))
         if ranks.on_first(lambda: directory.finished):
             note(f"{out}: that run is finished already")
-            return directory.result(recipe)
+            return directory.result(recipe).to(model.device)
 
         folder = ranks.on_first(lambda: _folder(model, data))
         identity = {"recipe": recipe.to_dict(), "model": weights_digest(model) if ranks.first else ""}
@@ -77,11 +77,10 @@ def distill(
         else:
             store = TokenStore(tokens or directory.tokens_path, folder, model, recipe.views)
             encoded = _encode(store, ranks, progress, note)
-        if len(encoded) < recipe.batch_size:
-            raise InputError(f"recipe: batch_size {recipe.batch_size} is more than the {len(encoded)} images there are")
+        ranks.on_first(lambda: _check_size(recipe, len(encoded)))
         steps = plan(recipe, len(encoded) // recipe.batch_size)  # a pass drops its last, incomplete batch
         with StepLog(directory.steps_path, done) if ranks.first else nullcontext() as log:
-            train(model, recipe, steps, encoded, directory, log, ranks, progress)
+            train(model, recipe, steps[done:], encoded, directory, log, ranks, progress)
 
         model.bridge, model.depths = recipe.bridge, recipe.depths
         model.provenance = replace(model.provenance, recipe=recipe.to_dict())
@@ -99,7 +98,7 @@ def train(
     ranks: Ranks,
     progress: Progress | None = None,
 ) -> None:
-    """Run the steps that the saved state has not done yet. The first process saves and logs."""
+    """Run `steps`, which follow the saved state if there is one. The first process saves and logs."""
     var = model.var
     var.checkpointing = recipe.activation_checkpointing
     schedules = {depth: model.schedule(f"d{depth}@{recipe.bridge}") for depth in recipe.depths}
@@ -108,7 +107,7 @@ def train(
     optimizer = adamw(var, recipe)
     directory.load(var, optimizer)
     epoch = None
-    for step in steps[directory.step() :]:
+    for step in steps:
         began = time.perf_counter()
         if epoch is None or step.place == 0:
             null = var.config.classes
@@ -119,8 +118,9 @@ def train(
         token_loss = torch.zeros(var.config.tokens, device=model.device)  # (L,), mean over this process's images
         for places in micro_batches(step, recipe, ranks):
             labels, tokens = (tensor.to(model.device) for tensor in epoch.samples(places))
-            loss = token_losses(model, labels, tokens, schedule, recipe.dtype) / recipe.accumulation
-            loss.mean().backward()
+            with _memory(recipe, len(labels)):
+                loss = token_losses(model, labels, tokens, schedule, recipe.dtype) / recipe.accumulation
+                loss.mean().backward()
             token_loss += loss.detach()
 
         # Layers that a step leaves out have no gradient: neither clipping nor AdamW touches them.
@@ -135,9 +135,7 @@ def train(
         per_scale = [part.mean() for part in token_loss.split([p * p for p in var.config.patch_nums])]
         loss, gradient_norm, *per_scale = torch.stack([token_loss.mean(), gradient_norm, *per_scale]).tolist()
         if not math.isfinite(loss):
-            raise InputError(
-                f"step {step.number}: the loss is {loss}; lower learning_rate, then --resume or start again"
-            )
+            raise InputError(f"step {step.number}: the loss is {loss}; start another run with a lower learning_rate")
         if ranks.first:
             log.append(
                 {
@@ -158,8 +156,20 @@ def train(
                 directory.save(var, optimizer, step.number)
         if progress:
             what = f"distill: phase {step.phase}, p {step.p:.2f}, {schedule}, loss {loss:.3f}"
-            progress(step.number, len(steps), what)
+            progress(step.number, steps[-1].number, what)
     var.checkpointing = False
+
+
+@contextmanager
+def _memory(recipe: Recipe, images: int) -> Iterator[None]:
+    """Say what to do about a GPU that is too small."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        remedy = "" if recipe.activation_checkpointing else ", or set activation_checkpointing=true"
+        raise InputError(
+            f"no memory for {images} images at a time: raise accumulation (now {recipe.accumulation}){remedy}"
+        ) from error
 
 
 def token_losses(
@@ -219,6 +229,11 @@ def check_fit(recipe: Recipe, model: ElasticVAR, ranks: Ranks) -> None:
             f"recipe: batch_size {recipe.batch_size} does not divide into "
             f"{ranks.count} processes x {recipe.accumulation} passes (accumulation)"
         )
+
+
+def _check_size(recipe: Recipe, images: int) -> None:
+    if images < recipe.batch_size:
+        raise InputError(f"recipe: batch_size {recipe.batch_size} is more than the {images} images there are")
 
 
 def _folder(model: ElasticVAR, data: str | Path | None) -> ImageFolder | None:

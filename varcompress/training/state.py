@@ -65,11 +65,11 @@ class RunDirectory:
             self.work.mkdir(parents=True, exist_ok=True)
             for left_over in self.work.glob("*.tmp"):  # of a process that was killed while it wrote
                 left_over.unlink()
-            if self._run.is_file():
+            done = self.step()
+            if done:
                 _compare(self.out, json.loads(self._run.read_text()), identity)
             else:
                 write_text(self._run, json.dumps(identity, indent=2) + "\n")
-        done = self.step()
         if resume:
             note(f"continuing after step {done}" if done else "nothing to resume there: starting from the first step")
         return done

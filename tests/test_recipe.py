@@ -1,0 +1,155 @@
+"""Recipes: what they accept, what they refuse and how, and where they come from."""
+
+from __future__ import annotations
+
+import pytest
+import yaml
+
+from varcompress.errors import InputError
+from varcompress.training.recipe import Recipe, copy_recipe, load_recipe, recipe_names, recipe_text, recipe_title
+
+SMALL = {"name": "small", "depths": [4, 2], "bridge": 2}
+
+
+def write(folder, text):
+    path = folder / "mine.yaml"
+    path.write_text(text)
+    return path
+
+
+def test_published_figures_of_variant_d30():
+    recipe = load_recipe("variant-d30")
+    assert (recipe.depths, recipe.bridge) == ((16, 8, 4, 2), 6)
+    assert (recipe.epochs_full, recipe.epochs_ramp, recipe.epochs_subnet) == (5, 15, 10)
+    assert (recipe.p_start, recipe.p_end, recipe.learning_rate, recipe.batch_size) == (0.2, 1.0, 1e-6, 1024)
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_every_recipe_of_the_package_is_valid_and_survives_yaml(name):
+    recipe = load_recipe(name)
+    assert recipe.name == name
+    assert recipe_title(name)
+    assert Recipe.from_dict(yaml.safe_load(yaml.safe_dump(recipe.to_dict()))) == recipe
+
+
+def test_a_file_is_read_and_floats_without_a_dot_are_floats(tmp_path):
+    path = write(tmp_path, "name: mine\ndepths: [4, 2]\nbridge: 1\nlearning_rate: 1e-6\nweight_decay: 1\n")
+    recipe = load_recipe(path)
+    assert recipe.learning_rate == 1e-6
+    assert isinstance(recipe.weight_decay, float)
+    assert load_recipe(str(path)) == recipe
+
+
+def test_a_name_is_not_shadowed_by_a_directory(tmp_path, monkeypatch):
+    (tmp_path / "digits").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert load_recipe("digits").name == "digits"
+
+
+def test_settings_override_the_file():
+    settings = [
+        "learning_rate=1e-5",
+        "depths=8, 4",
+        "dtype=bfloat16",
+        "activation_checkpointing=true",
+        "betas=[0.8,0.9]",
+    ]
+    recipe = load_recipe("digits", settings)
+    assert (recipe.learning_rate, recipe.depths, recipe.dtype) == (1e-5, (8, 4), "bfloat16")
+    assert recipe.activation_checkpointing is True
+    assert recipe.betas == (0.8, 0.9)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"learning_rat": 1e-5}, "unknown key 'learning_rat': did you mean learning_rate?"),
+        ({"zzz": 1}, "unknown key 'zzz'"),
+        ({3: 1}, "unknown key 3"),
+        ({"bridge": "two"}, "bridge must be a whole number, not 'two'"),
+        ({"bridge": True}, "bridge must be a whole number, not True"),
+        ({"bridge": 2.5}, "bridge must be a whole number, not 2.5"),
+        ({"learning_rate": "fast"}, "learning_rate must be a number, not 'fast'"),
+        ({"learning_rate": [1]}, "learning_rate must be a number"),
+        ({"learning_rate": 0}, "learning_rate must be more than 0"),
+        ({"learning_rate": float("nan")}, "learning_rate must be at least 0, not nan"),
+        ({"weight_decay": float("inf")}, "weight_decay must be at least 0, not inf"),
+        ({"activation_checkpointing": 1}, "activation_checkpointing must be true or false"),
+        ({"name": None}, "name must be text"),
+        ({"dtype": "float16"}, "dtype must be float32 or bfloat16, not 'float16'"),
+        ({"depths": 4}, "depths must be a list such as"),
+        ({"depths": ["4"]}, "depths must be a whole number, not '4'"),
+        ({"depths": []}, "depths must run from large to small"),
+        ({"depths": [2, 4]}, "depths must run from large to small"),
+        ({"depths": [4, 1]}, "depths must be at least 2, not 1"),
+        ({"betas": [0.9]}, "betas must be a list such as [0.9, 0.95]"),
+        ({"betas": [0.9, 1]}, "betas must be from 0 to 1, not 1"),
+        ({"p_start": 1.2}, "p_start must be from 0 to 1, not 1.2"),
+        ({"epochs_full": -1}, "epochs_full must be at least 0, not -1"),
+        ({"epochs_full": 0, "epochs_ramp": 0, "epochs_subnet": 0}, "nothing to train"),
+        ({"batch_size": 10, "accumulation": 3}, "batch_size 10 does not divide into 3 passes"),
+        ({"checkpoint_every": 0}, "checkpoint_every must be at least 1, not 0"),
+    ],
+)
+def test_a_bad_value_is_named(change, message):
+    with pytest.raises(InputError) as error:
+        Recipe.from_dict({**SMALL, **change})
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_missing_keys_are_named():
+    with pytest.raises(InputError, match="lacks depths, bridge"):
+        Recipe.from_dict({"name": "x"})
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("name: [1,\nbridge: 2", "not YAML, line 2"),
+        ("- 1\n- 2\n", "a recipe is a list of `key: value` lines"),
+        ("", "a recipe is a list of `key: value` lines"),
+        ("name: 2020-99-99", "not YAML"),
+    ],
+)
+def test_a_file_that_is_no_recipe(tmp_path, text, message):
+    path = write(tmp_path, text)
+    with pytest.raises(InputError) as error:
+        load_recipe(path)
+    assert message in str(error.value)
+    assert str(path) in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_files_that_cannot_be_read(tmp_path):
+    with pytest.raises(InputError, match="could not be read"):
+        load_recipe(tmp_path / "none.yaml")
+    with pytest.raises(InputError, match="could not be read"):
+        load_recipe(tmp_path)
+    (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(InputError, match="not a text file"):
+        load_recipe(tmp_path / "binary.yaml")
+
+
+def test_an_unknown_name_suggests_the_nearest():
+    with pytest.raises(InputError, match="no recipe is named 'digit': did you mean digits\\?"):
+        load_recipe("digit")
+
+
+@pytest.mark.parametrize("setting", ["learning_rate", "=3", "depths=[1"])
+def test_a_malformed_setting_is_refused(setting):
+    with pytest.raises(InputError, match="--set"):
+        load_recipe("digits", [setting])
+
+
+def test_copy_never_overwrites(tmp_path):
+    path = copy_recipe("digits", tmp_path)
+    assert path == tmp_path / "digits.yaml"
+    assert path.read_text() == recipe_text("digits")
+    path.write_text("mine")
+    with pytest.raises(InputError, match="stays as it is"):
+        copy_recipe("digits", tmp_path)
+    assert path.read_text() == "mine"
+    assert copy_recipe("digits", tmp_path / "other.yaml").name == "other.yaml"
+    with pytest.raises(InputError, match="no such directory"):
+        copy_recipe("digits", tmp_path / "none" / "other.yaml")

@@ -1,0 +1,472 @@
+"""Distillation: the progressive strategy, the step, the states to continue from, several processes."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import json
+import os
+import random
+import resource
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+from tests.conftest import random_model
+from varcompress.checkpoint import load_elastic, load_official
+from varcompress.data.tokens import weights_digest
+from varcompress.errors import InputError
+from varcompress.training import distill
+from varcompress.training.distributed import Ranks
+from varcompress.training.log import read_steps, summary
+from varcompress.training.loop import adamw, check_fit, clip_, micro_batches, token_losses
+from varcompress.training.progressive import plan
+from varcompress.training.recipe import Recipe
+
+SMALL = Recipe(
+    name="small",
+    depths=(4, 2),
+    bridge=2,
+    epochs_full=1,
+    epochs_ramp=2,
+    epochs_subnet=1,
+    learning_rate=1e-3,
+    weight_decay=0.01,
+    batch_size=8,
+    dtype="float32",
+    checkpoint_every=3,
+    views=2,
+)
+STEPS = 20  # of SMALL on `images`
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+
+
+def changed(**values) -> Recipe:
+    return Recipe.from_dict({**SMALL.to_dict(), **values})
+
+
+class Interrupt(Exception):
+    """Raised out of the progress callback, as a person's Ctrl-C would be."""
+
+
+def interrupt_at(step):
+    def progress(done, total, what):
+        if what.startswith("distill") and done == step:
+            raise Interrupt
+
+    return progress
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    """Ten classes of four flat, slightly noisy images: easy to learn."""
+    root, rng = tmp_path_factory.mktemp("images"), np.random.default_rng(0)
+    for label in range(10):
+        (root / str(label)).mkdir()
+        for i in range(4):
+            pixels = rng.normal(25 * label, 8, (9, 11, 3)).clip(0, 255).astype(np.uint8)
+            Image.fromarray(pixels).save(root / str(label) / f"{i}.png")
+    return root
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tiny, images, tmp_path_factory):
+    """A run of SMALL from the first step to the last."""
+    out = tmp_path_factory.mktemp("runs") / "undisturbed"
+    distill(copy.deepcopy(tiny), SMALL, data=images, out=out)
+    return out
+
+
+def weights(out) -> bytes:
+    return (Path(out) / "model.safetensors").read_bytes()
+
+
+def losses(out) -> list[dict]:
+    return [{k: v for k, v in step.items() if k != "seconds"} for step in read_steps(Path(out) / "steps.jsonl")]
+
+
+# -- the progressive strategy ---------------------------------------------------------------------
+
+
+def test_the_plan_is_variants_three_phases():
+    recipe = changed(epochs_full=5, epochs_ramp=15, epochs_subnet=10, depths=[5, 4, 3, 2])
+    steps = plan(recipe, steps_per_epoch=200)
+    assert [step.number for step in steps] == list(range(1, 6001))
+    assert Counter(step.phase for step in steps) == {"full": 1000, "ramp": 3000, "subnet": 2000}
+    assert [step.number for step in steps if step.ends_phase] == [1000, 4000, 6000]
+    assert {step.p for step in steps if step.phase == "full"} == {0.2}
+    assert {step.p for step in steps if step.phase == "subnet"} == {1.0}
+    ramp = [step.p for step in steps if step.phase == "ramp"]
+    assert ramp[0] == pytest.approx(0.2)
+    assert np.allclose(np.diff(ramp), 0.8 / 3000)
+    assert (steps[399].epoch, steps[399].place, steps[400].epoch, steps[400].place) == (1, 199, 2, 0)
+
+
+def test_depths_are_drawn_with_their_probabilities():
+    recipe = changed(epochs_full=5, epochs_ramp=15, epochs_subnet=10, depths=[5, 4, 3, 2])
+    steps = plan(recipe, steps_per_epoch=200)
+    subnets = [step.depth is not None for step in steps]
+    assert 0.16 < np.mean(subnets[:1000]) < 0.24
+    assert 0.56 < np.mean(subnets[1000:4000]) < 0.64
+    assert all(subnets[4000:])
+    counts = Counter(step.depth for step in steps[4000:])
+    assert set(counts) == {5, 4, 3, 2}
+    assert all(420 < count < 580 for count in counts.values())
+
+
+def test_the_plan_depends_on_seed_and_step_alone():
+    assert plan(SMALL, 10) == plan(SMALL, 10)
+    longer = plan(changed(epochs_subnet=5), 10)
+    assert longer[:39] == plan(SMALL, 10)[:39]
+    assert [step.depth for step in plan(changed(seed=1), 10)] != [step.depth for step in plan(SMALL, 10)]
+
+
+# -- one step -------------------------------------------------------------------------------------
+
+
+def test_token_losses_are_cross_entropy_of_teacher_forced_logits(tiny):
+    tokens, labels = torch.randint(0, 40, (3, 30)), torch.tensor([1, 2, 9])
+    logits = tiny.forward(labels, tokens, "d2@2")
+    expected = torch.stack([F.cross_entropy(logits[:, i], tokens[:, i]) for i in range(30)])
+    found = token_losses(tiny, labels, tokens, tiny.schedule("d2@2"))
+    torch.testing.assert_close(found, expected)
+
+
+def test_layers_outside_a_subnet_without_bridge_stay_untouched(tiny):
+    model = copy.deepcopy(tiny)
+    optimizer = adamw(model.var, changed(weight_decay=0.5, learning_rate=0.1))
+    before = {name: value.clone() for name, value in model.var.state_dict().items()}
+    tokens, labels = torch.randint(0, 40, (3, 30)), torch.tensor([1, 2, 9])
+    token_losses(model, labels, tokens, model.schedule("d3@0")).mean().backward()
+    clip_([p.grad for p in model.var.parameters() if p.grad is not None], 1.0)
+    optimizer.step()
+    moved = {name for name, value in model.var.state_dict().items() if not torch.equal(value, before[name])}
+    runs = {name for name in before if not name.startswith(("blocks.1.", "blocks.3.", "blocks.4."))}
+    assert moved == runs  # layers 0, 2 and 5 of 6, and all that is no layer
+    assert len(optimizer.state) == len([name for name, _ in model.var.named_parameters() if name in runs])
+
+
+def test_the_bridge_trains_the_layers_outside_a_subnet(tiny):
+    model = copy.deepcopy(tiny)
+    tokens, labels = torch.randint(0, 40, (3, 30)), torch.tensor([1, 2, 9])
+    token_losses(model, labels, tokens, model.schedule("d2@1")).mean().backward()
+    assert all(parameter.grad is not None for parameter in model.var.parameters())
+
+
+def test_clip_limits_the_common_norm():
+    gradients = [torch.full((3, 4), 2.0), torch.full((5,), -1.0)]
+    norm = clip_(gradients, 1.5)
+    assert norm.item() == pytest.approx((48 + 5) ** 0.5)
+    assert sum(g.square().sum() for g in gradients).sqrt().item() == pytest.approx(1.5, rel=1e-4)
+    untouched = [gradient.clone() for gradient in gradients]
+    clip_(gradients, 100.0)
+    clip_(gradients, 0.0)
+    assert all(torch.equal(a, b) for a, b in zip(gradients, untouched, strict=True))
+
+
+def test_passes_and_processes_cover_the_batch_once():
+    recipe = changed(batch_size=24, accumulation=3)
+    step = plan(recipe, 5)[3]
+    places = [i for rank in range(4) for part in micro_batches(step, recipe, Ranks(rank, 4)) for i in range(100)[part]]
+    assert sorted(places) == list(range(72, 96))
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"depths": [6, 2]}, "depths names 6, but the model has 6 layers"),
+        ({"bridge": 4}, "a bridge of 4 leaves nothing to thin out: the model has 4 scales"),
+        ({"batch_size": 6, "accumulation": 2}, "batch_size 6 does not divide into 4 processes x 2 passes"),
+    ],
+)
+def test_a_recipe_that_does_not_fit_is_refused(tiny, values, message):
+    with pytest.raises(InputError, match=message):
+        check_fit(changed(**values), tiny, Ranks(0, 4))
+
+
+# -- a whole run ----------------------------------------------------------------------------------
+
+
+def test_a_run_writes_one_elastic_checkpoint_and_its_steps(undisturbed, tiny):
+    assert sorted(p.name for p in undisturbed.iterdir()) == [
+        "README.md",
+        "config.json",
+        "model.safetensors",
+        "recipe.yaml",
+        "steps.jsonl",
+    ]
+    model = load_elastic(undisturbed)
+    assert (model.bridge, model.depths) == (2, (4, 2))
+    assert model.provenance.recipe == SMALL.to_dict()
+    assert model.provenance.name == tiny.provenance.name
+    assert weights_digest(model.tokenizer) == weights_digest(tiny.tokenizer)
+    assert all(value.dtype == torch.float32 for value in model.state_dict().values())
+    assert [str(s) for s in model.default_schedules()] == ["full", "d4@2", "d2@2"]
+
+
+def test_every_step_is_logged(undisturbed):
+    steps, expected = read_steps(undisturbed / "steps.jsonl"), plan(SMALL, 5)
+    assert len(steps) == len(expected) == STEPS
+    shares = [p * p / 30 for p in (1, 2, 3, 4)]
+    for line, step in zip(steps, expected, strict=True):
+        assert (line["step"], line["epoch"], line["phase"]) == (step.number, step.epoch, step.phase)
+        assert line["p"] == pytest.approx(step.p)
+        assert line["depth"] == (step.depth or 6)
+        assert line["schedule"] == (f"d{step.depth}@2" if step.depth else "full")
+        assert line["loss"] == pytest.approx(np.dot(line["loss_per_scale"], shares), rel=1e-5)
+        assert line["learning_rate"] == SMALL.learning_rate
+        assert line["seconds"] > 0
+
+
+def test_training_helps_the_subnets(tiny, images, tmp_path):
+    model = distill(copy.deepcopy(tiny), changed(epochs_subnet=6), data=images, out=tmp_path / "out")
+    result = summary(tmp_path / "out")
+    assert result["steps"] == 45
+    for row in result["schedules"]:
+        assert row["schedule"] == "full" or row["loss_last"] < row["loss_first"]
+    tokens, labels = tiny.encode(torch.full((4, 3, 8, 8), 0.5)), torch.tensor([4, 5, 5, 6])
+    for depth in (4, 2):
+        with torch.no_grad():
+            before, after = (
+                token_losses(m, labels, tokens, m.schedule(f"d{depth}@2")).mean().item() for m in (tiny, model)
+            )
+        assert after < before - 0.5
+
+
+def test_passes_change_nothing_but_rounding(undisturbed, tiny, images, tmp_path):
+    distill(copy.deepcopy(tiny), changed(accumulation=4), data=images, out=tmp_path / "out")
+    for one, four in zip(losses(undisturbed), losses(tmp_path / "out"), strict=True):
+        assert four["loss"] == pytest.approx(one["loss"], rel=1e-4)
+
+
+def test_activation_checkpointing_changes_nothing(undisturbed, tiny, images, tmp_path):
+    model = distill(copy.deepcopy(tiny), changed(activation_checkpointing=True), data=images, out=tmp_path / "out")
+    assert not model.var.checkpointing
+    for kept, recomputed in zip(losses(undisturbed), losses(tmp_path / "out"), strict=True):
+        assert recomputed["loss"] == pytest.approx(kept["loss"], rel=1e-5)
+
+
+def test_bfloat16_arithmetic_keeps_float32_weights(undisturbed, tiny, images, tmp_path):
+    model = distill(copy.deepcopy(tiny), changed(dtype="bfloat16"), data=images, out=tmp_path / "out")
+    assert model.dtype == torch.float32
+    pairs = list(zip(losses(undisturbed), losses(tmp_path / "out"), strict=True))
+    assert any(a["loss"] != b["loss"] for a, b in pairs)
+    for exact, rounded in pairs:
+        assert rounded["loss"] == pytest.approx(exact["loss"], rel=0.03)
+
+
+def test_warmup_raises_the_learning_rate_linearly(tiny, images, tmp_path):
+    distill(copy.deepcopy(tiny), changed(warmup_steps=4, epochs_ramp=0, epochs_subnet=1), data=images, out=tmp_path)
+    rates = [step["learning_rate"] for step in losses(tmp_path)]
+    assert rates[:6] == pytest.approx([0.25e-3, 0.5e-3, 0.75e-3, 1e-3, 1e-3, 1e-3])
+
+
+def test_a_shared_token_store_is_kept(tiny, images, tmp_path):
+    once = changed(epochs_ramp=0, epochs_subnet=0)
+    for name in ("first", "second"):
+        distill(copy.deepcopy(tiny), once, data=images, out=tmp_path / name, tokens=tmp_path / "tokens")
+    assert weights(tmp_path / "first") == weights(tmp_path / "second")
+    assert (tmp_path / "tokens" / "store.json").is_file()
+
+
+def test_unreadable_images_are_named(tiny, images, tmp_path):
+    for folder in images.iterdir():
+        (tmp_path / "images" / folder.name).mkdir(parents=True)
+        for file in folder.iterdir():
+            (tmp_path / "images" / folder.name / file.name).write_bytes(file.read_bytes())
+    (tmp_path / "images" / "4" / "0.png").write_bytes(b"")
+    notes = []
+    once = changed(epochs_ramp=0, epochs_subnet=0)
+    distill(copy.deepcopy(tiny), once, data=tmp_path / "images", out=tmp_path / "out", note=notes.append)
+    assert notes == ["skipped 1 of 40 images that could not be read: 4/0.png"]
+
+
+def test_what_the_data_must_be(tiny, images, tmp_path):
+    model = copy.deepcopy(tiny)
+    with pytest.raises(InputError, match="needs images: give a folder"):
+        distill(model, SMALL, out=tmp_path / "out")
+    with pytest.raises(InputError, match="batch_size 64 is more than the 40 images"):
+        distill(model, changed(batch_size=64), data=images, out=tmp_path / "out")
+    with pytest.raises(InputError, match="10 class folders, but the model has 12 classes"):
+        distill(random_model(classes=12), SMALL, data=images, out=tmp_path / "other")
+
+
+def test_a_loss_that_is_not_finite_ends_the_run(images, tmp_path):
+    model = random_model()
+    with torch.no_grad():
+        model.var.head.bias[0] = torch.nan
+    with pytest.raises(InputError, match="step 1: the loss is nan"):
+        distill(model, SMALL, data=images, out=tmp_path / "out")
+
+
+# -- interruption ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("step", [1, 3, 5, 10, 14, 20])
+def test_resuming_reaches_the_same_weights(undisturbed, tiny, images, tmp_path, step):
+    out, notes = tmp_path / "out", []
+    with pytest.raises(Interrupt):
+        distill(copy.deepcopy(tiny), SMALL, data=images, out=out, progress=interrupt_at(step))
+    assert not (out / "model.safetensors").exists()
+    distill(copy.deepcopy(tiny), SMALL, data=images, out=out, resume=True, note=notes.append)
+    assert weights(out) == weights(undisturbed)
+    assert losses(out) == losses(undisturbed)
+    last_state = max(n for n in (0, *range(3, step + 1, 3), 5, 15, 20) if n <= step)
+    assert notes[0].startswith(f"continuing after step {last_state}" if last_state else "nothing to resume")
+    assert not (out / ".training").exists()
+
+
+def test_resume_refuses_another_recipe_model_or_data(tiny, images, tmp_path):
+    out = tmp_path / "out"
+    with pytest.raises(Interrupt):
+        distill(copy.deepcopy(tiny), SMALL, data=images, out=out, progress=interrupt_at(4))
+    with pytest.raises(InputError, match="unfinished run: continue it with --resume"):
+        distill(copy.deepcopy(tiny), SMALL, data=images, out=out)
+    recipe = changed(learning_rate=2e-3, seed=7)
+    with pytest.raises(InputError, match=r"learning_rate was 0.001, now 0.002; seed was 0, now 7"):
+        distill(copy.deepcopy(tiny), recipe, data=images, out=out, resume=True)
+    with pytest.raises(InputError, match="another model"):
+        distill(random_model(seed=1), SMALL, data=images, out=out, resume=True)
+    for label in range(10):
+        (tmp_path / "less" / str(label)).mkdir(parents=True)
+        (tmp_path / "less" / str(label) / "0.png").write_bytes((images / str(label) / "0.png").read_bytes())
+    with pytest.raises(InputError, match="another data"):
+        distill(copy.deepcopy(tiny), SMALL, data=tmp_path / "less", out=out, resume=True)
+    distill(copy.deepcopy(tiny), SMALL, data=images, out=out, resume=True, note=str)
+
+
+def test_resume_with_nothing_there_starts_afresh(undisturbed, tiny, images, tmp_path):
+    notes = []
+    distill(copy.deepcopy(tiny), SMALL, data=images, out=tmp_path / "new", resume=True, note=notes.append)
+    assert notes == ["nothing to resume there: starting from the first step"]
+    assert weights(tmp_path / "new") == weights(undisturbed)
+
+
+def test_a_finished_run_stays_as_it_is(undisturbed, tiny, images):
+    before, notes = weights(undisturbed), []
+    with pytest.raises(InputError, match="holds a finished checkpoint"):
+        distill(copy.deepcopy(tiny), SMALL, data=images, out=undisturbed)
+    model = distill(copy.deepcopy(tiny), SMALL, data=images, out=undisturbed, resume=True, note=notes.append)
+    assert "finished already" in notes[0]
+    assert weights_digest(model) == weights_digest(load_elastic(undisturbed))
+    with pytest.raises(InputError, match="another recipe: seed was 0, now 3"):
+        distill(copy.deepcopy(tiny), changed(seed=3), data=images, out=undisturbed, resume=True, note=str)
+    assert weights(undisturbed) == before
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_directory_with_something_else_is_refused(tiny, images, tmp_path, resume):
+    (tmp_path / "thesis.tex").write_text("precious")
+    with pytest.raises(InputError, match="holds something else"):
+        distill(copy.deepcopy(tiny), SMALL, data=images, out=tmp_path, resume=resume)
+    with pytest.raises(InputError, match="is a file"):
+        distill(copy.deepcopy(tiny), SMALL, data=images, out=tmp_path / "thesis.tex", resume=resume)
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+@contextlib.contextmanager
+def files_no_larger_than(size_bytes):
+    """The kernel refuses to write beyond this size: the nearest to a full disk that needs no disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size_bytes, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_state_that_cannot_be_written_leaves_the_earlier_one(undisturbed, tiny, images, tmp_path):
+    out = tmp_path / "out"
+    with pytest.raises(Interrupt):
+        distill(copy.deepcopy(tiny), SMALL, data=images, out=out, progress=interrupt_at(4))
+    state = out / ".training" / "state.safetensors"
+    before = state.read_bytes()
+    with files_no_larger_than(len(before) // 2), pytest.raises(InputError, match="could not be written"):
+        distill(copy.deepcopy(tiny), SMALL, data=images, out=out, resume=True, note=str)
+    assert state.read_bytes() == before
+    assert sorted(path.name for path in state.parent.iterdir()) == ["run.json", "state.safetensors", "tokens"]
+    distill(copy.deepcopy(tiny), SMALL, data=images, out=out, resume=True, note=str)
+    assert weights(out) == weights(undisturbed)
+
+
+WORKER = """
+import json, sys
+from pathlib import Path
+from varcompress.checkpoint import load_official
+from varcompress.data.tokens import weights_digest
+from varcompress.training import distill
+from varcompress.training.recipe import load_recipe
+import os, torch
+torch.set_num_threads(1)
+files, recipe, images, out = map(Path, sys.argv[1:])
+model = load_official(files / "var.pth", files / "vae.pth")
+distill(model, recipe, data=images, out=out, resume=True, note=print)
+rank = os.environ.get("RANK", "0")
+(out / f"rank{rank}.txt").write_text(weights_digest(model))
+"""
+
+
+@pytest.fixture(scope="module")
+def worker(tmp_path_factory, tiny_files, images):
+    """Builds the command line of a run in a process of its own: worker(recipe, out, *launcher)."""
+    folder = tmp_path_factory.mktemp("worker")
+    (folder / "worker.py").write_text(WORKER)
+
+    def command(recipe, out, *launcher):
+        (folder / f"{Path(out).name}.yaml").write_text(json.dumps(recipe.to_dict()))
+        arguments = (folder / "worker.py", tiny_files, folder / f"{Path(out).name}.yaml", images, out)
+        return [sys.executable, *launcher, *map(str, arguments)]
+
+    return command
+
+
+def test_killed_at_random_moments_it_reaches_the_same_weights(tiny_files, images, worker, tmp_path):
+    recipe = changed(epochs_ramp=12, epochs_subnet=12, checkpoint_every=7)
+    reference = load_official(tiny_files / "var.pth", tiny_files / "vae.pth")
+    distill(reference, recipe, data=images, out=tmp_path / "undisturbed")
+    out, rng = tmp_path / "killed", random.Random()
+    delays = [rng.uniform(0.0, 0.6) for _ in range(3)]
+    killed_at = []
+    for delay in delays:
+        process = subprocess.Popen(worker(recipe, out), env=ENVIRONMENT, stdout=subprocess.DEVNULL)
+        seen = len(read_steps(out / "steps.jsonl"))
+        while process.poll() is None and len(read_steps(out / "steps.jsonl")) in (0, seen):
+            time.sleep(0.01)
+        time.sleep(delay)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        killed_at.append(len(read_steps(out / "steps.jsonl")))
+    assert not (out / "model.safetensors").exists(), f"the run was over before it was killed: {killed_at}"
+    subprocess.run(worker(recipe, out), env=ENVIRONMENT, check=True, stdout=subprocess.DEVNULL, timeout=120)
+    assert weights(out) == weights(tmp_path / "undisturbed"), f"delays {delays}, killed at {killed_at}"
+    assert losses(out) == losses(tmp_path / "undisturbed")
+
+
+def test_two_processes_train_as_one_does(undisturbed, worker, tmp_path):
+    recipe = changed(accumulation=2)
+    torchrun = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "--rdzv-backend", "c10d")
+    command = worker(recipe, tmp_path / "two", *torchrun, "--rdzv-endpoint", "localhost:0")
+    subprocess.run(command, env=ENVIRONMENT, check=True, capture_output=True, timeout=180)
+    for one, two in zip(losses(undisturbed), losses(tmp_path / "two"), strict=True):
+        assert two["loss"] == pytest.approx(one["loss"], rel=1e-4)
+        assert two["loss_per_scale"] == pytest.approx(one["loss_per_scale"], rel=1e-3)
+        assert {k: two[k] for k in ("step", "phase", "schedule")} == {k: one[k] for k in ("step", "phase", "schedule")}
+    digests = {(tmp_path / "two" / f"rank{rank}.txt").read_text() for rank in range(2)}
+    assert digests == {weights_digest(load_elastic(tmp_path / "two"))}
