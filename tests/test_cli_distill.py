@@ -1,0 +1,124 @@
+"""The commands `distill` and `recipes`, as a person or a machine calls them."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+
+from varcompress.checkpoint import load_elastic
+from varcompress.cli.app import main
+
+RECIPE = {
+    "name": "mine",
+    "depths": [4, 2],
+    "bridge": 2,
+    "epochs_full": 1,
+    "epochs_ramp": 1,
+    "epochs_subnet": 1,
+    "learning_rate": 1e-3,
+    "batch_size": 4,
+    "dtype": "float32",
+}
+
+
+@pytest.fixture
+def arguments(tiny_files, tmp_path):
+    """`distill` of the tiny model on ten classes of two images, without --out."""
+    rng = np.random.default_rng(0)
+    for label in range(10):
+        (tmp_path / "images" / str(label)).mkdir(parents=True)
+        for i in range(2):
+            pixels = rng.integers(0, 255, (12, 12, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "images" / str(label) / f"{i}.png")
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(RECIPE))
+    options = {"vae": tiny_files / "vae.pth", "recipe": tmp_path / "mine.yaml", "data": tmp_path / "images"}
+    return [
+        "distill",
+        str(tiny_files / "var.pth"),
+        "--device=cpu",
+        *(f"--{key}={value}" for key, value in options.items()),
+    ]
+
+
+def run(arguments, capsys):
+    """Exit code, stdout and stderr of a command."""
+    with pytest.raises(SystemExit) as exit_:
+        main([str(argument) for argument in arguments])
+    captured = capsys.readouterr()
+    return exit_.value.code, captured.out, captured.err
+
+
+def test_distill_prints_losses_and_what_comes_next(arguments, tmp_path, capsys):
+    code, out, err = run([*arguments, "--out", tmp_path / "run"], capsys)
+    assert code == 0, err
+    assert "distill: phase subnet, p 1.00" in err
+    assert "15/15" in err
+    for word in ("full", "d4@2", "d2@2", "15 steps", f"varcompress push {tmp_path / 'run'} REPO"):
+        assert word in out.replace("\n", "") or word in out
+    assert load_elastic(tmp_path / "run").depths == (4, 2)
+
+
+def test_distill_as_json_with_settings(arguments, tmp_path, capsys):
+    settings = ["--set", "depths=3,2", "--set", "seed=5"]
+    code, out, _ = run([*arguments, "--out", tmp_path / "run", "--json", *settings], capsys)
+    result = json.loads(out)
+    assert code == 0
+    assert (result["kind"], result["steps"], result["out"]) == ("distill", 15, str(tmp_path / "run"))
+    assert (result["recipe"]["depths"], result["recipe"]["seed"]) == ([3, 2], 5)
+    assert {row["schedule"] for row in result["schedules"]} <= {"full", "d3@2", "d2@2"}
+    assert load_elastic(tmp_path / "run").provenance.recipe == result["recipe"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--recipe", "digit"], "did you mean digits?"),
+        (["--set", "batchsize=4"], "unknown key 'batchsize': did you mean batch_size?"),
+        (["--set", "depths=30"], "depths names 30, but the model has 6 layers"),
+        (["--data", "nowhere"], "nowhere: no such directory of images"),
+        (["--out", "{images}"], "holds something else already"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(arguments, tmp_path, capsys, options, message):
+    options = [option.replace("{images}", str(tmp_path / "images")) for option in options]
+    out = [] if "--out" in options else ["--out", tmp_path / "run"]
+    code, stdout, err = run([*arguments, *out, *options], capsys)
+    assert (code, stdout) == (2, "")
+    assert message in err
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_torchrun_starts_the_command_on_two_processes(arguments, tmp_path):
+    launcher = ["-m", "torch.distributed.run", "--nproc-per-node=2", "--rdzv-backend=c10d"]
+    module = ["--rdzv-endpoint=localhost:0", "-m", "varcompress.cli.app"]
+    command = [sys.executable, *launcher, *module, *arguments, "--json", "--out", str(tmp_path / "run")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=180, check=False)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["steps"] == 15  # one process alone prints
+    assert load_elastic(tmp_path / "run").depths == (4, 2)
+
+
+def test_recipes_list_show_and_copy(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    code, out, _ = run(["recipes", "list", "--json"], capsys)
+    names = [recipe["name"] for recipe in json.loads(out)["recipes"]]
+    assert (code, {"digits", "variant-d30"} <= set(names)) == (0, True)
+    assert "variant-d30" in run(["recipes", "list"], capsys)[1]
+    shown = run(["recipes", "show", "variant-d30"], capsys)[1]
+    assert yaml.safe_load(shown)["batch_size"] == 1024
+    assert json.loads(run(["recipes", "show", "digits", "--json"], capsys)[1])["name"] == "digits"
+    assert run(["recipes", "copy", "variant-d30"], capsys)[0] == 0
+    assert (tmp_path / "variant-d30.yaml").read_text() == shown
+    code, _, err = run(["recipes", "copy", "variant-d30"], capsys)
+    assert (code, "stays as it is" in err) == (2, True)
+    assert run(["recipes", "show", "none"], capsys)[0] == 2
