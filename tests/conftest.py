@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
+from hypothesis import settings
 
 from varcompress.models.elastic import ElasticVAR
 from varcompress.models.tokenizer import VQVAE, TokenizerConfig
 from varcompress.models.transformer import VAR, VARConfig
+
+settings.register_profile("any machine", deadline=None)  # a slow machine is no failure
+settings.load_profile("any machine")
 
 
 def random_model(
