@@ -18,14 +18,15 @@ import os
 import re
 import shutil
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 import yaml
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from varcompress.card import model_card
 from varcompress.errors import InputError
@@ -39,6 +40,7 @@ CONFIG, WEIGHTS, RECIPE, CARD = "config.json", "model.safetensors", "recipe.yaml
 BUFFERS = ("lvl_1L", "attn_bias_for_masking", "zero_k_bias", "ema_vocab_hit_SV")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 Shapes = Mapping[str, tuple[int, ...]]
+Built = TypeVar("Built", bound=nn.Module)
 
 
 # -- shapes to configurations -------------------------------------------------------------------
@@ -129,7 +131,7 @@ def _learned(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {key: value for key, value in state.items() if not key.endswith(BUFFERS)}
 
 
-def _build(kind: str, where: object, build, state: Mapping[str, Tensor]):
+def _build(kind: str, where: object, build: Callable[[], Built], state: Mapping[str, Tensor]) -> Built:
     """Build a module without allocating it, then give it the tensors of `state`."""
     try:
         with torch.device("meta"):
@@ -197,7 +199,9 @@ def save_elastic(model: ElasticVAR, path: str | Path) -> Path:
         with replacing(path / WEIGHTS) as temporary:
             save_file(tensors, temporary, metadata={"format": "pt"})
         write_text(path / CONFIG, json.dumps(config, indent=2) + "\n")
-        if model.provenance.recipe is not None:
+        if model.provenance.recipe is None:
+            (path / RECIPE).unlink(missing_ok=True)  # that of the model which lay here before
+        else:
             write_text(path / RECIPE, yaml.safe_dump(model.provenance.recipe, sort_keys=False))
         if not (path / CARD).exists():
             write_text(path / CARD, model_card(model))
@@ -229,6 +233,12 @@ def load_elastic(path: str | Path) -> ElasticVAR:
     var = build_var(parts["var"], patch_nums, where=path / WEIGHTS)
     tokenizer = build_tokenizer(parts["tokenizer"], patch_nums, where=path / WEIGHTS)
     check_fit(var.config, tokenizer.config)
+    depth, scales = var.config.depth, len(patch_nums)
+    if not 0 <= bridge <= scales or any(not 0 < d <= depth for d in depths):
+        raise InputError(
+            f"{path / CONFIG}: bridge {bridge} and depths {list(depths)} do not fit a model of "
+            f"{depth} layers and {scales} scales: save or download it again"
+        )
     provenance = Provenance(
         name=config.get("name", path.name),
         base_model=config.get("base_model"),
@@ -256,7 +266,7 @@ def check_output(path: str | Path) -> None:
 
 
 @contextlib.contextmanager
-def replacing(path: Path):
+def replacing(path: Path) -> Iterator[Path]:
     """A temporary path beside `path` that takes its place when the block ends well and is removed when not."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -273,7 +283,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 @contextlib.contextmanager
-def disk_errors(path: Path):
+def disk_errors(path: Path) -> Iterator[None]:
     """Turn a full or read-only disk into an InputError that says how much room there is."""
     try:
         yield
