@@ -62,6 +62,7 @@ def distill(
             progress, note = None, _silence
         model.to(local_device(model.device)).float()
         model.tokenizer.requires_grad_(False)
+        model.var.requires_grad_(True).zero_grad()
         ranks.on_first(lambda: directory.check(resume=resume))
         if ranks.on_first(lambda: directory.finished):
             note(f"{out}: that run is finished already")
