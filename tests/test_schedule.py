@@ -195,3 +195,16 @@ def test_widening_is_refused_by_name(case, data):
     layers[scale] = tuple(sorted({*layers[scale], layer}))
     with pytest.raises(InputError, match=f"layer {layer} comes back at scale {scale + 1}:"):
         Schedule(depth, patch_nums, tuple(layers))
+
+
+@pytest.mark.parametrize(
+    ("layers", "text"),
+    [
+        (((0, 1, 2, 3), (0, 3)), "d2@1"),
+        (((0, 1, 2, 3), (1, 2)), "custom d2@1"),
+        (((0, 1, 2, 3), (2,)), "custom d1@1"),
+        (((0, 2, 3), (0, 2, 3)), "custom d3@0"),
+    ],
+)
+def test_hand_picked_layers_are_not_printed_as_the_equidistant_subnet(layers, text):
+    assert str(Schedule(4, (1, 2), layers)) == text

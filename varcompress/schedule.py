@@ -8,6 +8,7 @@ the tokens it missed. Everything else here is arithmetic on that: tokens, cache 
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -112,6 +113,14 @@ class Schedule:
         return cls(depth, patch_nums, tuple(layers))
 
     def __str__(self) -> str:
+        text = self._depths_text()
+        with contextlib.suppress(InputError):  # a single layer has no text form
+            if Schedule.parse(text, depth=self.depth, patch_nums=self.patch_nums, bridge=0) == self:
+                return text
+        return f"custom {text}"
+
+    def _depths_text(self) -> str:
+        """The text form that has the same depths, whichever layers they are."""
         depths = [(len(segment.layers), len(segment.scales)) for segment in self.segments]
         if depths == [(self.depth, len(self.patch_nums))]:
             return "full"
