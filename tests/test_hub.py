@@ -28,7 +28,8 @@ def point_client_at(endpoint, monkeypatch):
     """What HF_ENDPOINT does when it is set before the client is imported."""
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", endpoint)
     template = endpoint + "/{repo_id}/resolve/{revision}/{filename}"
-    monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    for module in (huggingface_hub.constants, huggingface_hub.file_download):  # the latter in older clients
+        monkeypatch.setattr(module, "HUGGINGFACE_CO_URL_TEMPLATE", template, raising=False)
 
 
 @pytest.fixture
@@ -39,7 +40,7 @@ def hub(monkeypatch, tmp_path):
         point_client_at(server.endpoint, monkeypatch)
         constants = huggingface_hub.constants
         monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True, raising=False)  # older clients have none
         monkeypatch.setenv("HF_TOKEN", TOKEN)
         yield server
 

@@ -374,8 +374,9 @@ def _reason(error: Exception, revision: str | None) -> str:
         return f"it has no revision {revision!r}: check the branch, tag or commit"
     if find(errors.RepositoryNotFoundError):
         return "there is no such repository, or it is private: check the name, or run `hf auth login`"
-    if refusal := find(errors.HfHubHTTPError):
-        return _refused(refusal)
+    answers = [link for link in chain if getattr(link, "response", None) is not None]
+    if answers:
+        return _refused(answers[0])
     if find(errors.HFValidationError):
         return "this is no repository name: write organisation/name with letters, digits, - _ and ."
     if find(errors.OfflineModeIsEnabled, errors.LocalEntryNotFoundError, ConnectionError, *_transport_errors()):
@@ -395,8 +396,8 @@ def _refused(refusal: BaseException) -> str:
     if status == 401:
         return "the Hub does not know you: run `hf auth login`"
     if status == 403:
-        said = refusal.server_message
-        return f"your token does not allow it{f' ({said})' if said else ''}: `hf auth login` with one that may write"
+        said = getattr(refusal, "server_message", None)
+        return f"your token does not allow it{f' ({said})' if said else ''}: run `hf auth login` with one that does"
     if status == 429 or status >= 500:
         return f"the Hub answered {status}: try again later"
     return _one_line(refusal)
