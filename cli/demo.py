@@ -21,7 +21,7 @@ def demo(
 
     note("The embedded model: 30 layers, 4 scales, trained on 8 x 8 handwritten digits.")
     with progress_bar() as progress:
-        result = run_demo(directory, progress=progress)
+        result = run_demo(directory, progress=progress, note=note)
     if as_json:
         print_json(result)
         return

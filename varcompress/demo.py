@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,25 +21,35 @@ from varcompress.training import distill
 from varcompress.training.recipe import load_recipe
 
 Progress = Callable[[int, int, str], None]
+Note = Callable[[str], None]
 SCORE = "digits_fd"
 
 
-def run_demo(out: str | Path, *, images: int = 1000, batch_size: int = 100, progress: Progress | None = None) -> dict:
+def run_demo(
+    out: str | Path,
+    *,
+    images: int = 1000,
+    batch_size: int = 100,
+    progress: Progress | None = None,
+    note: Note = warnings.warn,
+) -> dict:
     """Distil, profile and evaluate `digits` into the elastic directory `out`.
 
+    A demo that was interrupted goes on with the distillation where it stopped; a finished one only measures again.
     Returns a JSON-able dict: per schedule the score of the untouched and of the distilled weights,
     and speed, cache and peak memory; plus the files written. Raises InputError when `out` holds
     something else.
     """
     out, started = Path(out), time.monotonic()
     check_output(out)
+    resume = out.is_dir() and any(out.iterdir())
     recipe = load_recipe("digits")
     model = load("digits")
     model.bridge, model.depths = recipe.bridge, recipe.depths
     settings = {"images": images, "batch_size": batch_size, "progress": progress}
     samples = {"untrained subnets": sample_rows(model)}
     before = evaluate(model, **settings)
-    model = distill(model, recipe, out=out, progress=progress)
+    model = distill(model, recipe, out=out, resume=resume, progress=progress, note=note)
     samples["distilled subnets"] = sample_rows(model)
     after = evaluate(model, **settings)
     costs = profile(model, batch_size=64, progress=progress)
