@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from varcompress.checkpoint import check_output, write_text
+from varcompress.checkpoint import write_text
 from varcompress.evaluation import evaluate
 from varcompress.hub import load
 from varcompress.images import to_uint8
@@ -19,6 +19,7 @@ from varcompress.profiling import profile
 from varcompress.report import plot_eval, plot_profile
 from varcompress.training import distill
 from varcompress.training.recipe import load_recipe
+from varcompress.training.state import RunDirectory
 
 Progress = Callable[[int, int, str], None]
 Note = Callable[[str], None]
@@ -41,8 +42,8 @@ def run_demo(
     something else.
     """
     out, started = Path(out), time.monotonic()
-    check_output(out)
     resume = out.is_dir() and any(out.iterdir())
+    RunDirectory(out).check(resume=resume)
     recipe = load_recipe("digits")
     model = load("digits")
     model.bridge, model.depths = recipe.bridge, recipe.depths
@@ -70,9 +71,10 @@ def run_demo(
                 before["schedules"], after["schedules"], costs["schedules"], strict=True
             )
         ],
+        "untrained": before,  # not a file of its own: `push` would take it for a result of the distilled weights
         "seconds": time.monotonic() - started,
     }
-    files = {"eval_untrained": before, "eval": after, "profile": costs, "demo": result}
+    files = {"eval": after, "profile": costs, "demo": result}
     for name, content in files.items():
         write_text(out / f"{name}.json", json.dumps(content, indent=2) + "\n")
     plot_eval(after, out / "eval.png")
