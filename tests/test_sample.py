@@ -12,7 +12,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from varcompress.errors import InputError
-from varcompress.images import draw_images, grid, save_images, to_uint8
+from varcompress.images import GAP_PIXELS, draw_images, grid, save_images, to_uint8
 
 
 @pytest.fixture(scope="module")
@@ -46,17 +46,20 @@ def test_draw_reports_progress(tiny):
 def test_grid_goes_row_by_row_and_enlarges_by_a_whole_factor():
     pixels = np.arange(5, dtype=np.uint8).repeat(20 * 20 * 3).reshape(5, 20, 20, 3) * 50
     sheet = grid(pixels, columns=3)
-    assert sheet.shape == (2 * 80, 3 * 80, 3)
+    step = 80 + GAP_PIXELS
+    assert sheet.shape == (step + 80, 2 * step + 80, 3)
     for index in range(5):
         row, column = divmod(index, 3)
-        cell = sheet[row * 80 : row * 80 + 80, column * 80 : column * 80 + 80]
+        cell = sheet[row * step : row * step + 80, column * step : column * step + 80]
         assert (cell == index * 50).all()
-    assert (sheet[80:, 160:] == 255).all()
+    assert (sheet[step:, 2 * step :] == 255).all()
+    assert (sheet[80:step] == 255).all()
 
 
 def test_large_images_keep_their_pixels():
     pixels = np.random.default_rng(0).integers(256, size=(2, 70, 70, 3), dtype=np.uint8)
-    assert (grid(pixels, columns=2) == np.concatenate(list(pixels), axis=1)).all()
+    sheet = grid(pixels, columns=2)
+    assert (np.concatenate([sheet[:, :70], sheet[:, -70:]], axis=1) == np.concatenate(list(pixels), axis=1)).all()
 
 
 @pytest.mark.parametrize("name", ["grid.png", "arrays.npz"])
@@ -81,7 +84,7 @@ def test_sample_writes_a_grid(run, model_arguments, tmp_path):
     assert outcome.exit_code == 0, outcome.output
     assert "12 images under d2@2" in outcome.stdout
     with Image.open(out) as image:
-        assert image.size == (4 * 64, 3 * 64)  # a row for each class
+        assert image.size == (4 * 64 + 3 * GAP_PIXELS, 3 * 64 + 2 * GAP_PIXELS)  # a row for each class
 
 
 def test_sample_writes_arrays_and_replaces_them(run, model_arguments, tiny, tmp_path):

@@ -278,6 +278,13 @@ def test_warmup_raises_the_learning_rate_linearly(tiny, images, tmp_path):
     assert rates[:6] == pytest.approx([0.25e-3, 0.5e-3, 0.75e-3, 1e-3, 1e-3, 1e-3])
 
 
+def test_the_learning_rate_falls_linearly_to_its_end(tiny, images, tmp_path):
+    recipe = changed(learning_rate_end=0.2, epochs_ramp=0, epochs_subnet=1)
+    distill(copy.deepcopy(tiny), recipe, data=images, out=tmp_path)
+    rates = [step["learning_rate"] / recipe.learning_rate for step in losses(tmp_path)]
+    assert rates == pytest.approx([1 - 0.8 * (i + 1) / len(rates) for i in range(len(rates))])
+
+
 def test_a_shared_token_store_is_kept(tiny, images, tmp_path):
     once = changed(epochs_ramp=0, epochs_subnet=0)
     for name in ("first", "second"):

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 EXTENSIONS = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"})
 OUTPUTS = (".png", ".npz")
 MIN_CELL_PIXELS = 64
+GAP_PIXELS = 4  # between the cells of a grid
 
 
 def to_uint8(images: Tensor) -> Tensor:
@@ -115,12 +116,17 @@ def save_images(path: Path, images: Tensor, labels: Sequence[int], *, columns: i
 
 
 def grid(pixels: np.ndarray, columns: int) -> np.ndarray:
-    """Images (N, H, W, 3) uint8 row by row on one sheet; small ones enlarged by a whole factor to 64 pixels or more."""
+    """Images (N, H, W, 3) uint8 row by row on one white sheet, a few pixels apart.
+
+    Small ones are enlarged by a whole factor to 64 pixels or more.
+    """
+    factor = math.ceil(MIN_CELL_PIXELS / min(pixels.shape[1:3]))
+    pixels = pixels.repeat(factor, axis=1).repeat(factor, axis=2)
     count, height, width, channels = pixels.shape
     rows = math.ceil(count / columns)
-    cells = np.full((rows * columns, height, width, channels), 255, np.uint8)
-    cells[:count] = pixels
-    sheet = cells.reshape(rows, columns, height, width, channels).swapaxes(1, 2)
-    sheet = sheet.reshape(rows * height, columns * width, channels)
-    factor = math.ceil(MIN_CELL_PIXELS / min(height, width))
-    return sheet.repeat(factor, axis=0).repeat(factor, axis=1)
+    shape = (rows * (height + GAP_PIXELS) - GAP_PIXELS, columns * (width + GAP_PIXELS) - GAP_PIXELS, channels)
+    sheet = np.full(shape, 255, np.uint8)
+    for i, image in enumerate(pixels):
+        top, left = (i // columns) * (height + GAP_PIXELS), (i % columns) * (width + GAP_PIXELS)
+        sheet[top : top + height, left : left + width] = image
+    return sheet

@@ -114,7 +114,7 @@ def train(
             null = var.config.classes
             epoch = Epoch.draw(data, seed=recipe.seed, epoch=step.epoch, label_drop=recipe.label_drop, null=null)
         schedule = schedules[step.depth]
-        learning_rate = recipe.learning_rate * min(1.0, step.number / max(recipe.warmup_steps, 1))
+        learning_rate = learning_rate_at(step.number, len(steps), recipe)
 
         token_loss = torch.zeros(var.config.tokens, device=model.device)  # (L,), mean over this process's images
         for places in micro_batches(step, recipe, ranks):
@@ -194,6 +194,12 @@ def micro_batches(step: Step, recipe: Recipe, ranks: Ranks) -> Iterator[slice]:
     for micro in range(recipe.accumulation):
         start = step.place * recipe.batch_size + (micro * ranks.count + ranks.rank) * size
         yield slice(start, start + size)
+
+
+def learning_rate_at(number: int, steps: int, recipe: Recipe) -> float:
+    """The learning rate of step `number` (from 1) of `steps`: a linear rise, under a linear fall over the whole run."""
+    rise = min(1.0, number / max(recipe.warmup_steps, 1))
+    return recipe.learning_rate * rise * (1 - (1 - recipe.learning_rate_end) * number / steps)
 
 
 def adamw(var: VAR, recipe: Recipe) -> torch.optim.AdamW:

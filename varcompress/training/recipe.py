@@ -36,6 +36,7 @@ class Recipe:
     p_start: float = _within(0, 1, default=0.2)
     p_end: float = _within(0, 1, default=1.0)
     learning_rate: float = _within(0, default=1e-6)
+    learning_rate_end: float = _within(0, 1, default=1.0)  # the share of it left at the last step, falling linearly
     warmup_steps: int = _within(0, default=0)  # the learning rate rises linearly over so many steps
     weight_decay: float = _within(0, default=0.0)  # on the matrices of linear layers
     betas: tuple[float, float] = _within(0, 1 - 1e-9, default=(0.9, 0.95))
