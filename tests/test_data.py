@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import struct
+
 import numpy as np
 import pytest
 import torch
@@ -186,3 +188,39 @@ def test_the_digest_is_of_every_weight():
     with torch.no_grad():
         model.tokenizer.decoder.conv_out.bias[1] += 1e-6
     assert weights_digest(model) != before
+
+
+@pytest.mark.parametrize("shape", [(65_000, 1), (1, 65_000)])
+def test_a_very_long_image_is_cropped_before_it_is_resized(tmp_path, monkeypatch, shape):
+    (tmp_path / "c").mkdir()
+    ramp = (np.arange(65_000) // 256).astype(np.uint8).reshape(*shape, 1)  # 0 to 253 from end to end
+    Image.fromarray(np.tile(ramp, (1, 1, 3))).save(tmp_path / "c" / "a.png")
+    sizes, resize = [], Image.Image.resize
+    monkeypatch.setattr(Image.Image, "resize", lambda *args, **more: sizes.append(args[1]) or resize(*args, **more))
+    views = read_views(scan(tmp_path, 1), 0, size=16, views=2)
+    assert views.shape == (2, 3, 16, 16)
+    assert set(np.unique(views)) <= {126, 127}  # of the middle
+    assert max(sizes[0]) == 16 * 18
+
+
+def test_ordinary_images_are_resized_whole(tmp_path):
+    (tmp_path / "c").mkdir()
+    pixels = np.random.default_rng(0).integers(0, 255, (20, 300, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "c" / "a.png")
+    whole = np.asarray(Image.fromarray(pixels).resize((270, 18), Image.Resampling.LANCZOS))
+    view = read_views(scan(tmp_path, 1), 0, size=16, views=1)[0].transpose(1, 2, 0)
+    left = int(0.5 * (270 - 16 + 1))
+    assert np.array_equal(view, whole[1:17, left : left + 16])
+
+
+@pytest.mark.parametrize("error", [struct.error, TypeError, MemoryError, IndexError])
+def test_whatever_a_decoder_raises_the_image_is_skipped(tiny, images, tmp_path, monkeypatch, error):
+    convert = Image.Image.convert
+
+    def broken(image, mode):
+        if image.filename.endswith("class5/3.png"):
+            raise error("broken")
+        return convert(image, mode)
+
+    monkeypatch.setattr("PIL.PngImagePlugin.PngImageFile.convert", broken)
+    assert filled(tmp_path / "store", images, tiny).skipped == ("class3/1.png", "class5/3.png", "class7/2.png")

@@ -221,7 +221,7 @@ def test_unreadable_images_are_skipped_counted_and_named(tmp_path, pixels, extra
     reference = read(folder, extractor)
     assert len(reference.vectors) == COUNT
     (note,) = reference.notes
-    assert note.startswith("empty or unreadable reference images, skipped: 3 (")
+    assert note.startswith(f"reference: skipped 3 of {COUNT + 3} images that could not be read: ")
     for name in ("empty.png", "class0/text.JPEG", "class1/half.png"):
         assert name in note
 

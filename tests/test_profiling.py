@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from varcompress.errors import InputError
+from varcompress.hardware import device_name, fitting_memory
 from varcompress.models import elastic
 from varcompress.models.tokenizer import decoder_flops
 from varcompress.profiling import (
@@ -16,8 +17,6 @@ from varcompress.profiling import (
     PeakMemory,
     _phases_ms,
     describe,
-    device_name,
-    fitting_memory,
     predict,
     profile,
 )
@@ -223,10 +222,10 @@ def test_refusals(model, arguments, message):
         profile(model, **arguments)
 
 
-def test_too_large_a_batch_is_named(model):
-    with pytest.raises(InputError, match="a batch of 64 images does not fit"), fitting_memory(model, 64):
+def test_too_large_a_batch_is_named():
+    with pytest.raises(InputError, match="a batch of 64 images does not fit"), fitting_memory("cpu", 64):
         raise torch.OutOfMemoryError("CUDA out of memory")
-    with pytest.raises(InputError, match="choose a smaller one"), fitting_memory(model, 64):
+    with pytest.raises(InputError, match="choose a smaller one"), fitting_memory("cpu", 64):
         torch.empty(2**60)  # the CPU's allocator refuses
-    with pytest.raises(RuntimeError, match="another"), fitting_memory(model, 64):
+    with pytest.raises(RuntimeError, match="another"), fitting_memory("cpu", 64):
         raise RuntimeError("another")

@@ -43,6 +43,15 @@ def test_draw_reports_progress(tiny):
     assert steps == [(2, 3, "full: images"), (3, 3, "full: images")]
 
 
+def test_a_batch_beyond_the_memory_is_named(tiny, monkeypatch):
+    def full(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(tiny.tokenizer.decoder, "forward", full)
+    with pytest.raises(InputError, match=r"a batch of 2 images does not fit in the memory of .*: choose a smaller one"):
+        draw_images(tiny, [1, 2, 3], batch_size=2)
+
+
 def test_grid_goes_row_by_row_and_enlarges_by_a_whole_factor():
     pixels = np.arange(5, dtype=np.uint8).repeat(20 * 20 * 3).reshape(5, 20, 20, 3) * 50
     sheet = grid(pixels, columns=3)

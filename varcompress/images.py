@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from varcompress.checkpoint import disk_errors, replacing
 from varcompress.errors import InputError
+from varcompress.hardware import fitting_memory
 from varcompress.schedule import Schedule
 
 if TYPE_CHECKING:
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
 
 EXTENSIONS = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"})
 OUTPUTS = (".png", ".npz")
+NAMED = 5  # skipped images whose names a note lists
 MIN_CELL_PIXELS = 64
 GAP_PIXELS = 4  # between the cells of a grid
 
@@ -38,13 +41,25 @@ def image_files(folder: Path) -> list[Path]:
     return sorted(path for path in folder.rglob("*") if path.suffix.lower() in EXTENSIONS and path.is_file())
 
 
-def read_image(path: Path, size: int) -> tuple[Tensor, bool]:
-    """One image file as (3, size, size) uint8, and whether it had to be resized for that.
+def open_rgb(path: Path) -> Image.Image | None:
+    """An image file in RGB, None if it cannot be read."""
+    try:
+        with Image.open(path) as image:
+            return image.convert("RGB")
+    except Exception:  # Pillow's decoders raise whatever they trip over: OSError, struct.error, TypeError, MemoryError
+        return None
 
-    Raises whatever Pillow raises for an empty or damaged file, which is half a dozen types.
-    """
-    with Image.open(path) as image:
-        return _fit(image.convert("RGB"), size), image.size != (size, size)
+
+def skipped_note(names: Sequence[str], total: int) -> str:
+    """What to say about images that `open_rgb` could not read: how many of how many, and the first of their names."""
+    more = ", ..." if len(names) > NAMED else ""
+    return f"skipped {len(names)} of {total} images that could not be read: {', '.join(names[:NAMED])}{more}"
+
+
+def read_image(path: Path, size: int) -> tuple[Tensor, bool] | None:
+    """One image file as (3, size, size) uint8, and whether it had to be resized for that; None if it is unreadable."""
+    image = open_rgb(path)
+    return None if image is None else (_fit(image, size), image.size != (size, size))
 
 
 def fit(pixels: np.ndarray, size: int) -> Tensor:
@@ -77,16 +92,26 @@ def draw_images(
     """Images of any number of labels (N, 3, H, W) uint8, generated batch_size at a time.
 
     Image i has the random stream (seed, i), as in one call of `generate`, whose other arguments
-    `sampling` holds. Raises InputError for an unknown class before any image is drawn.
+    `sampling` holds. Raises InputError for an unknown class before any image is drawn, for a batch
+    that the memory does not hold, and for images that are not finite.
     """
     labels, schedule = model.labels(labels), model.schedule(schedule)
     parts = []
     for first in range(0, len(labels), batch_size):
         batch = labels[first : first + batch_size]
-        parts.append(to_uint8(model.generate(batch, schedule, first_index=first, **sampling)).cpu())
+        with fitting_memory(model.device, len(batch)):
+            images = model.generate(batch, schedule, first_index=first, **sampling)
+            check_finite(images, schedule, model.dtype)
+            parts.append(to_uint8(images).cpu())
         if progress:
             progress(first + len(batch), len(labels), f"{schedule}: images")
     return torch.cat(parts)
+
+
+def check_finite(images: Tensor, schedule: Schedule, dtype: torch.dtype) -> None:
+    """Raises InputError when generated images are not finite: their numbers grew beyond what `dtype` holds."""
+    if not torch.isfinite(images).all():
+        raise InputError(f"schedule {schedule} draws images that are not finite in {dtype}: use float32")
 
 
 # -- out ----------------------------------------------------------------------------------------
@@ -98,6 +123,9 @@ def check_image_output(path: Path) -> None:
         raise InputError(f"{path}: the name must end in .png (a grid) or .npz (arrays)")
     if path.is_dir():
         raise InputError(f"{path}: is a directory: name a file in it")
+    above = next(folder for folder in path.absolute().parents if folder.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        raise InputError(f"{path}: {above} is no directory that can be written to: choose another")
 
 
 def save_images(path: Path, images: Tensor, labels: Sequence[int], *, columns: int) -> None:

@@ -7,15 +7,12 @@ FLOPs, weights and cache are taken in further passes.
 
 from __future__ import annotations
 
-import contextlib
 import gc
 import itertools
-import platform
 import random
 import time
 import weakref
-from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -28,6 +25,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from varcompress.cache import KVCache
 from varcompress.errors import InputError
+from varcompress.hardware import device_name, fitting_memory
 from varcompress.models.elastic import ElasticVAR
 from varcompress.models.tokenizer import TokenizerConfig, decoder_flops
 from varcompress.schedule import Schedule
@@ -81,14 +79,14 @@ def profile(
     times = {schedule: [] for schedule in schedules}
     splits = {schedule: [] for schedule in schedules}
     order = random.Random(seed)
-    with fitting_memory(model, batch_size):
+    with fitting_memory(model.device, batch_size):
         for _ in range(warmup):
             for schedule in schedules:
                 call(schedule)
         counts = {schedule: _counts(model, call, schedule) for schedule in schedules}
         for _ in range(runs):
             for schedule in order.sample(schedules, len(schedules)):
-                times[schedule].append(_latency_ms(model.device, lambda s=schedule: call(s)))
+                times[schedule].append(timed(model.device, lambda s=schedule: call(s))[1])
                 splits[schedule].append(_phases_ms(model, lambda s=schedule: call(s)))
     rows = [_row(model, s, batch_size, times[s], splits[s], counts[s]) for s in schedules]
     return {
@@ -154,33 +152,6 @@ def describe(model: ElasticVAR, schedules: Sequence[str | Schedule] | None = Non
         "recipe": model.provenance.recipe,
         "schedules": [_description(model, schedule, full) for schedule in schedules],
     }
-
-
-def device_name(device: torch.device | str) -> str:
-    """The hardware behind a device: the GPU's name, or the processor's with the threads torch uses."""
-    device = torch.device(device)
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.is_file() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    name = names[0] if names else platform.processor() or platform.machine()
-    threads = torch.get_num_threads()
-    return f"{name}, {threads} thread{'' if threads == 1 else 's'}"
-
-
-@contextlib.contextmanager
-def fitting_memory(model: ElasticVAR, batch_size: int) -> Iterator[None]:
-    """Turns running out of memory into an InputError that names the batch."""
-    try:
-        yield
-    except RuntimeError as error:  # torch.OutOfMemoryError on a GPU is one
-        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
-            raise
-        raise InputError(
-            f"a batch of {batch_size} images does not fit in the memory of {device_name(model.device)}: "
-            "choose a smaller one"
-        ) from error
 
 
 # -- measuring ----------------------------------------------------------------------------------
@@ -311,12 +282,13 @@ def _synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def _latency_ms(device: torch.device, call: Callable[[], Tensor]) -> float:
+def timed(device: torch.device, call: Callable[[], Tensor]) -> tuple[Tensor, float]:
+    """What `call` returns, and the milliseconds until the device has finished it."""
     _synchronize(device)
     start = time.perf_counter()
-    call()
+    result = call()
     _synchronize(device)
-    return (time.perf_counter() - start) * 1e3
+    return result, (time.perf_counter() - start) * 1e3
 
 
 def _phases_ms(model: ElasticVAR, call: Callable[[], Tensor]) -> dict[str, float]:

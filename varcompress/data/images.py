@@ -11,8 +11,10 @@ from PIL import Image
 
 from varcompress.data.streams import CROP, fractions, words
 from varcompress.errors import InputError
+from varcompress.images import open_rgb
 
 MARGIN = 1.125  # an image's shorter side before cropping, in units of the model's image size (VAR's training)
+MAX_ASPECT = 16  # longer images lose their ends before resizing, which would make millions of pixels of a thin line
 
 
 @dataclass(frozen=True)
@@ -51,14 +53,14 @@ def scan(root: str | Path, classes: int) -> ImageFolder:
 def read_views(folder: ImageFolder, index: int, size: int, views: int) -> np.ndarray | None:
     """Views of one image, (views, 3, size, size) uint8: the centre, then random crops. None if it is unreadable.
 
-    The shorter side is resized to 1.125 size first. A crop depends on (index, view) alone, so that
+    The shorter side is resized to 1.125 size first. Of an image more than 16 times as long as it is
+    wide, only the middle 16 are used. A crop depends on (index, view) alone, so that
     runs of any seed can share the tokens.
     """
-    try:
-        with Image.open(folder.root / folder.files[index]) as file:
-            pixels = _shorter_side(file.convert("RGB"), round(MARGIN * size))
-    except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError):  # Pillow's ways to say no
+    image = open_rgb(folder.root / folder.files[index])
+    if image is None:
         return None
+    pixels = _shorter_side(image, round(MARGIN * size))
     height, width = pixels.shape[:2]
     rows, columns = (fractions(word) for word in words(0, CROP, index, views)[:2])
     rows[0] = columns[0] = 0.5
@@ -70,7 +72,10 @@ def read_views(folder: ImageFolder, index: int, size: int, views: int) -> np.nda
 
 
 def _shorter_side(image: Image.Image, side: int) -> np.ndarray:
-    """The image with its shorter side resized to `side`: (H, W, 3) uint8."""
-    factor = side / min(image.size)
-    size = tuple(max(side, round(length * factor)) for length in image.size)
-    return np.asarray(image.resize(size, Image.Resampling.LANCZOS))
+    """The image with its shorter side resized to `side`: (H, W, 3) uint8, at most MAX_ASPECT times as long as wide."""
+    shorter = min(image.size)
+    used = [min(length, MAX_ASPECT * shorter) for length in image.size]
+    left, top = ((length - part) // 2 for length, part in zip(image.size, used, strict=True))
+    size = tuple(max(side, round(part * side / shorter)) for part in used)
+    box = (left, top, left + used[0], top + used[1])
+    return np.asarray(image.resize(size, Image.Resampling.LANCZOS, box=box))

@@ -22,10 +22,9 @@ from torch_fidelity.metric_fid import fid_features_to_statistics
 from varcompress.data import digits
 from varcompress.errors import InputError
 from varcompress.evaluation.features import Extractor, Features
-from varcompress.images import EXTENSIONS, fit, image_files, read_image, to_uint8
+from varcompress.images import EXTENSIONS, fit, image_files, read_image, skipped_note, to_uint8
 
 MIN_IMAGES = 10  # Inception Score is a mean over 10 groups; precision needs 4 images, a covariance 2
-NAMED = 5  # skipped files that a note names
 ARRAYS = "an .npz of images holds arr_0 (N, H, W, 3) uint8, one of statistics mu (D,) and sigma (D, D)"
 
 Progress = Callable[[int, int, str], None] | None
@@ -95,9 +94,8 @@ def _of_folder(folder: Path, extractor: Extractor, size: int, batch_size: int, p
     batches = (torch.stack(batch) for batch in iter(lambda: list(islice(images, batch_size)), []))
     reference = Reference.of_images(str(folder), batches, len(files), extractor, progress)
     if skipped:
-        names = ", ".join(str(path.relative_to(folder)) for path in skipped[:NAMED])
-        more = f" and {len(skipped) - NAMED} more" if len(skipped) > NAMED else ""
-        reference.notes.append(f"empty or unreadable reference images, skipped: {len(skipped)} ({names}{more})")
+        names = [path.relative_to(folder).as_posix() for path in skipped]
+        reference.notes.append(f"reference: {skipped_note(names, len(files))}")
     if resized:
         reference.notes.append(_resized(len(resized), size))
     return reference
@@ -106,11 +104,11 @@ def _of_folder(folder: Path, extractor: Extractor, size: int, batch_size: int, p
 def _readable(files: list[Path], size: int, skipped: list[Path], resized: list[Path]) -> Iterator[Tensor]:
     """Images (3, size, size) uint8; files that are no images go to `skipped`, files of another size to `resized`."""
     for path in files:
-        try:
-            image, changed = read_image(path, size)
-        except Exception:  # Pillow raises half a dozen types for a file that is not an image
+        found = read_image(path, size)
+        if found is None:
             skipped.append(path)
             continue
+        image, changed = found
         if changed:
             resized.append(path)
         yield image

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -18,9 +18,10 @@ from varcompress.data import digits
 from varcompress.errors import InputError
 from varcompress.evaluation.features import DIGITS, EXTRACTORS, INCEPTION, Extractor, Features
 from varcompress.evaluation.reference import MIN_IMAGES, Progress, Reference, read_reference
-from varcompress.images import to_uint8
+from varcompress.hardware import device_name, fitting_memory
+from varcompress.images import check_finite, to_uint8
 from varcompress.models.elastic import ElasticVAR
-from varcompress.profiling import PeakMemory, device_name, fitting_memory
+from varcompress.profiling import PeakMemory, timed
 from varcompress.schedule import Schedule
 
 PUBLISHED_IMAGES = 50_000
@@ -83,7 +84,7 @@ def evaluate(
     known = read_reference(reference, extractor, size=size, batch_size=batch_size, progress=progress)
     batch_size = min(batch_size, images)
     settings = {"cfg": cfg, "top_k": top_k, "top_p": top_p, "seed": seed}
-    with fitting_memory(model, batch_size):
+    with fitting_memory(model.device, batch_size):
         rows = [
             _evaluate_schedule(model, schedule, known, extractor, images, batch_size, settings, progress)
             for schedule in chosen
@@ -163,36 +164,27 @@ def _evaluate_schedule(
     with PeakMemory(model) as memory:
         model.generate(labels[:batch_size], schedule, **settings)
     parts: list[Features] = []  # only features are kept: 50,000 images of 256 pixels would fill 9 GiB
-    seconds: list[float] = []
+    times_ms: list[float] = []
     for first in range(0, images, batch_size):
         batch = labels[first : first + batch_size]
-        drawn, elapsed = _timed(model, batch, schedule, first_index=first, **settings)
-        if not torch.isfinite(drawn).all():
-            raise InputError(f"schedule {schedule} draws images that are not finite in {model.dtype}: use float32")
+        call = partial(model.generate, batch, schedule, first_index=first, **settings)
+        drawn, elapsed_ms = timed(model.device, call)
+        check_finite(drawn, schedule, model.dtype)
         parts.append(extractor(to_uint8(drawn)))
         if len(batch) == batch_size:
-            seconds.append(elapsed)
+            times_ms.append(elapsed_ms)
         if progress:
             progress(first + len(batch), images, f"{schedule}: images")
-    latency = statistics.median(seconds)
+    latency_ms = statistics.median(times_ms)
     width, element_bytes = model.var.config.width, model.dtype.itemsize
     return {
         "schedule": str(schedule),
         **score(Features.join(parts), reference, extractor.kind),
-        "latency_ms": latency * 1e3,
-        "images_per_second": batch_size / latency,
+        "latency_ms": latency_ms,
+        "images_per_second": batch_size / latency_ms * 1e3,
         "peak_bytes": memory.bytes,
         "cache_bytes": schedule.cache_bytes(batch=batch_size, width=width, element_bytes=element_bytes),
     }
-
-
-def _timed(model: ElasticVAR, labels: Tensor, schedule: Schedule, **settings: float) -> tuple[Tensor, float]:
-    """Images, and the seconds from the call until the device has finished them."""
-    started = time.perf_counter()
-    images = model.generate(labels, schedule, **settings)
-    if model.device.type == "cuda":
-        torch.cuda.synchronize(model.device)
-    return images, time.perf_counter() - started
 
 
 # -- what goes with the scores ------------------------------------------------------------------
