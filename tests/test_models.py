@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from tests.conftest import random_model
 from varcompress.errors import InputError
+from varcompress.images import draw_images
 from varcompress.models.transformer import VAR
 from varcompress.schedule import Schedule, equidistant
 
@@ -73,7 +74,7 @@ def test_later_tokens_do_not_reach_earlier_scales(name):
     model = MODELS[name]
     tokens = random_tokens(model, 2)
     changed = tokens.clone()
-    last = model.var.config.ends[-2]
+    last = model.schedule("full").ends[-2]
     changed[:, last:] = (changed[:, last:] + 1) % model.var.config.vocab
     with torch.inference_mode():
         assert torch.equal(model([0, 1], tokens, "d2@1"), model([0, 1], changed, "d2@1"))
@@ -83,7 +84,7 @@ def test_a_subnet_changes_only_the_scales_after_the_bridge(tiny):
     tokens = random_tokens(tiny, 2)
     with torch.inference_mode():
         full, subnet = tiny([3, 4], tokens), tiny([3, 4], tokens, "d2@2")
-    bridge = tiny.var.config.ends[1]
+    bridge = tiny.schedule("full").ends[1]
     torch.testing.assert_close(full[:, :bridge], subnet[:, :bridge])
     assert (full[:, bridge:] - subnet[:, bridge:]).abs().mean() > 0.1
 
@@ -111,7 +112,7 @@ def test_recomputing_activations_gives_the_same_gradients(tiny):
 
 
 def test_guidance_is_zero_at_the_first_scale_and_cfg_at_the_last(tiny):
-    first = tiny.var.config.ends[0]
+    first = tiny.schedule("full").ends[0]
     weak, _ = tiny.generate_tokens([1, 2], cfg=0.0, seed=3)
     strong, _ = tiny.generate_tokens([1, 2], cfg=8.0, seed=3)
     assert torch.equal(weak[:, :first], strong[:, :first])
@@ -159,3 +160,72 @@ def test_parameters_of_the_real_checkpoints_are_counted_without_allocating_them(
             with torch.device("meta"):
                 var = VAR(var_config(shapes, tuple(spec["patch_nums"])))
             assert sum(p.numel() for p in var.parameters()) == spec["parameters"]
+
+
+@pytest.mark.parametrize("labels", [[1.7], ["a"], [None], torch.tensor([1.0]), [True], [2**70], 3])
+def test_labels_are_whole_numbers(tiny, labels):
+    with pytest.raises(InputError, match="labels must be a list of at least one class index"):
+        tiny.generate(labels)
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {"cfg": float("nan")},
+        {"cfg": float("inf")},
+        {"cfg": "1.5"},
+        {"top_k": -1},
+        {"top_k": 2.5},
+        {"top_p": -0.1},
+        {"top_p": 1.1},
+        {"top_p": float("nan")},
+        {"seed": -1},
+        {"seed": 2**63},
+        {"seed": 1.0},
+    ],
+)
+def test_settings_that_mean_nothing_are_refused(tiny, setting):
+    with pytest.raises(InputError, match=f"{next(iter(setting))} must be "):
+        tiny.generate([1], **setting)
+
+
+def test_the_bounds_of_settings_are_allowed(tiny):
+    for setting in ({"top_k": 0, "top_p": 0}, {"top_p": 1}, {"seed": 2**63 - 1}, {"cfg": 0}):
+        assert tiny.generate([1], **setting).isfinite().all()
+
+
+def test_a_schedule_that_is_none_is_refused(tiny):
+    with pytest.raises(InputError, match="a schedule is text, such as full or d8, or a Schedule, not None"):
+        tiny.generate([0], None)
+
+
+def test_tokens_that_are_none_are_refused(tiny):
+    tokens = random_tokens(tiny, 2)
+    cases = {
+        "shape": tokens[:, :-1],
+        "of shape \\(30,\\)": tokens[0],
+        "whole numbers": tokens.float(),
+        "token 40 is unknown: the codebook has 0 to 39": tokens.clone().fill_(40),
+        "token -1 is unknown": tokens.clone().fill_(-1),
+    }
+    for message, wrong in cases.items():
+        with pytest.raises(InputError, match=message):
+            tiny.decode(wrong)
+        with pytest.raises(InputError, match=message):
+            tiny([1, 2], wrong)
+        with pytest.raises(InputError, match=message):
+            tiny.generate_tokens([1, 2], forced=wrong)
+    with pytest.raises(InputError, match="tokens of 2 images for 3 labels"):
+        tiny([1, 2, 3], tokens)
+    assert torch.equal(tiny.decode(tokens.int()), tiny.decode(tokens))
+
+
+def test_logits_that_overflow_spoil_the_image_visibly_and_no_other():
+    model = random_model()
+    with torch.no_grad():
+        model.var.class_emb.weight[3] = torch.inf  # one class alone grows beyond the dtype
+    sound, spoilt = model.generate([2, 3], "d2")
+    assert sound.isfinite().all()
+    assert spoilt.isnan().all()
+    with pytest.raises(InputError, match=r"schedule d2@2 draws images that are not finite in torch\.float32"):
+        draw_images(model, [2, 3], "d2")

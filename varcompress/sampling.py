@@ -7,9 +7,15 @@ with the batch it is drawn in, nor with the device.
 
 from __future__ import annotations
 
+import math
+from operator import index
+
 import torch
 from torch import Tensor
 
+from varcompress.errors import InputError
+
+MAX_SEED = 2**63 - 1
 _ROUNDS = 10
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
@@ -44,6 +50,23 @@ def uniform(seed: int, images: Tensor, scale: int, positions: int) -> Tensor:
     return (philox(counter, seed)[0] >> 8).float() * 2.0**-24
 
 
+def check_settings(*, cfg: float, top_k: int, top_p: float, seed: int) -> None:
+    """Raises InputError for a setting of generation that means nothing."""
+    checks = (
+        ("cfg", cfg, math.isfinite, "a finite number"),
+        ("top_k", top_k, lambda value: index(value) >= 0, "a whole number, 0 or more"),
+        ("top_p", top_p, lambda value: 0 <= value <= 1, "from 0 to 1"),
+        ("seed", seed, lambda value: 0 <= index(value) <= MAX_SEED, f"a whole number from 0 to {MAX_SEED}"),
+    )
+    for name, value, holds, expected in checks:
+        try:
+            good = holds(value)
+        except (TypeError, ValueError, OverflowError):
+            good = False
+        if not good:
+            raise InputError(f"{name} must be {expected}, not {value!r}")
+
+
 def guide(conditional: Tensor, unconditional: Tensor, weight: float) -> Tensor:
     """Classifier-free guidance: (1 + t) cond - t uncond, in float32."""
     return (1 + weight) * conditional.float() - weight * unconditional.float()
@@ -75,5 +98,5 @@ def draw(logits: Tensor, uniforms: Tensor, *, top_k: int, top_p: float) -> Tenso
     target = uniforms[..., None] * cumulative[..., -1:]
     # rank of the first token whose cumulative probability passes the target; never one of probability 0
     rank = (cumulative <= target).sum(dim=-1, keepdim=True)
-    last = (probabilities > 0).sum(dim=-1, keepdim=True) - 1
+    last = ((probabilities > 0).sum(dim=-1, keepdim=True) - 1).clamp_min_(0)  # -1 would be of NaN alone
     return tokens.gather(-1, torch.minimum(rank, last)).squeeze(-1)

@@ -13,7 +13,7 @@ from varcompress.cache import KVCache
 from varcompress.errors import InputError
 from varcompress.models.tokenizer import VQVAE
 from varcompress.models.transformer import VAR
-from varcompress.sampling import draw, guide, uniform
+from varcompress.sampling import check_settings, draw, guide, uniform
 from varcompress.schedule import Schedule
 
 
@@ -75,6 +75,8 @@ class ElasticVAR(nn.Module):
         config = self.var.config
         if isinstance(schedule, str):
             return Schedule.parse(schedule, depth=config.depth, patch_nums=config.patch_nums, bridge=self.bridge)
+        if not isinstance(schedule, Schedule):
+            raise InputError(f"a schedule is text, such as full or d8, or a Schedule, not {schedule!r}")
         if (schedule.depth, schedule.patch_nums) != (config.depth, config.patch_nums):
             raise InputError(f"schedule {schedule} was made for another model")
         return schedule
@@ -87,14 +89,26 @@ class ElasticVAR(nn.Module):
 
     def labels(self, labels: Sequence[int] | Tensor) -> Tensor:
         """Class indices as a tensor (B,) on the model's device. Raises InputError for an unknown class."""
-        classes = self.var.config.classes
-        labels = torch.as_tensor(labels, dtype=torch.int64)
-        if labels.ndim != 1 or not len(labels):
-            raise InputError("labels must be a list of at least one class index")
+        classes, labels = self.var.config.classes, _integers(labels)
+        if labels is None or labels.ndim != 1 or not len(labels):
+            raise InputError("labels must be a list of at least one class index, a whole number")
         unknown = labels[(labels < 0) | (labels >= classes)]
         if len(unknown):
             raise InputError(f"class {int(unknown[0])} is unknown: this model has classes 0 to {classes - 1}")
         return labels.to(self.device)
+
+    def _tokens(self, tokens: Tensor, images: int | None = None) -> Tensor:
+        """Tokens as int64 (B, L) on the model's device. Raises InputError for what is none, or not of `images`."""
+        config, found = self.var.config, _integers(tokens)
+        if found is None or found.ndim != 2 or found.shape[1] != config.tokens or not len(found):
+            shape = "" if found is None else f", not of shape {tuple(found.shape)}"
+            raise InputError(f"tokens must be whole numbers of shape (B, {config.tokens}){shape}")
+        if images not in (None, len(found)):
+            raise InputError(f"tokens of {len(found)} images for {images} labels: give as many of each")
+        low, high = torch.stack(found.aminmax()).tolist()
+        if low < 0 or high >= config.vocab:
+            raise InputError(f"token {low if low < 0 else high} is unknown: the codebook has 0 to {config.vocab - 1}")
+        return found.to(self.device)
 
     @torch.inference_mode()
     def generate(
@@ -111,7 +125,9 @@ class ElasticVAR(nn.Module):
         """Images of the given classes: (B, 3, H, W) float32 in [0, 1].
 
         Image i of the call has the random stream (seed, first_index + i), whatever the batch size.
-        The defaults are the published settings of VAR's FID. Raises InputError for an unknown class.
+        The defaults are the published settings of VAR's FID. An image whose logits overflow the dtype
+        is NaN throughout. Raises InputError for an unknown class, a schedule that does not fit, cfg
+        that is not finite, a negative top_k, top_p outside 0 to 1, and a seed outside 0 to 2^63 - 1.
         """
         tokens_f_hat = self.generate_tokens(
             labels, schedule, cfg=cfg, top_k=top_k, top_p=top_p, seed=seed, first_index=first_index
@@ -136,9 +152,12 @@ class ElasticVAR(nn.Module):
 
         forced: tokens (B, L) to feed instead of the ones drawn; logits_out: collects, per scale,
         the unguided conditional logits (B, p*p, V). Together they let a test compare cached
-        generation with the teacher-forced pass.
+        generation with the teacher-forced pass. Raises InputError as `generate` does, and for forced
+        tokens of another shape or number.
         """
+        check_settings(cfg=cfg, top_k=top_k, top_p=top_p, seed=seed)
         schedule, labels = self.schedule(schedule), self.labels(labels)
+        forced = None if forced is None else self._tokens(forced, len(labels))
         var, quantize, config = self.var, self.tokenizer.quantize, self.var.config
         images = torch.arange(first_index, first_index + len(labels), device=self.device)
         condition = var.class_emb(torch.cat((labels, torch.full_like(labels, config.classes))))
@@ -156,7 +175,7 @@ class ElasticVAR(nn.Module):
         side, scales = config.patch_nums[-1], len(config.patch_nums)
         f_hat = torch.zeros(len(labels), config.z_channels, side, side, device=self.device)
         x, start, drawn = var.first_input(condition), 0, []
-        for scale, end in enumerate(config.ends):
+        for scale, end in enumerate(schedule.ends):
             cache.begin(scale)
             x = x + positions[:, start:end]
             for layer in schedule.layers[scale]:
@@ -171,7 +190,12 @@ class ElasticVAR(nn.Module):
             else:
                 weight = cfg * scale / max(scales - 1, 1)
                 uniforms = uniform(seed, images, scale, end - start)
-                tokens = draw(guide(conditional, unconditional, weight), uniforms, top_k=top_k, top_p=top_p)
+                logits = guide(conditional, unconditional, weight)
+                tokens = draw(logits, uniforms, top_k=top_k, top_p=top_p)
+                # A largest logit that is NaN or infinite has no distribution: say so in the image, without a wait.
+                overflow = ~logits.amax(dim=-1).isfinite().all(dim=1)
+                f_hat.masked_fill_(overflow[:, None, None, None], torch.nan)
+                del logits  # not to be kept through the next scale
             drawn.append(tokens)
             f_hat += quantize.contribution(scale, tokens)
             if scale + 1 < scales:
@@ -190,18 +214,34 @@ class ElasticVAR(nn.Module):
 
     @torch.inference_mode()
     def decode(self, tokens: Tensor) -> Tensor:
-        """Tokens (B, L) int64 to images (B, 3, H, W) in [0, 1]."""
-        return self.tokenizer.decode(tokens.to(self.device))
+        """Tokens (B, L) int64 to images (B, 3, H, W) in [0, 1]. Raises InputError for what are no tokens."""
+        return self.tokenizer.decode(self._tokens(tokens))
 
     def forward(self, labels: Sequence[int] | Tensor, tokens: Tensor, schedule: str | Schedule = "full") -> Tensor:
-        """Teacher-forced logits (B, L, V) float32 of tokens (B, L) int64 under a schedule."""
-        tokens = tokens.to(self.device)
+        """Teacher-forced logits (B, L, V) float32 of tokens (B, L) int64 under a schedule.
+
+        Raises InputError for an unknown class, for what are no tokens of as many images, and for a
+        schedule that does not fit.
+        """
+        schedule, labels = self.schedule(schedule), self.labels(labels)
+        tokens = self._tokens(tokens, len(labels))
         with torch.no_grad():
             teacher_input = self.tokenizer.teacher_input(tokens)
-        return self.var(self.labels(labels), teacher_input, self.schedule(schedule))
+        return self.var(labels, teacher_input, schedule)
 
     def save_pretrained(self, path: str | Path) -> Path:
         """Write an elastic directory: config.json, model.safetensors, recipe.yaml, README.md. Returns its path."""
         from varcompress.checkpoint import save_elastic  # the one arrow that points up: a convenience on the object
 
         return save_elastic(self, path)
+
+
+def _integers(values: Sequence[int] | Tensor) -> Tensor | None:
+    """Whole numbers as an int64 tensor; None for anything else, which torch would round or refuse in its own words."""
+    try:
+        tensor = torch.as_tensor(values)
+    except (TypeError, ValueError, RuntimeError, OverflowError):
+        return None
+    if tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool:
+        return None
+    return tensor.long()

@@ -47,6 +47,8 @@ def _norm(channels: int) -> nn.GroupNorm:
 
 
 class ResBlock(nn.Module):
+    """Two normalised convolutions beside a shortcut: (B, channels, H, W) -> (B, out_channels, H, W)."""
+
     def __init__(self, channels: int, out_channels: int) -> None:
         super().__init__()
         self.norm1 = _norm(channels)
@@ -105,6 +107,8 @@ class Level(nn.Module):
 
 
 class Middle(nn.Module):
+    """The blocks at the lowest resolution, between encoder or decoder and the rest: (B, C, H, W) -> (B, C, H, W)."""
+
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.block_1 = ResBlock(channels, channels)
@@ -116,6 +120,8 @@ class Middle(nn.Module):
 
 
 class Encoder(nn.Module):
+    """Images in [-1, 1], (B, 3, H, W), to (B, z_channels, P, P), P being H / downsampling."""
+
     def __init__(self, config: TokenizerConfig) -> None:
         super().__init__()
         widths = [config.channels * m for m in config.channel_multipliers]
@@ -141,6 +147,8 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
+    """Features (B, z_channels, P, P) to images (B, 3, H, W), about in [-1, 1]."""
+
     def __init__(self, config: TokenizerConfig) -> None:
         super().__init__()
         widths = [config.channels * m for m in config.channel_multipliers]

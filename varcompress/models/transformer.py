@@ -7,8 +7,8 @@ takes a `Schedule` and runs, at each scale, only the layers that it names.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import accumulate
 
 import torch
 import torch.nn.functional as F
@@ -42,11 +42,6 @@ class VARConfig:
         return sum(p * p for p in self.patch_nums)
 
     @property
-    def ends(self) -> tuple[int, ...]:
-        """Tokens of the image after each scale."""
-        return tuple(accumulate(p * p for p in self.patch_nums))
-
-    @property
     def mlp_ratio(self) -> float:
         return self.hidden / self.width
 
@@ -74,11 +69,14 @@ class Attention(nn.Module):
         return q, k, v
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        """Queries (B, heads, n, head_dim), keys and values (B, heads, m, head_dim), mask (n, m) -> (B, n, C)."""
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=1.0)
         return self.proj(out.transpose(1, 2).flatten(2))
 
 
 class FeedForward(nn.Module):
+    """The MLP of a layer: (B, n, C) -> (B, n, C)."""
+
     def __init__(self, width: int, hidden: int) -> None:
         super().__init__()
         self.fc1 = nn.Linear(width, hidden)
@@ -120,7 +118,9 @@ class Block(nn.Module):
         """Generation: x (B, n, C) is one scale; earlier ones are in the cache. No mask is needed."""
         return self._run(x, modulation, lambda q, k, v: self.attn.attend(q, *cache.write(layer, k, v), None))
 
-    def _run(self, x: Tensor, modulation: tuple[Tensor, ...], attend) -> Tensor:
+    def _run(
+        self, x: Tensor, modulation: tuple[Tensor, ...], attend: Callable[[Tensor, Tensor, Tensor], Tensor]
+    ) -> Tensor:
         gamma1, gamma2, scale1, scale2, shift1, shift2 = modulation
         x = torch.addcmul(x, attend(*self.attn.project(modulate(x, scale1, shift1))), gamma1)
         return torch.addcmul(x, self.ffn(modulate(x, scale2, shift2)), gamma2)
