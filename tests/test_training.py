@@ -20,6 +20,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from safetensors.torch import load_file
 
 from tests.conftest import random_model
 from varcompress.checkpoint import load_elastic, load_official
@@ -323,6 +324,36 @@ def test_a_loss_that_is_not_finite_ends_the_run(images, tmp_path):
         distill(model, SMALL, data=images, out=tmp_path / "out")
 
 
+def test_a_batch_larger_than_the_data_is_refused_before_anything_is_begun(undisturbed, tiny, images, tmp_path):
+    out = tmp_path / "out"
+    with pytest.raises(InputError, match="batch_size 64 is more than the 40 images"):
+        distill(copy.deepcopy(tiny), changed(batch_size=64), data=images, out=out)
+    assert not out.exists()
+    distill(copy.deepcopy(tiny), SMALL, data=images, out=out)
+    assert weights(out) == weights(undisturbed)
+
+
+@pytest.mark.parametrize("part", ["forward", "gradient"])
+def test_no_state_is_saved_of_a_model_that_broke(tiny, images, tmp_path, part):
+    out, model = tmp_path / "out", copy.deepcopy(tiny)
+    recipe = changed(checkpoint_every=1)
+
+    def break_model(done, total, what):
+        if what.startswith("distill") and done == 3:
+            if part == "forward":
+                model.var.head.register_forward_hook(lambda module, given, logits: logits * torch.nan)
+            else:
+                model.var.head.weight.register_hook(lambda gradient: gradient * torch.inf)
+
+    what = {"forward": "loss", "gradient": "norm of the gradient"}[part]
+    with pytest.raises(InputError, match=f"step 4: the {what} is (nan|inf)"):
+        distill(model, recipe, data=images, out=out, progress=break_model)
+    assert all(parameter.isfinite().all() for parameter in model.var.parameters())
+    state = load_file(out / ".training" / "state.safetensors")
+    assert all(tensor.isfinite().all() for tensor in state.values())
+    assert [step["step"] for step in losses(out)] == [1, 2, 3]
+
+
 # -- interruption ---------------------------------------------------------------------------------
 
 
@@ -364,6 +395,38 @@ def test_resume_with_nothing_there_starts_afresh(undisturbed, tiny, images, tmp_
     distill(copy.deepcopy(tiny), SMALL, data=images, out=tmp_path / "new", resume=True, note=notes.append)
     assert notes == ["nothing to resume there: starting from the first step"]
     assert weights(tmp_path / "new") == weights(undisturbed)
+
+
+def test_a_run_without_a_saved_step_may_start_anew(undisturbed, tiny, images, tmp_path):
+    out = tmp_path / "out"
+    with pytest.raises(Interrupt):
+        distill(copy.deepcopy(tiny), changed(seed=5), data=images, out=out, progress=interrupt_at(2))
+    tokens = out / ".training" / "tokens" / "tokens.npy"
+    encoded = tokens.stat().st_mtime_ns
+    with pytest.raises(Interrupt):
+        distill(copy.deepcopy(tiny), changed(seed=6), data=images, out=out, progress=interrupt_at(2))
+    assert tokens.stat().st_mtime_ns == encoded  # the tokens fit, so they are kept
+    with pytest.raises(Interrupt):
+        distill(copy.deepcopy(tiny), changed(views=1), data=images, out=out, progress=interrupt_at(2))
+    assert tokens.stat().st_mtime_ns != encoded
+    (out / "thesis.tex").write_text("precious")
+    with pytest.raises(InputError, match=r"holds something else already \(thesis.tex\)"):
+        distill(copy.deepcopy(tiny), SMALL, data=images, out=out)
+    (out / "thesis.tex").unlink()
+    distill(copy.deepcopy(tiny), SMALL, data=images, out=out)
+    assert weights(out) == weights(undisturbed)
+
+
+@pytest.mark.parametrize("content", [None, "", "{", "[]", "{}", '{"recipe": 3}', "\x00"])
+def test_a_state_without_what_it_was_started_with_is_refused_in_one_line(tiny, images, tmp_path, content):
+    out = tmp_path / "out"
+    with pytest.raises(Interrupt):
+        distill(copy.deepcopy(tiny), SMALL, data=images, out=out, progress=interrupt_at(3))
+    run = out / ".training" / "run.json"
+    run.unlink() if content is None else run.write_text(content)
+    with pytest.raises(InputError, match=r"run.json: missing or damaged, so the run cannot go on") as caught:
+        distill(copy.deepcopy(tiny), SMALL, data=images, out=out, resume=True, note=str)
+    assert "\n" not in str(caught.value)
 
 
 def test_a_finished_run_stays_as_it_is(undisturbed, tiny, images):

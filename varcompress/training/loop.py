@@ -6,8 +6,9 @@ import math
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -18,6 +19,8 @@ from varcompress.data.digits import load_digits
 from varcompress.data.images import ImageFolder, scan
 from varcompress.data.tokens import Epoch, TokenData, TokenStore, encode_images, weights_digest
 from varcompress.errors import InputError
+from varcompress.hardware import fitting_memory
+from varcompress.images import skipped_note
 from varcompress.models.elastic import ElasticVAR
 from varcompress.models.transformer import VAR
 from varcompress.schedule import Schedule
@@ -28,7 +31,6 @@ from varcompress.training.recipe import Recipe, load_recipe
 from varcompress.training.state import RunDirectory
 
 EMBEDDED = "digits"  # the model that brings its own images
-NAMED = 5  # skipped images whose names a note lists
 Progress = Callable[[int, int, str], None]
 
 
@@ -69,6 +71,7 @@ def distill(
             return directory.result(recipe).to(model.device)
 
         folder = ranks.on_first(lambda: _folder(model, data))
+        ranks.on_first(lambda: _check_size(recipe, len(folder.files if folder else load_digits()[1])))
         identity = {"recipe": recipe.to_dict(), "model": weights_digest(model) if ranks.first else ""}
         identity["data"] = folder.digest if folder else EMBEDDED
         done = ranks.on_first(lambda: directory.begin(identity, note=note, resume=resume))
@@ -77,8 +80,9 @@ def distill(
             encoded = encode_images(model, load_digits, recipe.views)
         else:
             store = TokenStore(tokens or directory.tokens_path, folder, model, recipe.views)
-            encoded = _encode(store, ranks, progress, note)
-        ranks.on_first(lambda: _check_size(recipe, len(encoded)))
+            create = store.create if tokens or done else partial(directory.create_tokens, store.create)
+            encoded = _encode(store, create, ranks, progress, note)
+            ranks.on_first(lambda: _check_size(recipe, len(encoded)))  # again, now that unreadable ones are out
         steps = plan(recipe, len(encoded) // recipe.batch_size)  # a pass drops its last, incomplete batch
         with StepLog(directory.steps_path, done) if ranks.first else nullcontext() as log:
             train(model, recipe, steps[done:], encoded, directory, log, ranks, progress)
@@ -119,7 +123,7 @@ def train(
         token_loss = torch.zeros(var.config.tokens, device=model.device)  # (L,), mean over this process's images
         for places in micro_batches(step, recipe, ranks):
             labels, tokens = (tensor.to(model.device) for tensor in epoch.samples(places))
-            with _memory(recipe, len(labels)):
+            with fitting_memory(model.device, len(labels), _memory_remedy(recipe)):
                 loss = token_losses(model, labels, tokens, schedule, recipe.dtype) / recipe.accumulation
                 loss.mean().backward()
             token_loss += loss.detach()
@@ -128,15 +132,14 @@ def train(
         gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
         ranks.average_([*gradients, token_loss])
         gradient_norm = clip_(gradients, recipe.gradient_clip)
+        per_scale = [part.mean() for part in token_loss.split([p * p for p in var.config.patch_nums])]
+        loss, gradient_norm, *per_scale = torch.stack([token_loss.mean(), gradient_norm, *per_scale]).tolist()
+        _check_finite(step, loss, gradient_norm)  # before the weights move: no state of a spoilt model is saved
         for group in optimizer.param_groups:
             group["lr"] = learning_rate
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-        per_scale = [part.mean() for part in token_loss.split([p * p for p in var.config.patch_nums])]
-        loss, gradient_norm, *per_scale = torch.stack([token_loss.mean(), gradient_norm, *per_scale]).tolist()
-        if not math.isfinite(loss):
-            raise InputError(f"step {step.number}: the loss is {loss}; start another run with a lower learning_rate")
         if ranks.first:
             log.append(
                 {
@@ -161,16 +164,16 @@ def train(
     var.checkpointing = False
 
 
-@contextmanager
-def _memory(recipe: Recipe, images: int) -> Iterator[None]:
-    """Say what to do about a GPU that is too small."""
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        remedy = "" if recipe.activation_checkpointing else ", or set activation_checkpointing=true"
-        raise InputError(
-            f"no memory for {images} images at a time: raise accumulation (now {recipe.accumulation}){remedy}"
-        ) from error
+def _memory_remedy(recipe: Recipe) -> str:
+    """What to do about a device that is too small."""
+    more = "" if recipe.activation_checkpointing else ", or set activation_checkpointing=true"
+    return f"raise accumulation (now {recipe.accumulation}){more}"
+
+
+def _check_finite(step: Step, loss: float, gradient_norm: float) -> None:
+    for what, value in (("loss", loss), ("norm of the gradient", gradient_norm)):
+        if not math.isfinite(value):
+            raise InputError(f"step {step.number}: the {what} is {value}; start another run with a lower learning_rate")
 
 
 def token_losses(
@@ -252,15 +255,20 @@ def _folder(model: ElasticVAR, data: str | Path | None) -> ImageFolder | None:
     raise InputError(f"{model.provenance.name} needs images: give a folder with one subfolder per class as --data")
 
 
-def _encode(store: TokenStore, ranks: Ranks, progress: Progress | None, note: Callable[[str], None]) -> TokenData:
+def _encode(
+    store: TokenStore,
+    create: Callable[[], None],
+    ranks: Ranks,
+    progress: Progress | None,
+    note: Callable[[str], None],
+) -> TokenData:
     """Encode an image folder, each process its share, and say which images could not be read."""
-    ranks.on_first(store.create)
+    ranks.on_first(create)
     store.encode(ranks.rank, ranks.count, progress)
     ranks.barrier()
     data = store.read()
     if data.skipped:
-        names = ", ".join(data.skipped[:NAMED]) + (", ..." if len(data.skipped) > NAMED else "")
-        note(f"skipped {len(data.skipped)} of {len(store.folder.files)} images that could not be read: {names}")
+        note(skipped_note(data.skipped, len(store.folder.files)))
     return data
 
 

@@ -46,10 +46,13 @@ class RunDirectory:
         return is_elastic(self.out) and not self._state.is_file()
 
     def check(self, *, resume: bool) -> None:
-        """Raises InputError when a run may not write here: nothing that is there is ever overwritten."""
+        """Raises InputError when a run may not write here: no step that was saved is ever overwritten."""
         if self.work.is_dir() and not self.finished:
-            if not resume:
+            if self.step() and not resume:
                 raise InputError(f"{self.out}: holds an unfinished run: continue it with --resume, or choose another")
+            others = sorted({path.name for path in self.out.iterdir()} - {STEPS, WORK})
+            if others and not self.step():
+                raise InputError(f"{self.out}: holds something else already ({others[0]}): choose another directory")
         elif not resume and is_elastic(self.out):
             raise InputError(f"{self.out}: holds a finished checkpoint: choose another output directory")
         else:
@@ -61,18 +64,36 @@ class RunDirectory:
         identity: {"recipe": {...}, "model": digest, "data": digest}. Raises InputError when the run
         that is there was started with something else, naming it.
         """
+        done = self.step()
+        if done:
+            _compare(self.out, self._started(), identity)
         with disk_errors(self.out):
             self.work.mkdir(parents=True, exist_ok=True)
             for left_over in self.work.glob("*.tmp"):  # of a process that was killed while it wrote
                 left_over.unlink()
-            done = self.step()
-            if done:
-                _compare(self.out, json.loads(self._run.read_text()), identity)
-            else:
+            if not done:
                 write_text(self._run, json.dumps(identity, indent=2) + "\n")
         if resume:
             note(f"continuing after step {done}" if done else "nothing to resume there: starting from the first step")
         return done
+
+    def _started(self) -> dict:
+        """What the run that is there was started with, as `begin` wrote it."""
+        try:
+            started = json.loads(self._run.read_text(encoding="utf-8"))
+            if isinstance(started["recipe"], dict):
+                return started
+        except (OSError, ValueError, KeyError, TypeError):
+            pass
+        raise InputError(f"{self._run}: missing or damaged, so the run cannot go on: choose another output directory")
+
+    def create_tokens(self, create: Callable[[], None]) -> None:
+        """Make the token store here; one that `create` refuses is from a run that came to no step, and goes."""
+        try:
+            create()
+        except InputError:
+            shutil.rmtree(self.tokens_path, ignore_errors=True)
+            create()
 
     def step(self) -> int:
         """Steps behind the saved state, 0 if there is none."""
