@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import math
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -75,7 +76,15 @@ def cosine(step: int, steps: int, warmup: int, peak: float) -> float:
     return peak * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup))))
 
 
-def minimise(parameters: list[nn.Parameter], loss_at, *, steps: int, rate: float, decay: float, name: str) -> None:
+def minimise(
+    parameters: list[nn.Parameter],
+    loss_at: Callable[[int], Tensor],
+    *,
+    steps: int,
+    rate: float,
+    decay: float,
+    name: str,
+) -> None:
     """AdamW over `steps` of `loss_at(step) -> loss`, with a line of progress now and then."""
     optimizer = torch.optim.AdamW(parameters, lr=rate, betas=(0.9, 0.95), weight_decay=decay)
     started, mean = time.monotonic(), 0.0
