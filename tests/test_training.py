@@ -41,6 +41,7 @@ SMALL = Recipe(
     epochs_ramp=2,
     epochs_subnet=1,
     learning_rate=1e-3,
+    learning_rate_end=0.5,
     weight_decay=0.01,
     batch_size=8,
     dtype="float32",
@@ -232,7 +233,7 @@ def test_every_step_is_logged(undisturbed):
         assert line["depth"] == (step.depth or 6)
         assert line["schedule"] == (f"d{step.depth}@2" if step.depth else "full")
         assert line["loss"] == pytest.approx(np.dot(line["loss_per_scale"], shares), rel=1e-5)
-        assert line["learning_rate"] == SMALL.learning_rate
+        assert line["learning_rate"] == pytest.approx(SMALL.learning_rate * (1 - 0.5 * step.number / STEPS))
         assert line["seconds"] > 0
 
 
@@ -274,7 +275,12 @@ def test_bfloat16_arithmetic_keeps_float32_weights(undisturbed, tiny, images, tm
 
 
 def test_warmup_raises_the_learning_rate_linearly(tiny, images, tmp_path):
-    distill(copy.deepcopy(tiny), changed(warmup_steps=4, epochs_ramp=0, epochs_subnet=1), data=images, out=tmp_path)
+    distill(
+        copy.deepcopy(tiny),
+        changed(warmup_steps=4, learning_rate_end=1.0, epochs_ramp=0, epochs_subnet=1),
+        data=images,
+        out=tmp_path,
+    )
     rates = [step["learning_rate"] for step in losses(tmp_path)]
     assert rates[:6] == pytest.approx([0.25e-3, 0.5e-3, 0.75e-3, 1e-3, 1e-3, 1e-3])
 

@@ -118,7 +118,7 @@ def train(
             null = var.config.classes
             epoch = Epoch.draw(data, seed=recipe.seed, epoch=step.epoch, label_drop=recipe.label_drop, null=null)
         schedule = schedules[step.depth]
-        learning_rate = learning_rate_at(step.number, len(steps), recipe)
+        learning_rate = learning_rate_at(step.number, steps[-1].number, recipe)
 
         token_loss = torch.zeros(var.config.tokens, device=model.device)  # (L,), mean over this process's images
         for places in micro_batches(step, recipe, ranks):
