@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import pickle
@@ -11,14 +12,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from tests.conftest import random_model
+from varcompress.card import model_card
 from varcompress.checkpoint import (
     build_tokenizer,
     build_var,
     check_fit,
     check_output,
+    disk_errors,
     load_elastic,
     load_official,
     save_elastic,
@@ -93,12 +97,33 @@ def test_legacy_file_format(tiny, tiny_files, tmp_path):
 def test_saving_again_replaces_the_model_and_nothing_else(elastic):
     _, folder = elastic
     (folder / "README.md").write_text("my own words")
-    (folder / "profile.json").write_text("{}")
+    (folder / "notes.json").write_text("{}")
     other = random_model(seed=3)
     assert_equal_weights(load_elastic(save_elastic(other, folder)), other)
     assert (folder / "README.md").read_text() == "my own words"
-    assert (folder / "profile.json").read_text() == "{}"
+    assert (folder / "notes.json").read_text() == "{}"
     assert not list(folder.glob(".*"))
+
+
+def test_a_generated_card_goes_with_its_model(elastic):
+    _, folder = elastic
+    assert "d4" in (folder / "README.md").read_text()
+    other = random_model(seed=3)
+    other.provenance.name = "another"
+    save_elastic(other, folder)
+    assert (folder / "README.md").read_text() == model_card(other)
+
+
+@pytest.mark.parametrize("kind", ["profile", "eval"])
+def test_results_never_come_to_lie_beside_other_weights(elastic, kind):
+    _, folder = elastic
+    (folder / "mine.json").write_text(json.dumps({"kind": kind}))
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    refused("mine.json there would belong to other weights", save_elastic, random_model(seed=3), folder)
+    refused("other weights", save_elastic, load_elastic(folder).cast(torch.bfloat16), folder)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    save_elastic(load_elastic(folder), folder)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
 
 def test_the_recipe_of_an_earlier_model_does_not_stay(elastic):
@@ -282,6 +307,23 @@ def test_output_that_holds_something_else(tiny, tmp_path):
     (tmp_path / "empty").mkdir()
     check_output(tmp_path / "empty")
     check_output(tmp_path / "new")
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (PermissionError(errno.EACCES, "x", "/a/.tmp"), r"^model: could not be written \(Permission denied\)$"),
+        (OSError(errno.ENOSPC, "x"), r"\(No space left on device\); [\d,]+ MiB are free there$"),
+        (SafetensorError("Error: I/O error: x (os error 28)"), r"\(No space left on device\); .* MiB are free there$"),
+        (SafetensorError("Error: I/O error: x (os error 30)"), r"\(Read-only file system\)$"),
+    ],
+)
+def test_free_room_is_told_where_it_is_the_reason(error, told):
+    def write():
+        with disk_errors(Path("model")):
+            raise error
+
+    refused(told, write)
 
 
 FULL_DISK = """

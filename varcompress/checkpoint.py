@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import json
 import os
 import re
@@ -40,6 +41,8 @@ CONFIG, WEIGHTS, RECIPE, CARD = "config.json", "model.safetensors", "recipe.yaml
 # Rebuilt from the shapes, never learned: accepted in a checkpoint and dropped.
 BUFFERS = ("lvl_1L", "attn_bias_for_masking", "zero_k_bias", "ema_vocab_hit_SV")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+MEASURED = ("profile", "eval")  # kinds of results that belong to one set of weights
 Shapes = Mapping[str, tuple[int, ...]]
 Built = TypeVar("Built", bound=nn.Module)
 
@@ -98,7 +101,7 @@ def check_fit(var: VARConfig, tokenizer: TokenizerConfig) -> None:
     if mine != theirs:
         raise InputError(
             f"wrong tokenizer for this model: it has a codebook of {theirs[0]} x {theirs[1]}, "
-            f"the model needs {mine[0]} x {mine[1]}; pass the one it was trained with as vae="
+            f"the model needs {mine[0]} x {mine[1]}; give the one it was trained with as vae (--vae)"
         )
 
 
@@ -180,10 +183,12 @@ def load_official(path: str | Path, vae: str | Path, **provenance) -> ElasticVAR
 def save_elastic(model: ElasticVAR, path: str | Path) -> Path:
     """Write an elastic directory. Each file appears whole or not at all; other files there are left alone.
 
-    Raises InputError when `path` is not a directory or already holds another kind of model, or the disk is full.
+    The card of a model that lay there is replaced, unless it was edited. Raises InputError when `path` is not
+    a directory, holds something else or results of other weights, or the disk is full.
     """
     path = Path(path)
     check_output(path)
+    keep_card = _check_earlier(model, path)
     tensors = {
         f"{part}.{key}": value.detach().cpu().contiguous()
         for part in ("var", "tokenizer")
@@ -206,9 +211,43 @@ def save_elastic(model: ElasticVAR, path: str | Path) -> Path:
             (path / RECIPE).unlink(missing_ok=True)  # that of the model which lay here before
         else:
             write_text(path / RECIPE, yaml.safe_dump(model.provenance.recipe, sort_keys=False))
-        if not (path / CARD).exists():
+        if not keep_card:
             write_text(path / CARD, model_card(model))
     return path
+
+
+def _check_earlier(model: ElasticVAR, path: Path) -> bool:
+    """Whether the card in `path` is a person's own. Raises InputError when results there are of other weights."""
+    try:
+        earlier = load_elastic(path)
+    except InputError:  # none, or damaged: this one mends it
+        return (path / CARD).exists()
+    results = [file.name for file in sorted(path.glob("*.json")) if _is_result(file)]
+    if results and not _same_weights(model, earlier):
+        raise InputError(
+            f"{path}: {', '.join(results)} there would belong to other weights: choose another directory or move them"
+        )
+    return (path / CARD).exists() and not is_generated(path / CARD, earlier)
+
+
+def is_generated(card: Path, model: ElasticVAR) -> bool:
+    """Whether a card is as `save_elastic` writes it for this model."""
+    return card.read_bytes() == model_card(model).encode()
+
+
+def _is_result(path: Path) -> bool:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))["kind"] in MEASURED
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def _same_weights(a: ElasticVAR, b: ElasticVAR) -> bool:
+    """Equal tensors of equal types, wherever they are."""
+    mine, theirs = a.state_dict(), b.state_dict()
+    return mine.keys() == theirs.keys() and all(
+        value.dtype == theirs[key].dtype and torch.equal(value.cpu(), theirs[key].cpu()) for key, value in mine.items()
+    )
 
 
 def load_elastic(path: str | Path) -> ElasticVAR:
@@ -287,10 +326,14 @@ def write_text(path: Path, text: str) -> None:
 
 @contextlib.contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
-    """Turn a full or read-only disk into an InputError that says how much room there is."""
+    """Turn a full or read-only disk into an InputError: why, and how much room there is where that is the reason."""
     try:
         yield
     except (OSError, SafetensorError) as error:  # safetensors raises its own when it cannot write
-        parent = next(p for p in (path, *path.parents) if p.exists())
-        free = shutil.disk_usage(parent).free / 2**20
-        raise InputError(f"{path}: could not be written ({error}); {free:,.0f} MiB are free there") from error
+        told = re.search(r"os error (\d+)", str(error))
+        number = int(told[1]) if told else getattr(error, "errno", None)
+        line = f"{path}: could not be written ({os.strerror(number) if number else error})"
+        if number in NO_ROOM:
+            parent = next(p for p in (path, *path.absolute().parents) if p.exists())
+            line += f"; {shutil.disk_usage(parent).free / 2**20:,.0f} MiB are free there"
+        raise InputError(line) from error
