@@ -21,6 +21,11 @@ def note(text: str) -> None:
     err.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
+def say(text: str) -> None:
+    """A line of a result, on stdout; paths in it stay whole and are no markup."""
+    out.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
 def print_json(result: dict) -> None:
     """One JSON object on stdout."""
     print(json.dumps(result, indent=2))

@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+
 from varcompress.cli.options import Json, Model, Vae
-from varcompress.cli.output import note, out, print_json
+from varcompress.cli.output import note, print_json, say
 
 
 def push(
@@ -40,8 +41,10 @@ def push(
         revision=branch,
         progress=lambda done, total, what: note(f"{what} ({done}/{total})"),
     )
+    if result["card"] == "own":
+        note("README.md is not the card that was generated: yours was published as it is, without results.")
     if as_json:
         print_json(result)
         return
-    out.print(f"{result['url']}  commit {result['commit']}", highlight=False, markup=False, soft_wrap=True)
-    out.print("\n".join(result["files"]), highlight=False, markup=False)
+    say(f"{result['url']}  commit {result['commit']}")
+    say("\n".join(result["files"]))

@@ -7,6 +7,8 @@ import json
 import os
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import huggingface_hub
 import pytest
@@ -105,6 +107,8 @@ def test_embedded_digits_whatever_lies_in_the_working_directory(tmp_path, monkey
         ("nonsense", {}, "A model is a .pth file, an elastic directory"),
         ("gone.pth", {}, "gone.pth: no such checkpoint file"),
         ("some/where/gone.pth", {}, "no such checkpoint file"),
+        ("gone.pth", {"vae": "vae.pth"}, "gone.pth: no such checkpoint file"),
+        ("digits", {"vae": "x.pth"}, "--vae"),
         ("a/b/c", {}, "no such model"),
         ("digits", {"revision": "main"}, "only models on the Hub"),
         ("digits", {"vae": "vae.pth"}, "only a transformer .pth"),
@@ -219,6 +223,33 @@ def test_results_beside_the_weights_come_along_once(hub, elastic, tmp_path):
     assert "| `full` | 12.30 |" in hub.files("ann/tiny")["README.md"].decode()
 
 
+def test_an_edited_card_is_published_as_it_is(hub, elastic, tmp_path):
+    folder = load(elastic, device="cpu").save_pretrained(tmp_path / "model")
+    done = push(folder, "ann/tiny", results=[PROFILE])
+    assert done["card"] == "generated"
+    assert "ann/tiny" in hub.files("ann/tiny")["README.md"].decode()
+    mine = (folder / "README.md").read_text() + "\nTrained on a rainy day.\n"
+    (folder / "README.md").write_text(mine)
+    done = push(folder, "ann/tiny", results=[PROFILE])
+    assert done["card"] == "own"
+    assert hub.files("ann/tiny")["README.md"].decode() == mine
+    assert push(load(folder, device="cpu"), "ann/tiny")["card"] == "generated"
+
+
+def test_a_full_disk_while_the_card_is_written(hub, elastic, monkeypatch):
+    write = Path.write_text
+
+    def full(path, *arguments, **options):
+        if path.name == "README.md":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write(path, *arguments, **options)
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(InputError, match=r"README.md: could not be written \(No space left"):
+        push(elastic, "ann/tiny")
+    assert not hub.requests("POST .*/commit/")
+
+
 def test_private(hub, elastic, monkeypatch):
     assert push(elastic, "ann/secret", private=True)["private"]
     assert hub.repos["ann/secret"].private
@@ -321,8 +352,10 @@ def test_without_a_connection(hub, elastic, monkeypatch):
         pass
     point_client_at(gone.endpoint, monkeypatch)
     load("ann/tiny", device="cpu")  # from the cache
+    started = time.monotonic()
     with pytest.raises(InputError, match="cannot be reached: check the connection"):
         load("ann/other")
+    assert time.monotonic() - started < 15  # the client's own retries take longer
     with pytest.raises(InputError, match="cannot be reached: check the connection"):
         push(elastic, "ann/tiny")
 
@@ -359,6 +392,17 @@ def test_command(hub, elastic, tmp_path):
     assert hub.repos["ann/tiny"].private
     assert hub.files("ann/tiny")["model.safetensors"] == (elastic / "model.safetensors").read_bytes()
     assert load_file(elastic / "model.safetensors")
+
+
+def test_command_without_a_connection_says_so_once(elastic, tmp_path):
+    with HubServer() as gone:
+        pass
+    done = run_push(gone, elastic, "ann/tiny", HF_TOKEN=TOKEN, HF_HOME=str(tmp_path))
+    assert done.returncode == 2
+    assert [line for line in done.stderr.splitlines() if "(0/3)" not in line and "(1/3)" not in line] == [
+        f"error: cannot create ann/tiny on the Hub: {gone.endpoint} cannot be reached: "
+        "check the connection, HF_ENDPOINT and HF_HUB_OFFLINE"
+    ]
 
 
 def test_command_without_a_login(hub, elastic, tmp_path):

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import difflib
-import errno
 import json
+import logging
 import re
 import sys
 import tempfile
@@ -24,9 +24,12 @@ from varcompress.checkpoint import (
     CARD,
     CONFIG,
     DTYPES,
+    NO_ROOM,
     RECIPE,
     WEIGHTS,
+    disk_errors,
     is_elastic,
+    is_generated,
     load_elastic,
     load_official,
     save_elastic,
@@ -78,6 +81,8 @@ def _open(source: str, vae: str | Path | None, revision: str | None) -> ElasticV
         if vae is None:
             raise InputError(f"{path}: a transformer goes with its tokenizer: give {OFFICIAL_VAE} as vae (--vae)")
         return load_official(path, Path(vae).expanduser())
+    if path.suffix in CHECKPOINT_SUFFIXES and not path.exists():
+        raise InputError(f"{source}: no such checkpoint file")
     _refuse(vae, "vae", "a transformer .pth")
     if path.is_dir() and (is_elastic(path) or not named):
         _refuse(revision, "revision", "models on the Hub")
@@ -88,19 +93,17 @@ def _open(source: str, vae: str | Path | None, revision: str | None) -> ElasticV
         return load_official(weights, tokenizer, name=DIGITS, license="mit")
     if source in OFFICIAL:
         return _download_official(source, revision)
-    if HUB_ID.fullmatch(source) and path.suffix not in CHECKPOINT_SUFFIXES:
+    if HUB_ID.fullmatch(source):
         return load_elastic(_download_elastic(source, revision))
-    raise InputError(_unknown(source, path))
+    raise InputError(_unknown(source))
 
 
 def _refuse(value: object, name: str, owner: str) -> None:
     if value is not None:
-        raise InputError(f"{name} {value}: only {owner} can be loaded with one")
+        raise InputError(f"{name} {value}: only {owner} can be loaded with one: leave out {name} (--{name})")
 
 
-def _unknown(source: str, path: Path) -> str:
-    if path.suffix in CHECKPOINT_SUFFIXES:
-        return f"{source}: no such checkpoint file"
+def _unknown(source: str) -> str:
     near = difflib.get_close_matches(source, [*OFFICIAL, DIGITS], n=1)
     hint = f"did you mean {near[0]}? " if near else ""
     return f"{source}: no such model: {hint}A model is {ACCEPTED}"
@@ -135,7 +138,8 @@ def _download_official(name: str, revision: str | None) -> ElasticVAR:
     from huggingface_hub import hf_hub_download
 
     with hub_client(f"cannot load {name} from {OFFICIAL_REPO}", revision):
-        files = [hf_hub_download(OFFICIAL_REPO, file, revision=revision) for file in (OFFICIAL[name], OFFICIAL_VAE)]
+        options = {"revision": revision, "local_files_only": not _reachable()}
+        files = [hf_hub_download(OFFICIAL_REPO, file, **options) for file in (OFFICIAL[name], OFFICIAL_VAE)]
     return load_official(*files, name=name, base_model=OFFICIAL_REPO, license=OFFICIAL_LICENSE)
 
 
@@ -146,8 +150,9 @@ def _download_elastic(repo: str, revision: str | None) -> Path:
 
     none = f"{repo}: holds no elastic model ({CONFIG} and {WEIGHTS} of varcompress)"
     with hub_client(f"cannot load {repo}: it is no path here, and from the Hub", revision):
+        cached_only = not _reachable()
         try:
-            config = Path(hf_hub_download(repo, CONFIG, revision=revision))
+            config = Path(hf_hub_download(repo, CONFIG, revision=revision, local_files_only=cached_only))
         except EntryNotFoundError as error:
             if isinstance(error, LocalEntryNotFoundError):
                 raise  # the Hub could not be asked
@@ -156,10 +161,23 @@ def _download_elastic(repo: str, revision: str | None) -> Path:
             raise InputError(none)
         wanted = [CONFIG, WEIGHTS, RECIPE, CARD]
         commit = config.parent.name  # the cache names a snapshot by its commit: all files come from that one
-        folder = Path(snapshot_download(repo, revision=commit, allow_patterns=wanted))
+        options = {"allow_patterns": wanted, "local_files_only": cached_only}
+        folder = Path(snapshot_download(repo, revision=commit, **options))
     if not is_elastic(folder):
         raise InputError(none)
     return folder
+
+
+def _reachable() -> bool:
+    """Whether the Hub answers at all. Where it does not, the client itself would try for half a minute."""
+    from huggingface_hub import constants
+    from huggingface_hub.utils import get_session
+
+    try:
+        get_session().head(constants.ENDPOINT, timeout=constants.DEFAULT_REQUEST_TIMEOUT)
+    except Exception:  # by its version of requests or httpx, or that HF_HUB_OFFLINE is set
+        return False
+    return True
 
 
 def _is_config(path: Path) -> bool:
@@ -187,7 +205,8 @@ def push(
     model: an elastic directory, a loaded model, or whatever `load` opens. results: of `profile` and
     `evaluate`, as dicts or JSON files; those that lie in the model's directory come along unasked.
     revision: branch to commit to. Results and recipe of an earlier push that have no successor are removed.
-    Returns {"kind": "push", "repo", "url", "commit", "private", "files", "bytes"}.
+    A README.md in the directory that is not the generated card is published as it is.
+    Returns {"kind": "push", "repo", "url", "commit", "private", "card": "generated" or "own", "files", "bytes"}.
     Raises InputError when something is not readable or the Hub refuses; nothing local is changed, and
     nothing is published before the one commit.
     """
@@ -201,9 +220,8 @@ def push(
         files |= _result_files(loaded, measured, Path(scratch))
         tell(1, 3, f"create {repo}")
         repo, is_private = _create(repo, private)
-        files[CARD] = Path(scratch) / CARD
-        plots = {f"{stem}.png": f"Plot of the {result['kind']} results" for stem, result in measured.items()}
-        files[CARD].write_text(model_card(loaded, list(measured.values()), repo=repo, plots=plots), encoding="utf-8")
+        own = (folder / CARD).is_file() and not is_generated(folder / CARD, loaded)
+        files[CARD] = folder / CARD if own else _card_file(loaded, measured, repo, Path(scratch))
         size = sum(path.stat().st_size for path in files.values())
         tell(2, 3, f"upload {len(files)} files, {size / 2**20:,.1f} MiB")
         commit, url = _commit(repo, files, revision)
@@ -214,9 +232,19 @@ def push(
         "url": url,
         "commit": commit,
         "private": is_private,
+        "card": "own" if own else "generated",
         "files": sorted(files),
         "bytes": size,
     }
+
+
+def _card_file(model: ElasticVAR, results: dict[str, dict], repo: str, folder: Path) -> Path:
+    """The card with its results, written to `folder`."""
+    plots = {f"{stem}.png": f"Plot of the {result['kind']} results" for stem, result in results.items()}
+    with disk_errors(folder / CARD):
+        text = model_card(model, list(results.values()), repo=repo, plots=plots)
+        (folder / CARD).write_text(text, encoding="utf-8")
+    return folder / CARD
 
 
 def _elastic_folder(model: str | Path | ElasticVAR, vae: str | Path | None, scratch: Path) -> Path:
@@ -276,7 +304,8 @@ def _result_files(model: ElasticVAR, results: dict[str, dict], folder: Path) -> 
                 raise
             detail = f"lacks {error}" if isinstance(error, KeyError) else "is damaged"
             raise InputError(f"the {kind} result {detail}: measure it again") from error
-        data.write_text(json.dumps(_without_folders(result), indent=2) + "\n", encoding="utf-8")
+        with disk_errors(data):
+            data.write_text(json.dumps(_without_folders(result), indent=2) + "\n", encoding="utf-8")
         files |= {data.name: data, plot.name: plot}
     return files
 
@@ -337,6 +366,8 @@ def _commit(repo: str, files: dict[str, Path], revision: str | None) -> tuple[st
 def hub_client(doing: str, revision: str | None = None) -> Iterator[None]:
     """For a block that does nothing but call the Hub's client: its bars on a terminal only, its errors as one line.
 
+    Its warnings are about retries and other details of that error: they are not shown, unless it is set to tell more.
+
     Raises InputError for whatever the client raises: what failed, why, and the remedy.
     """
     from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
@@ -344,6 +375,10 @@ def hub_client(doing: str, revision: str | None = None) -> Iterator[None]:
     hide = not sys.stderr.isatty() and not are_progress_bars_disabled()
     if hide:
         disable_progress_bars()
+    logger = logging.getLogger("huggingface_hub")
+    level = logger.level
+    if level == logging.WARNING:  # its default
+        logger.setLevel(logging.ERROR)
     try:
         yield
     except InputError:
@@ -351,6 +386,7 @@ def hub_client(doing: str, revision: str | None = None) -> Iterator[None]:
     except Exception as error:  # by its version the client raises errors of requests, httpx or hf_xet, and its own
         raise InputError(f"{doing}: {_reason(error, revision)}") from error
     finally:
+        logger.setLevel(level)
         if hide:
             enable_progress_bars()
 
@@ -366,7 +402,7 @@ def _reason(error: Exception, revision: str | None) -> str:
     def find(*types: type[BaseException]) -> BaseException | None:
         return next((link for link in chain if isinstance(link, types)), None)
 
-    if any(getattr(link, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) for link in chain):
+    if any(getattr(link, "errno", None) in NO_ROOM for link in chain):
         return "no room left on the disk: free some, or set HF_HOME to a folder on another disk"
     if find(errors.GatedRepoError):
         return "access is restricted: ask for it on the model's page, then run `hf auth login`"
