@@ -2,19 +2,40 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib
+import os
 import sys
-from typing import Annotated
+from typing import Annotated, NoReturn
 
-import click
 import typer
+from typer.core import TyperGroup
 
 from varcompress import __version__
-from varcompress.cli.output import err
+from varcompress.cli.output import err, note
 from varcompress.errors import InputError
+
+# Typer brings click or a copy of its own, by its version: the class behind all usage errors is found through it.
+UsageError = typer.BadParameter.__mro__[2]
+BAD_INPUT, INTERRUPTED = 2, 130
+
+
+class Commands(TyperGroup):
+    """A group that knows what a mistyped command was meant to be."""
+
+    def get_command(self, ctx: typer.Context, name: str):  # noqa: ANN201 - typer's or click's, by its version
+        found = super().get_command(ctx, name)
+        if found is None and not ctx.resilient_parsing:
+            known = self.list_commands(ctx)
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}"
+            raise InputError(f"no command is named {name!r}: {hint}")
+        return found
+
 
 app = typer.Typer(
     name="varcompress",
+    cls=Commands,
     help="Make a pretrained VAR elastic in depth, see what each schedule costs and how good it is, and publish it.",
     no_args_is_help=True,
     rich_markup_mode="rich",
@@ -48,27 +69,48 @@ def _root(
 
 for _name, _module, _function in COMMANDS:
     app.command(_name)(getattr(importlib.import_module(f"varcompress.cli.{_module}"), _function))
-app.add_typer(importlib.import_module("varcompress.cli.recipes").app, name="recipes")
+app.add_typer(importlib.import_module("varcompress.cli.recipes").app, name="recipes", cls=Commands)
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Run a command. Bad input is one line on stderr and exit code 2, never a traceback."""
+def main(arguments: list[str] | None = None) -> NoReturn:
+    """Run a command and exit. Bad input is one line on stderr and exit code 2, never a traceback."""
+    arguments = [_with_home(argument) for argument in (sys.argv[1:] if arguments is None else arguments)]
     try:
-        status = app(arguments, standalone_mode=False)
+        status = app(arguments, prog_name="varcompress", standalone_mode=False)
     except InputError as error:
-        err.print(f"[red]error:[/red] {_escape(str(error))}", highlight=False, soft_wrap=True)
-        status = 2
-    except click.ClickException as error:
-        error.show()
-        status = 2
-    except (KeyboardInterrupt, click.Abort):
-        err.print("interrupted")
-        status = 130
-    return sys.exit(status if isinstance(status, int) else 0)
+        status = _refuse(str(error))
+    except UsageError as error:
+        status = _refuse(_usage(error))
+    except OSError as error:  # what no command foresaw
+        status = _refuse(f"{error.filename}: {error.strerror}" if error.filename else str(error))
+    except (KeyboardInterrupt, typer.Abort):
+        status = INTERRUPTED
+    if status == INTERRUPTED:  # which is also what typer returns for Ctrl-C
+        note("interrupted")
+    sys.exit(status if isinstance(status, int) else 0)
 
 
-def _escape(text: str) -> str:
-    return text.replace("[", r"\[")
+def _with_home(argument: str) -> str:
+    """Expand ~ where a shell leaves it, as in --out=~/run."""
+    option, equals, value = argument.partition("=")
+    if equals and option.startswith("-"):
+        return option + equals + os.path.expanduser(value)
+    return os.path.expanduser(argument)
+
+
+def _usage(error: Exception) -> str:
+    """What typer says of a wrong call, and where to read more. Empty where it has printed the help already."""
+    text, context = " ".join(error.format_message().split()), getattr(error, "ctx", None)
+    if not text or type(error).__name__ == "NoArgsIsHelpError":
+        return ""
+    return f"{text.rstrip('.')}: see {context.command_path} --help" if context else text
+
+
+def _refuse(text: str) -> int:
+    if text:
+        err.print("[red]error:[/red] ", end="", highlight=False)
+        note(text)
+    return BAD_INPUT
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from varcompress.cli.options import Json
-from varcompress.cli.output import note, out, print_json, progress_bar
+from varcompress.cli.output import note, out, print_json, progress_bar, say
 
 
 def demo(
@@ -26,7 +26,7 @@ def demo(
         print_json(result)
         return
     out.print(demo_table(result))
-    out.print(f"Results of {result['seconds']:.0f} s in {directory}:", highlight=False)
+    say(f"Results of {result['seconds']:.0f} s in {directory}:")
     for path in result["files"]:
-        out.print(f"  {path}", highlight=False)
-    out.print(f"Next: varcompress sample {directory} --classes 0,1,2 -s d4 --out digits.png", highlight=False)
+        say(f"  {path}")
+    say(f"Next: varcompress sample {directory} --classes 0,1,2 -s d4 --out digits.png")

@@ -9,7 +9,7 @@ import typer
 from rich.table import Table
 
 from varcompress.cli.options import Device, Json, Model, Revision, Vae, open_model
-from varcompress.cli.output import note, out, print_json, progress_bar
+from varcompress.cli.output import note, out, print_json, progress_bar, say
 
 
 def distill(
@@ -25,7 +25,7 @@ def distill(
         typer.Option("--set", metavar="KEY=VALUE", help="Change a value of the recipe; may be given several times."),
     ] = None,
     tokens: Annotated[
-        Path | None, typer.Option(help="Keep the encoded images here, for further runs.  [default: drop them]")
+        Path | None, typer.Option(help="Keep the encoded images here, for further runs.", show_default="drop them")
     ] = None,
     vae: Vae = None,
     device: Device = None,
@@ -34,7 +34,7 @@ def distill(
 ) -> None:
     """Make a pretrained VAR elastic in depth: train it, by a recipe, to one set of weights for all depths.
 
-    On several GPUs: torchrun --nproc-per-node 8 -m varcompress.cli.app distill …
+    On several GPUs: torchrun --nproc-per-node 8 -m varcompress distill …
     """
     from varcompress.training import distill
     from varcompress.training.distributed import is_first, local_device
@@ -58,7 +58,7 @@ def distill(
         return
     result = {
         "kind": "distill",
-        "model": model,
+        "model": loaded.provenance.name,
         "out": str(directory),
         "recipe": chosen.to_dict(),
         **summary(directory),
@@ -71,7 +71,7 @@ def distill(
         losses = (f"{row[key]:.3f}" for key in ("loss_first", "loss_last"))
         table.add_row(row["schedule"], str(row["steps"]), *losses, str(row["last_step"]))
     out.print(table)
-    out.print(f"{result['steps']} steps in {result['seconds']:.0f} s; elastic checkpoint: {directory}", highlight=False)
-    out.print("Next:", highlight=False)
+    say(f"{result['steps']} steps in {result['seconds']:.0f} s; elastic checkpoint: {directory}")
+    say("Next:")
     for command in ("profile {}", "eval {} --reference REF", "push {} REPO"):
-        out.print(f"  varcompress {command.format(directory)}", highlight=False)
+        say(f"  varcompress {command.format(directory)}")

@@ -71,6 +71,7 @@ def test_distill_as_json_with_settings(arguments, tmp_path, capsys):
     result = json.loads(out)
     assert code == 0
     assert (result["kind"], result["steps"], result["out"]) == ("distill", 15, str(tmp_path / "run"))
+    assert result["model"] == "var"
     assert (result["recipe"]["depths"], result["recipe"]["seed"]) == ([3, 2], 5)
     assert {row["schedule"] for row in result["schedules"]} <= {"full", "d3@2", "d2@2"}
     assert load_elastic(tmp_path / "run").provenance.recipe == result["recipe"]
@@ -99,7 +100,7 @@ def test_bad_input_is_one_line_and_exit_code_2(arguments, tmp_path, capsys, opti
 
 def test_torchrun_starts_the_command_on_two_processes(arguments, tmp_path):
     launcher = ["-m", "torch.distributed.run", "--nproc-per-node=2", "--rdzv-backend=c10d"]
-    module = ["--rdzv-endpoint=localhost:0", "-m", "varcompress.cli.app"]
+    module = ["--rdzv-endpoint=localhost:0", "-m", "varcompress"]
     command = [sys.executable, *launcher, *module, *arguments, "--json", "--out", str(tmp_path / "run")]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=180, check=False)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from varcompress.checkpoint import write_text
+from varcompress.checkpoint import disk_errors, replacing, write_text
 from varcompress.evaluation import evaluate
 from varcompress.hub import load
 from varcompress.images import to_uint8
@@ -76,7 +76,8 @@ def run_demo(
     }
     files = {"eval": after, "profile": costs, "demo": result}
     for name, content in files.items():
-        write_text(out / f"{name}.json", json.dumps(content, indent=2) + "\n")
+        with disk_errors(out / f"{name}.json"):
+            write_text(out / f"{name}.json", json.dumps(content, indent=2) + "\n")
     plot_eval(after, out / "eval.png")
     plot_profile(costs, out / "profile.png")
     plot_samples(samples, result, out / "samples.png")
@@ -113,5 +114,6 @@ def plot_samples(samples: dict[str, dict[str, torch.Tensor]], result: dict, path
         cache = row["cache_bytes"] / rows[0]["cache_bytes"]
         label = f"{row['speedup']:.1f}× speed\n{cache:.0%} cache"
         axis.set_ylabel(label, rotation=0, ha="left", va="center", fontsize=10)
-    figure.savefig(path, dpi=110)
+    with disk_errors(path), replacing(path) as temporary:
+        figure.savefig(temporary, dpi=110, format="png")
     pyplot.close(figure)

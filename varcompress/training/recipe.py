@@ -14,8 +14,7 @@ import yaml
 
 from varcompress.checkpoint import disk_errors, write_text
 from varcompress.errors import InputError
-
-MAX_SEED = 2**63 - 1
+from varcompress.sampling import MAX_SEED
 
 
 def _within(low: float, high: float = math.inf, default: object = MISSING) -> object:
@@ -114,7 +113,7 @@ def recipe_text(name: str) -> str:
     names = recipe_names()
     if name not in names:
         raise InputError(
-            f"no recipe is named {name!r}{_nearest(name, names)}; there are {', '.join(names)}, or give a YAML file"
+            f"no recipe is named {name!r} (there are {', '.join(names)}; or give a YAML file){_nearest(name, names)}"
         )
     return resources.files("varcompress.recipes").joinpath(f"{name}.yaml").read_text(encoding="utf-8")
 

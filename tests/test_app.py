@@ -1,0 +1,154 @@
+"""What the command line says of calls that cannot work: one line, and an exit code."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from varcompress import __version__
+from varcompress.checkpoint import save_elastic
+from varcompress.cli import app
+from varcompress.cli.output import say
+from varcompress.demo import plot_samples
+from varcompress.errors import InputError
+
+
+def run(capsys, *arguments):
+    """Exit code, stdout and stderr of a command."""
+    with pytest.raises(SystemExit) as exit_:
+        app.main([str(argument) for argument in arguments])
+    captured = capsys.readouterr()
+    return exit_.value.code, captured.out, captured.err
+
+
+SAMPLE = ["sample", "digits", "--classes", "1", "--out", "a.png"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["smaple"], "'smaple': did you mean sample?"),
+        (["zzz"], "there are demo, inspect, sample"),
+        (["recipes", "shw"], "'shw': did you mean show?"),
+        (["recipes", "show", "digit"], "or give a YAML file): did you mean digits?"),
+        ([*SAMPLE, "--cgf", "2"], "--cgf"),
+        (["--verison"], "--verison"),
+        (["sample", "digits"], "'--classes': see varcompress sample --help"),
+        (["sample"], "'MODEL'"),
+        ([*SAMPLE, "--top-p", "1.5"], "'--top-p'"),
+        ([*SAMPLE, "--batch-size", "0"], "'--batch-size'"),
+        ([*SAMPLE, "--seed", "one"], "'--seed'"),
+        ([*SAMPLE, "more"], "more"),
+        (["inspect", "digits", "--device", "cpu"], "--device"),
+        (["inspect", "[red]none"], "[red]none: no such model"),
+        (["inspect", "gone.pth", "--vae", "vae.pth"], "gone.pth: no such checkpoint file"),
+        (["inspect", "digits", "--vae", "vae.pth"], "leave out vae (--vae)"),
+    ],
+)
+def test_bad_calls_are_one_line_and_exit_code_2(arguments, told, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    code, out, err = run(capsys, *arguments)
+    assert (code, out) == (2, "")
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+    assert told in err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("arguments", [[], ["recipes"]])
+def test_without_a_command_there_is_help_alone(arguments, capsys):
+    code, out, err = run(capsys, *arguments)
+    assert code in (0, 2)  # by the version of typer
+    assert "Usage: varcompress" in out + err
+    assert "error" not in err
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "told"),
+    [
+        (KeyboardInterrupt(), 130, "interrupted\n"),
+        (OSError(5, "Input/output error", "a/file"), 2, "error: a/file: Input/output error\n"),
+        (OSError("no route"), 2, "error: no route\n"),
+    ],
+)
+def test_what_no_command_foresaw(error, code, told, monkeypatch, capsys):
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr("varcompress.training.recipe.recipe_text", fail)
+    assert run(capsys, "recipes", "show", "digits") == (code, "", told)
+
+
+def test_module():
+    done = subprocess.run(
+        [sys.executable, "-m", "varcompress", "--version"], capture_output=True, text=True, timeout=60
+    )
+    assert (done.returncode, done.stdout) == (0, f"varcompress {__version__}\n")
+
+
+def test_a_tilde_is_the_home_directory_in_every_option(tiny, tiny_files, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("HOME", str(tiny_files))
+    code, out, err = run(capsys, "inspect", "~/var.pth", "--vae=~/vae.pth", "--json")
+    assert code == 0, err
+    assert json.loads(out)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    save_elastic(tiny, tmp_path / "model")
+    profile = ["--device=cpu", "--runs=1", "--batch-size=1", "-s", "d2"]
+    assert run(capsys, "profile", "~/model", *profile)[0] == 0
+    assert (tmp_path / "model" / "profile.json").is_file()
+    assert run(capsys, "profile", "~/model", "--out=~/other", *profile)[0] == 0
+    assert (tmp_path / "other" / "profile.json").is_file()
+    monkeypatch.chdir(tmp_path)
+    assert run(capsys, "recipes", "copy", "digits", "~/r.yaml")[0] == 0
+    assert (tmp_path / "r.yaml").is_file()
+    assert not (tmp_path / "~").exists()
+
+
+def test_paths_are_no_markup(capsys):
+    path = f"/runs/[bold]x[/bold]/{'long/' * 40}"
+    say(path)
+    assert capsys.readouterr().out == f"{path}\n"
+
+
+def test_defaults_are_told(capsys):
+    code, out, _ = run(capsys, "distill", "--help")
+    assert code == 0
+    assert "drop them" in re.sub(r"[\s│]+", " ", out)
+    assert "-m varcompress distill" in re.sub(r"[\s│]+", " ", out)
+
+
+@pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0, reason="needs permissions that bind")
+def test_a_directory_that_cannot_be_written_to(tmp_path, capsys):
+    Path(tmp_path / "locked").mkdir(mode=0o500)
+    code, _, err = run(capsys, "sample", "digits", "--classes=1", f"--out={tmp_path / 'locked' / 'a.png'}")
+    assert (code, err.count("\n")) == (2, 1)
+
+
+def test_an_output_below_a_file_is_refused_before_anything_is_loaded(tmp_path, capsys):
+    (tmp_path / "file").write_text("mine")
+    code, _, err = run(capsys, "sample", "nonsense", "--classes=1", f"--out={tmp_path / 'file' / 'new' / 'a.png'}")
+    assert code == 2
+    assert f"{tmp_path / 'file'} is no directory" in err
+
+
+def test_a_full_disk_ends_the_demo_with_one_line(tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    row = {"schedule": "full", "cache_bytes": 1, "speedup": 1.0}
+    samples = {"untrained subnets": {"full": torch.zeros(2, 3, 8, 8)}, "distilled": {"full": torch.zeros(2, 3, 8, 8)}}
+    rows = {"schedules": [row, row]}
+    plot_samples(samples, rows, tmp_path / "samples.png")
+    before = (tmp_path / "samples.png").read_bytes()
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", full)
+    with pytest.raises(InputError, match=r"samples.png: could not be written \(No space left on device\); .* MiB"):
+        plot_samples(samples, rows, tmp_path / "samples.png")
+    assert (tmp_path / "samples.png").read_bytes() == before
