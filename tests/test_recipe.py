@@ -132,7 +132,7 @@ def test_files_that_cannot_be_read(tmp_path):
 
 
 def test_an_unknown_name_suggests_the_nearest():
-    with pytest.raises(InputError, match="no recipe is named 'digit' .*: did you mean digits\\?"):
+    with pytest.raises(InputError, match=r"no recipe is named 'digit' .*: did you mean digits\?"):
         load_recipe("digit")
 
 
