@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import pytest
 import torch
 from hypothesis import settings
 
+from varcompress.cli.app import main
 from varcompress.models.elastic import ElasticVAR
 from varcompress.models.tokenizer import VQVAE, TokenizerConfig
 from varcompress.models.transformer import VAR, VARConfig
@@ -55,3 +58,23 @@ def tiny_files(tiny, tmp_path_factory):
     torch.save(var, folder / "var.pth")
     torch.save(vae, folder / "vae.pth")
     return folder
+
+
+class Outcome(NamedTuple):
+    """What a command left behind."""
+
+    exit_code: int
+    stdout: str
+    stderr: str
+
+
+@pytest.fixture
+def run(capsys):
+    """Run `varcompress` with the given arguments, as its script does: -> Outcome."""
+
+    def run(*arguments) -> Outcome:
+        with pytest.raises(SystemExit) as exit_:
+            main([str(argument) for argument in arguments])
+        return Outcome(exit_.value.code or 0, *capsys.readouterr())
+
+    return run

@@ -15,19 +15,9 @@ import torch
 
 from varcompress import __version__
 from varcompress.checkpoint import save_elastic
-from varcompress.cli import app
 from varcompress.cli.output import say
 from varcompress.demo import plot_samples
 from varcompress.errors import InputError
-
-
-def run(capsys, *arguments):
-    """Exit code, stdout and stderr of a command."""
-    with pytest.raises(SystemExit) as exit_:
-        app.main([str(argument) for argument in arguments])
-    captured = capsys.readouterr()
-    return exit_.value.code, captured.out, captured.err
-
 
 SAMPLE = ["sample", "digits", "--classes", "1", "--out", "a.png"]
 
@@ -53,9 +43,9 @@ SAMPLE = ["sample", "digits", "--classes", "1", "--out", "a.png"]
         (["inspect", "digits", "--vae", "vae.pth"], "leave out vae (--vae)"),
     ],
 )
-def test_bad_calls_are_one_line_and_exit_code_2(arguments, told, tmp_path, monkeypatch, capsys):
+def test_bad_calls_are_one_line_and_exit_code_2(arguments, told, tmp_path, monkeypatch, run):
     monkeypatch.chdir(tmp_path)
-    code, out, err = run(capsys, *arguments)
+    code, out, err = run(*arguments)
     assert (code, out) == (2, "")
     assert err.startswith("error: ")
     assert err.count("\n") == 1
@@ -64,8 +54,8 @@ def test_bad_calls_are_one_line_and_exit_code_2(arguments, told, tmp_path, monke
 
 
 @pytest.mark.parametrize("arguments", [[], ["recipes"]])
-def test_without_a_command_there_is_help_alone(arguments, capsys):
-    code, out, err = run(capsys, *arguments)
+def test_without_a_command_there_is_help_alone(arguments, run):
+    code, out, err = run(*arguments)
     assert code in (0, 2)  # by the version of typer
     assert "Usage: varcompress" in out + err
     assert "error" not in err
@@ -79,12 +69,12 @@ def test_without_a_command_there_is_help_alone(arguments, capsys):
         (OSError("no route"), 2, "error: no route\n"),
     ],
 )
-def test_what_no_command_foresaw(error, code, told, monkeypatch, capsys):
+def test_what_no_command_foresaw(error, code, told, monkeypatch, run):
     def fail(*_, **__):
         raise error
 
     monkeypatch.setattr("varcompress.training.recipe.recipe_text", fail)
-    assert run(capsys, "recipes", "show", "digits") == (code, "", told)
+    assert run("recipes", "show", "digits") == (code, "", told)
 
 
 def test_module():
@@ -94,20 +84,20 @@ def test_module():
     assert (done.returncode, done.stdout) == (0, f"varcompress {__version__}\n")
 
 
-def test_a_tilde_is_the_home_directory_in_every_option(tiny, tiny_files, tmp_path, monkeypatch, capsys):
+def test_a_tilde_is_the_home_directory_in_every_option(tiny, tiny_files, tmp_path, monkeypatch, run):
     monkeypatch.setenv("HOME", str(tiny_files))
-    code, out, err = run(capsys, "inspect", "~/var.pth", "--vae=~/vae.pth", "--json")
+    code, out, err = run("inspect", "~/var.pth", "--vae=~/vae.pth", "--json")
     assert code == 0, err
     assert json.loads(out)
     monkeypatch.setenv("HOME", str(tmp_path))
     save_elastic(tiny, tmp_path / "model")
     profile = ["--device=cpu", "--runs=1", "--batch-size=1", "-s", "d2"]
-    assert run(capsys, "profile", "~/model", *profile)[0] == 0
+    assert run("profile", "~/model", *profile)[0] == 0
     assert (tmp_path / "model" / "profile.json").is_file()
-    assert run(capsys, "profile", "~/model", "--out=~/other", *profile)[0] == 0
+    assert run("profile", "~/model", "--out=~/other", *profile)[0] == 0
     assert (tmp_path / "other" / "profile.json").is_file()
     monkeypatch.chdir(tmp_path)
-    assert run(capsys, "recipes", "copy", "digits", "~/r.yaml")[0] == 0
+    assert run("recipes", "copy", "digits", "~/r.yaml")[0] == 0
     assert (tmp_path / "r.yaml").is_file()
     assert not (tmp_path / "~").exists()
 
@@ -118,23 +108,23 @@ def test_paths_are_no_markup(capsys):
     assert capsys.readouterr().out == f"{path}\n"
 
 
-def test_defaults_are_told(capsys):
-    code, out, _ = run(capsys, "distill", "--help")
+def test_defaults_are_told(run):
+    code, out, _ = run("distill", "--help")
     assert code == 0
     assert "drop them" in re.sub(r"[\s│]+", " ", out)
     assert "-m varcompress distill" in re.sub(r"[\s│]+", " ", out)
 
 
 @pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0, reason="needs permissions that bind")
-def test_a_directory_that_cannot_be_written_to(tmp_path, capsys):
+def test_a_directory_that_cannot_be_written_to(tmp_path, run):
     Path(tmp_path / "locked").mkdir(mode=0o500)
-    code, _, err = run(capsys, "sample", "digits", "--classes=1", f"--out={tmp_path / 'locked' / 'a.png'}")
+    code, _, err = run("sample", "digits", "--classes=1", f"--out={tmp_path / 'locked' / 'a.png'}")
     assert (code, err.count("\n")) == (2, 1)
 
 
-def test_an_output_below_a_file_is_refused_before_anything_is_loaded(tmp_path, capsys):
+def test_an_output_below_a_file_is_refused_before_anything_is_loaded(tmp_path, run):
     (tmp_path / "file").write_text("mine")
-    code, _, err = run(capsys, "sample", "nonsense", "--classes=1", f"--out={tmp_path / 'file' / 'new' / 'a.png'}")
+    code, _, err = run("sample", "nonsense", "--classes=1", f"--out={tmp_path / 'file' / 'new' / 'a.png'}")
     assert code == 2
     assert f"{tmp_path / 'file'} is no directory" in err
 

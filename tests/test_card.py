@@ -91,7 +91,7 @@ def test_tables(distilled):
     assert "batch of 8 in float32 on Some CPU" in speed
     assert "| `d2@2` | 8.0 | 400.00 | 2.50 | 1.00 | 3.00 | 0.50 |" in speed
     assert "| schedule | FID | IS | KID | Recall | latency, ms |" in quality
-    assert "| `full` | 12.30 | 40.10 ± 1.50 | – | – |" in quality  # noqa: RUF001
+    assert "| `full` | 12.30 | 40.10 ± 1.50 | – | – |" in quality
     assert "no KID, precision or recall" in quality
     assert "![Plot](profile.png)" in card
 

@@ -13,7 +13,6 @@ import yaml
 from PIL import Image
 
 from varcompress.checkpoint import load_elastic
-from varcompress.cli.app import main
 
 RECIPE = {
     "name": "mine",
@@ -47,16 +46,8 @@ def arguments(tiny_files, tmp_path):
     ]
 
 
-def run(arguments, capsys):
-    """Exit code, stdout and stderr of a command."""
-    with pytest.raises(SystemExit) as exit_:
-        main([str(argument) for argument in arguments])
-    captured = capsys.readouterr()
-    return exit_.value.code, captured.out, captured.err
-
-
-def test_distill_prints_losses_and_what_comes_next(arguments, tmp_path, capsys):
-    code, out, err = run([*arguments, "--out", tmp_path / "run"], capsys)
+def test_distill_prints_losses_and_what_comes_next(arguments, tmp_path, run):
+    code, out, err = run(*arguments, "--out", tmp_path / "run")
     assert code == 0, err
     assert "distill: phase subnet, p 1.00" in err
     assert "15/15" in err
@@ -65,9 +56,9 @@ def test_distill_prints_losses_and_what_comes_next(arguments, tmp_path, capsys):
     assert load_elastic(tmp_path / "run").depths == (4, 2)
 
 
-def test_distill_as_json_with_settings(arguments, tmp_path, capsys):
+def test_distill_as_json_with_settings(arguments, tmp_path, run):
     settings = ["--set", "depths=3,2", "--set", "seed=5"]
-    code, out, _ = run([*arguments, "--out", tmp_path / "run", "--json", *settings], capsys)
+    code, out, _ = run(*arguments, "--out", tmp_path / "run", "--json", *settings)
     result = json.loads(out)
     assert code == 0
     assert (result["kind"], result["steps"], result["out"]) == ("distill", 15, str(tmp_path / "run"))
@@ -87,10 +78,10 @@ def test_distill_as_json_with_settings(arguments, tmp_path, capsys):
         (["--out", "{images}"], "holds something else already"),
     ],
 )
-def test_bad_input_is_one_line_and_exit_code_2(arguments, tmp_path, capsys, options, message):
+def test_bad_input_is_one_line_and_exit_code_2(arguments, tmp_path, run, options, message):
     options = [option.replace("{images}", str(tmp_path / "images")) for option in options]
     out = [] if "--out" in options else ["--out", tmp_path / "run"]
-    code, stdout, err = run([*arguments, *out, *options], capsys)
+    code, stdout, err = run(*arguments, *out, *options)
     assert (code, stdout) == (2, "")
     assert message in err
     assert err.startswith("error: ")
@@ -109,17 +100,17 @@ def test_torchrun_starts_the_command_on_two_processes(arguments, tmp_path):
     assert load_elastic(tmp_path / "run").depths == (4, 2)
 
 
-def test_recipes_list_show_and_copy(tmp_path, monkeypatch, capsys):
+def test_recipes_list_show_and_copy(tmp_path, monkeypatch, run):
     monkeypatch.chdir(tmp_path)
-    code, out, _ = run(["recipes", "list", "--json"], capsys)
+    code, out, _ = run("recipes", "list", "--json")
     names = [recipe["name"] for recipe in json.loads(out)["recipes"]]
     assert (code, {"digits", "variant-d30"} <= set(names)) == (0, True)
-    assert "variant-d30" in run(["recipes", "list"], capsys)[1]
-    shown = run(["recipes", "show", "variant-d30"], capsys)[1]
+    assert "variant-d30" in run("recipes", "list")[1]
+    shown = run("recipes", "show", "variant-d30")[1]
     assert yaml.safe_load(shown)["batch_size"] == 1024
-    assert json.loads(run(["recipes", "show", "digits", "--json"], capsys)[1])["name"] == "digits"
-    assert run(["recipes", "copy", "variant-d30"], capsys)[0] == 0
+    assert json.loads(run("recipes", "show", "digits", "--json")[1])["name"] == "digits"
+    assert run("recipes", "copy", "variant-d30")[0] == 0
     assert (tmp_path / "variant-d30.yaml").read_text() == shown
-    code, _, err = run(["recipes", "copy", "variant-d30"], capsys)
+    code, _, err = run("recipes", "copy", "variant-d30")
     assert (code, "stays as it is" in err) == (2, True)
-    assert run(["recipes", "show", "none"], capsys)[0] == 2
+    assert run("recipes", "show", "none")[0] == 2

@@ -13,13 +13,11 @@ import numpy as np
 import pytest
 import torch
 import torch_fidelity
-import typer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from torch.utils.data import Dataset
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
-from typer.testing import CliRunner
 
 from tests.conftest import official_state
 from varcompress.data.digits import load_digits
@@ -468,15 +466,6 @@ def test_images_that_are_not_finite_are_refused(model, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def run():
-    from varcompress.cli.eval import evaluate as command
-
-    app = typer.Typer()
-    app.command()(command)
-    return lambda *arguments: CliRunner().invoke(app, [str(argument) for argument in arguments])
-
-
-@pytest.fixture(scope="module")
 def files(model, tmp_path_factory):
     """The arguments that open the model from official files, on digits features."""
     folder = tmp_path_factory.mktemp("digits")
@@ -488,8 +477,10 @@ def files(model, tmp_path_factory):
 
 def test_eval_prints_json(run, files, tmp_path, pixels):
     reference = write_folder(tmp_path / "images", pixels)
-    outcome = run(*files, "-s", "full", "-s", "d2@2", "--reference", reference, "--json", "--out", tmp_path / "results")
-    assert outcome.exit_code == 0, outcome.output
+    outcome = run(
+        "eval", *files, "-s", "full", "-s", "d2@2", "--reference", reference, "--json", "--out", tmp_path / "results"
+    )
+    assert outcome.exit_code == 0, outcome.stderr
     result = json.loads(outcome.stdout)
     assert [row["schedule"] for row in result["schedules"]] == ["full", "d2@2"]
     assert result["reference"] == str(reference)
@@ -500,8 +491,8 @@ def test_eval_prints_json(run, files, tmp_path, pixels):
 def test_eval_prints_a_table_and_leaves_no_litter(run, files, tmp_path, pixels, monkeypatch):
     monkeypatch.chdir(tmp_path)
     reference = write_npz(tmp_path / "images.npz", arr_0=pixels)
-    outcome = run(*files, "-s", "full", "--reference", reference)
-    assert outcome.exit_code == 0, outcome.output
+    outcome = run("eval", *files, "-s", "full", "--reference", reference)
+    assert outcome.exit_code == 0, outcome.stderr
     assert "FD ↓" in outcome.stdout
     assert "Nothing was written" in outcome.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["images.npz"]
@@ -509,7 +500,7 @@ def test_eval_prints_a_table_and_leaves_no_litter(run, files, tmp_path, pixels, 
 
 def test_eval_writes_into_an_elastic_directory(run, model, tmp_path):
     model.save_pretrained(tmp_path / "elastic")
-    outcome = run(tmp_path / "elastic", "--images", 12, "-s", "d2@2", "--device", "cpu", "--json")
-    assert outcome.exit_code == 0, outcome.output
+    outcome = run("eval", tmp_path / "elastic", "--images", 12, "-s", "d2@2", "--device", "cpu", "--json")
+    assert outcome.exit_code == 0, outcome.stderr
     assert {"eval.json", "eval.png"} <= {path.name for path in (tmp_path / "elastic").iterdir()}
     assert json.loads(outcome.stdout)["reference"] == "embedded digits"

@@ -53,7 +53,7 @@ def run_demo(
     model = distill(model, recipe, out=out, resume=resume, progress=progress, note=note)
     samples["distilled subnets"] = sample_rows(model)
     after = evaluate(model, **settings)
-    costs = profile(model, batch_size=64, progress=progress)
+    costs = profile(model, batch_size=64, runs=9, progress=progress)
     result = {
         "kind": "demo",
         "device": costs["device"],
