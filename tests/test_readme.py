@@ -1,0 +1,34 @@
+"""What the README promises stays true."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from varcompress.cli.app import COMMANDS
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_ci_runs_the_second_command():
+    commands = [line for line in README.splitlines() if line.startswith("python3 -m venv")]
+    assert len(commands) == 2
+    assert commands[1] in (ROOT / ".ci" / "run").read_text(encoding="utf-8").splitlines()
+
+
+def test_every_command_is_in_the_table():
+    table = set(re.findall(r"^\| `(\w+)", README, flags=re.MULTILINE))
+    assert {name for name, *_ in COMMANDS} | {"recipes"} <= table
+
+
+def test_the_layout_names_every_file():
+    layout = README.split("## Layout")[1].split("```")[1]
+    for path in (ROOT / "varcompress").iterdir():
+        if path.name[0] not in "_." and (path.suffix == ".py" or path.is_dir()):
+            assert path.name in layout, path.name
+
+
+def test_links_to_files_lead_somewhere():
+    for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", README):
+        assert (ROOT / target).exists(), target
