@@ -135,3 +135,8 @@ def test_recipe_licence_and_citations(distilled, tiny):
     untouched = model_card(tiny)
     assert "Licence: not stated" in untouched
     assert "only `full` gives the quality" in untouched
+
+
+def test_the_example_uses_a_schedule_the_weights_are_good_at(distilled, tiny):
+    assert 'schedule="d4@2"' in section(model_card(distilled), "Use")
+    assert 'schedule="full"' in section(model_card(tiny), "Use")

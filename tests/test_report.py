@@ -181,3 +181,11 @@ def test_a_file_is_no_folder(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(InputError, match="is a file, not a directory"):
         check_results(tmp_path / "file", "profile")
+
+
+def test_an_earlier_result_is_kept_beside_the_new_one(tmp_path):
+    write_results(scored(["full", "d8@6"], DIGITS), tmp_path)
+    earlier = (tmp_path / "eval.json").read_text()
+    write_results(scored(["full"], DIGITS), tmp_path)
+    assert (tmp_path / "eval.json.old").read_text() == earlier
+    assert (tmp_path / "eval.json").read_text() != earlier

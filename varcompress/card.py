@@ -161,7 +161,8 @@ def _what(model: ElasticVAR) -> str:
 
 
 def _use(model: ElasticVAR, repo: str) -> str:
-    schedule = model.default_schedules()[-1]
+    # the deepest subnet that was trained; untouched weights are good at full depth only
+    schedule = model.default_schedules()[1 if model.depths else 0]
     return f"""\
 ## Use
 

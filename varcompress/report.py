@@ -386,13 +386,17 @@ def check_results(folder: str | Path, kind: str) -> Path:
 def write_results(result: dict, folder: str | Path) -> list[Path]:
     """Write KIND.json and KIND.png of a profile or eval result; return their paths.
 
-    An earlier result of the same kind is replaced. Raises InputError where something else would be, or a disk is full.
+    An earlier result of the same kind is kept as KIND.json.old, which `push` passes over.
+    Raises InputError where something else would be, or a disk is full.
     """
     kind = result["kind"]
     folder = check_results(folder, kind)
     with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        write_text(folder / f"{kind}.json", json.dumps(result, indent=2) + "\n")
+        present = folder / f"{kind}.json"
+        if present.exists():
+            present.replace(folder / f"{kind}.json.old")
+        write_text(present, json.dumps(result, indent=2) + "\n")
     return [folder / f"{kind}.json", PLOTS[kind](result, folder / f"{kind}.png")]
 
 
