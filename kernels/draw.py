@@ -1,0 +1,233 @@
+"""Guidance, top-k, top-p and the draw, with a random stream of its own for every image.
+
+A draw depends on (seed, image, scale, position) alone: one Philox4x32-10 word (Salmon et al.,
+SC 2011) is the uniform number that inverts the filtered distribution. So an image does not change
+with the batch it is drawn in.
+
+No order of the tokens is needed. What a filter keeps is all within some distance of the largest
+logit, and the smallest such distance is found by selection on a CPU and by bisection on a GPU,
+exactly in both: a float32 that is not negative has the order of its bits.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from varcompress.kernels import constexpr, jit, tl, triton
+
+_ROUNDS = 10
+_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+_WEYL = (0x9E3779B9, 0xBB67AE85)
+_WORD = 0xFFFFFFFF
+_CHUNK = 1 << 20  # logits filtered at a time, at up to 28 bytes of temporaries each
+
+
+def _multiply(a: Tensor, b: int) -> tuple[Tensor, Tensor]:
+    """High and low words of a 32 x 32 bit product, kept inside int64 by splitting `a` in halves."""
+    low, high = (a & 0xFFFF) * b, (a >> 16) * b
+    high = high + (low >> 16)
+    return high >> 16, ((high & 0xFFFF) << 16) | (low & 0xFFFF)
+
+
+def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], seed: int | Tensor) -> tuple[Tensor, ...]:
+    """Philox4x32-10: four int64 tensors that hold 32-bit words, from four such counters and a 64-bit key.
+
+    The key is a whole number, or a 0-dim int64 tensor on the counters' device.
+    """
+    c0, c1, c2, c3 = counter
+    k0, k1 = seed & _WORD, (seed >> 32) & _WORD
+    for _ in range(_ROUNDS):
+        high0, low0 = _multiply(c0, _MULTIPLIERS[0])
+        high1, low1 = _multiply(c2, _MULTIPLIERS[1])
+        c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
+        k0, k1 = (k0 + _WEYL[0]) & _WORD, (k1 + _WEYL[1]) & _WORD
+    return c0, c1, c2, c3
+
+
+def uniform(seed: int | Tensor, images: Tensor, scale: int, positions: int) -> Tensor:
+    """Uniform numbers in [0, 1) for the tokens of one scale: images (B,) int64 -> (B, positions) float32.
+
+    seed: a whole number, or a 0-dim int64 tensor on the images' device.
+    """
+    position = torch.arange(positions, device=images.device)
+    counter = torch.broadcast_tensors(
+        position[None, :], images.new_full((1, 1), scale), (images & _WORD)[:, None], (images >> 32 & _WORD)[:, None]
+    )
+    return (philox(counter, seed)[0] >> 8).float() * 2.0**-24
+
+
+def draw(
+    conditional: Tensor, unconditional: Tensor | None, weight: float, uniforms: Tensor, *, top_k: int, top_p: float
+) -> Tensor:
+    """Tokens drawn by inverting the guided and filtered distribution: (B, n) int64.
+
+    conditional, unconditional: (B, n, V) logits; unconditional may be None where weight is 0.
+    uniforms: (B, n) float32 in [0, 1). Guided logits are (1 + weight) * conditional - weight *
+    unconditional in float32, and tokens are compared by their distance to the largest.
+
+    top-k keeps the k nearest and what ties with the k-th; 0 keeps all. Of these, top-p keeps a
+    token when the nearer ones hold less than top_p of the probability; 0 and 1 keep all
+    (FoundationVision/VAR, models/helpers.py, but for ties). The token is the first, by index, at
+    which the cumulative probability of what is kept exceeds the uniform number; top_k 1 takes the
+    first of the largest instead. A largest logit that is NaN or infinite has no distribution: its
+    token is -1. Temporaries stay below 32 MiB for V up to 2^20.
+    """
+    tokens = torch.empty(uniforms.numel(), dtype=torch.int64, device=conditional.device)
+    rows = max(1, _CHUNK // conditional.shape[-1])
+    arguments = (conditional.flatten(0, 1), None if unconditional is None else unconditional.flatten(0, 1))
+    for start in range(0, len(tokens), rows):
+        part = slice(start, start + rows)
+        logits = _guide(*(None if logits is None else logits[part] for logits in arguments), weight)
+        top = logits.amax(dim=-1, keepdim=True)
+        if top_k == 1:
+            drawn = logits.argmax(dim=-1)
+        else:
+            drawn = _invert(_filter(top - logits, top_k, top_p), uniforms.flatten()[part, None])
+        tokens[part] = drawn.masked_fill_(~top.squeeze(-1).isfinite(), -1)
+    return tokens.view(uniforms.shape)
+
+
+def _guide(conditional: Tensor, unconditional: Tensor | None, weight: float) -> Tensor:
+    if unconditional is None:
+        return conditional.float()
+    return torch.sub(conditional.float() * (1 + weight), unconditional, alpha=weight)
+
+
+def _filter(distance: Tensor, top_k: int, top_p: float) -> Tensor:
+    """Unnormalised probabilities of the tokens that both filters keep, 0 for the others: (rows, V)."""
+    vocab = distance.shape[-1]
+    count, nucleus = (top_k if 0 < top_k < vocab else vocab), 0 < top_p < 1
+    weights = distance.neg().exp_()
+    if count == vocab and not nucleus:
+        return weights
+    # as integers, which compare faster
+    near = distance.view(torch.int32).topk(count, largest=False, sorted=nucleus).values.view(torch.float32)
+    if nucleus:
+        mass = near.neg().exp_()
+        # more than `count` tokens are within the k-th distance when some tie with it
+        ties = torch.le(distance, near[:, -1:], out=torch.empty_like(distance)).sum(dim=-1, keepdim=True) - count
+        cumulative = mass.cumsum(dim=-1)
+        total = cumulative[:, -1:] + ties * mass[:, -1:]
+        rank = torch.searchsorted(cumulative, top_p * total).clamp_max_(count - 1)
+        limit = near.gather(-1, rank)
+    else:
+        limit = near.amax(dim=-1, keepdim=True)
+    # the comparison as float32: a product with bool is several times slower
+    return weights.mul_(torch.le(distance, limit, out=torch.empty_like(distance)))
+
+
+def _invert(weights: Tensor, uniforms: Tensor) -> Tensor:
+    """The first token whose cumulative weight exceeds uniform * total: (rows, V), (rows, 1) -> (rows,)."""
+    cumulative = weights.cumsum(dim=-1)
+    total = cumulative[:, -1:].contiguous()
+    target = torch.minimum(uniforms * total, total.nextafter(torch.zeros_like(total)))  # so that some token exceeds it
+    return torch.searchsorted(cumulative, target, right=True).squeeze(-1)
+
+
+def draw_triton(
+    conditional: Tensor,
+    unconditional: Tensor | None,
+    weight: float,
+    seed: Tensor,
+    images: Tensor,
+    scale: int,
+    *,
+    top_k: int,
+    top_p: float,
+    out: Tensor | None = None,
+) -> Tensor:
+    """`draw` with the numbers of `uniform`, in one kernel: (B, n) int64.
+
+    seed: int64, 0-dim, and images: (B,) int64, both on the logits' device. Logits, images, and out
+    if given, are contiguous. Raises ValueError for other shapes and layouts.
+    """
+    batch, positions, vocab = conditional.shape
+    out = torch.empty(batch, positions, dtype=torch.int64, device=conditional.device) if out is None else out
+    if unconditional is not None and unconditional.shape != conditional.shape:
+        raise ValueError(f"logits of shapes {tuple(conditional.shape)} and {tuple(unconditional.shape)}")
+    if images.shape != (batch,) or out.shape != (batch, positions) or seed.numel() != 1:
+        raise ValueError(f"images must be {(batch,)}, out {(batch, positions)}, and seed one number")
+    if not all(tensor is None or tensor.is_contiguous() for tensor in (conditional, unconditional, images, out)):
+        raise ValueError("logits, images and out must be contiguous")
+    if not seed.dtype == images.dtype == out.dtype == torch.int64:
+        raise ValueError("seed, images and out must be int64")
+    block = triton.next_power_of_2(vocab)
+    _draw[(positions, batch)](
+        conditional,
+        unconditional,
+        seed,
+        images,
+        out,
+        float(1 + weight),
+        float(weight),
+        scale,
+        top_k if 0 < top_k < vocab else vocab,
+        float(top_p) if 0 < top_p < 1 else 1.0,
+        vocab,
+        block,
+        num_warps=min(max(block // 512, 1), 16),
+    )
+    return out
+
+
+@jit("scale", "top_k")
+def _draw(
+    conditional_pointer,
+    unconditional_pointer,  # None for no guidance
+    seed_pointer,
+    images_pointer,
+    out_pointer,
+    gain,
+    weight,
+    scale,
+    top_k,
+    top_p,
+    VOCAB: constexpr,
+    BLOCK: constexpr,
+):
+    """One token, its row of logits in registers."""
+    position, image = tl.program_id(0), tl.program_id(1)
+    row = image.to(tl.int64) * tl.num_programs(0) + position
+    token = tl.arange(0, BLOCK)
+    inside = token < VOCAB
+    logit = tl.load(conditional_pointer + row * VOCAB + token, mask=inside, other=0.0).to(tl.float32)
+    if unconditional_pointer is not None:
+        other = tl.load(unconditional_pointer + row * VOCAB + token, mask=inside, other=0.0).to(tl.float32)
+        logit = tl.fma(other, -weight, logit * gain)
+    # NaN as infinity, because a maximum may pass over it
+    top = tl.max(tl.where(inside, tl.where(logit == logit, logit, float("inf")), -float("inf")))
+    distance = tl.where(inside, top - logit, float("inf"))
+    bits = distance.to(tl.int32, bitcast=True)
+    weights = tl.exp(-distance)
+
+    limit = 0x7F800000  # infinity
+    if top_k < VOCAB:
+        limit = _reach(bits, inside.to(tl.float32), top_k, limit)
+        weights = tl.where(bits <= limit, weights, 0.0)
+    if top_p < 1:
+        limit = _reach(bits, weights, top_p * tl.sum(weights), limit)
+        weights = tl.where(bits <= limit, weights, 0.0)
+
+    number = tl.load(images_pointer + image)
+    low, high = (number & 0xFFFFFFFF).to(tl.uint32), (number >> 32).to(tl.uint32)
+    word, _, _, _ = tl.philox(tl.load(seed_pointer), position, scale, low, high)
+    uniform = tl.where(top_k == 1, 0.0, (word >> 8).to(tl.float32) * 5.9604644775390625e-08)  # 2^-24
+    # A parallel sum may fall by a rounding from one token to the next: never trust it where the weight is 0.
+    possible = weights > 0
+    exceeds = possible & (tl.cumsum(weights, 0) > uniform * tl.sum(weights))
+    drawn = tl.minimum(tl.min(tl.where(exceeds, token, VOCAB)), tl.max(tl.where(possible, token, -1)))
+    drawn = tl.where(tl.abs(top) < float("inf"), drawn, -1)
+    tl.store(out_pointer + row, drawn)
+
+
+@jit()
+def _reach(bits, measure, goal, high):
+    """The smallest limit, at most `high`, within which `measure` sums to `goal`."""
+    low = 0
+    while low < high:
+        middle = low + (high - low) // 2
+        enough = tl.sum(tl.where(bits <= middle, measure, 0.0)) >= goal
+        high = tl.where(enough, middle, high)
+        low = tl.where(enough, low, middle + 1)
+    return low

@@ -1,0 +1,85 @@
+"""Compiles every kernel for NVIDIA GPUs, none needed: run by test_compile, in a process without the interpreter.
+
+Each launcher is called with tensors as generation has them; instead of a launch, its kernel is
+compiled for the arguments it was given. Prints a line for each kernel and target: name,
+capability, num_warps, registers of a thread, bytes spilled.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from pathlib import Path
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import mangle_type
+
+from varcompress.kernels import draw, modulate, qkv
+
+CAPABILITIES = (80, 90)
+PTXAS = Path(triton.__file__).parent / "backends/nvidia/bin/ptxas"
+
+
+class Compiler:
+    """Stands where a kernel stands."""
+
+    def __init__(self, kernel):
+        self.kernel = kernel
+
+    def __getitem__(self, grid):
+        return self.compile
+
+    def compile(self, *arguments, **options):
+        constants = {
+            parameter.name: argument
+            for parameter, argument in zip(self.kernel.params, arguments, strict=True)
+            if parameter.is_constexpr or argument is None
+        }
+        signature = {
+            parameter.name: "constexpr" if parameter.name in constants else mangle_type(argument)
+            for parameter, argument in zip(self.kernel.params, arguments, strict=True)
+        }
+        # pointers to whole allocations are aligned, as at a launch
+        aligned = {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(signature.values()) if kind[0] == "*"}
+        for capability in CAPABILITIES:
+            source = ASTSource(self.kernel, signature, constants, aligned)
+            compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+            assert compiled.asm["cubin"]
+            registers, spilled = usage(compiled.asm["ptx"])
+            print(self.kernel.__name__, capability, options["num_warps"], registers, spilled)
+
+
+def usage(ptx: str) -> tuple[int, int]:
+    """Registers of a thread, and bytes spilled."""
+    target = re.search(r"^\.target (\w+)", ptx, re.MULTILINE)[1]
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder, "kernel.ptx")
+        source.write_text(ptx)
+        command = [PTXAS, "-v", f"--gpu-name={target}", source, "-o", source.with_suffix(".cubin")]
+        report = subprocess.run(command, check=True, capture_output=True, text=True).stderr
+    spilled = sum(int(count) for count in re.findall(r"(\d+) bytes spill", report))
+    return int(re.search(r"Used (\d+) registers", report)[1]), spilled
+
+
+def main() -> None:
+    for module, name in ((modulate, "_modulate"), (qkv, "_split_heads"), (draw, "_draw")):
+        setattr(module, name, Compiler(getattr(module, name)))
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        x = torch.empty(2, 1, 1920, dtype=dtype)
+        gate, scale, shift = torch.empty(2, 1, 3, 1920, dtype=dtype).unbind(2)
+        modulate.modulate_triton(x, scale, shift)
+        modulate.add_modulate_triton(x, x, gate, scale, shift)
+        cache = torch.empty(2, 2, 30, 10, 64, dtype=dtype)[:, :, :, 4:5]
+        for bias in (None, torch.empty(3 * 1920, dtype=dtype)):
+            qkv.split_heads_triton(torch.empty(2, 1, 3 * 1920, dtype=dtype), bias, torch.empty(30), *cache)
+        logits, number = torch.empty(1, 1, 4096, dtype=dtype), torch.zeros(1, dtype=torch.int64)
+        for unconditional in (None, logits):
+            draw.draw_triton(logits, unconditional, 1.5, number[0], number, 3, top_k=900, top_p=0.96)
+
+
+if __name__ == "__main__":
+    main()
