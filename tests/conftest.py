@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from typing import NamedTuple
 
 import pytest
 import torch
 from hypothesis import settings
+
+if not torch.cuda.is_available():  # before the first import of Triton, whose kernels then run on a CPU
+    os.environ["TRITON_INTERPRET"] = "1"
 
 from varcompress.cli.app import main
 from varcompress.models.elastic import ElasticVAR
