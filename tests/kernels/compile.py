@@ -34,17 +34,16 @@ class Compiler:
         return self.compile
 
     def compile(self, *arguments, **options):
-        constants = {
-            parameter.name: argument
-            for parameter, argument in zip(self.kernel.params, arguments, strict=True)
-            if parameter.is_constexpr or argument is None
+        named = {parameter.name: argument for parameter, argument in zip(self.kernel.params, arguments, strict=True)}
+        constexprs = {parameter.name for parameter in self.kernel.params if parameter.is_constexpr}
+        constants = {name: value for name, value in named.items() if name in constexprs or value is None}
+        signature = {name: "constexpr" if name in constants else mangle_type(value) for name, value in named.items()}
+        # what a launch finds out too: allocations are aligned, and so are strides that are multiples of 16
+        aligned = {
+            (index,): [["tt.divisibility", 16]]
+            for index, (name, value) in enumerate(named.items())
+            if name not in constants and (torch.is_tensor(value) or (isinstance(value, int) and value % 16 == 0))
         }
-        signature = {
-            parameter.name: "constexpr" if parameter.name in constants else mangle_type(argument)
-            for parameter, argument in zip(self.kernel.params, arguments, strict=True)
-        }
-        # pointers to whole allocations are aligned, as at a launch
-        aligned = {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(signature.values()) if kind[0] == "*"}
         for capability in CAPABILITIES:
             source = ASTSource(self.kernel, signature, constants, aligned)
             compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
