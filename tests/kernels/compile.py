@@ -68,16 +68,23 @@ def main() -> None:
     for module, name in ((modulate, "_modulate"), (qkv, "_split_heads"), (draw, "_draw")):
         setattr(module, name, Compiler(getattr(module, name)))
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        x = torch.empty(2, 1, 1920, dtype=dtype)
-        gate, scale, shift = torch.empty(2, 1, 3, 1920, dtype=dtype).unbind(2)
-        modulate.modulate_triton(x, scale, shift)
+        launch(dtype, optional=True)
+    launch(torch.bfloat16, optional=False)
+
+
+def launch(dtype: torch.dtype, *, optional: bool) -> None:
+    """Every launcher as VAR-d30 calls it, with its optional arguments or without."""
+    x = torch.empty(2, 1, 1920, dtype=dtype)
+    gate, scale, shift = torch.empty(2, 1, 3, 1920, dtype=dtype).unbind(2)
+    if optional:
         modulate.add_modulate_triton(x, x, gate, scale, shift)
-        cache = torch.empty(2, 2, 30, 10, 64, dtype=dtype)[:, :, :, 4:5]
-        for bias in (None, torch.empty(3 * 1920, dtype=dtype)):
-            qkv.split_heads_triton(torch.empty(2, 1, 3 * 1920, dtype=dtype), bias, torch.empty(30), *cache)
-        logits, number = torch.empty(1, 1, 4096, dtype=dtype), torch.zeros(1, dtype=torch.int64)
-        for unconditional in (None, logits):
-            draw.draw_triton(logits, unconditional, 1.5, number[0], number, 3, top_k=900, top_p=0.96)
+    else:
+        modulate.modulate_triton(x, scale, shift)
+    bias = torch.empty(3 * 1920, dtype=dtype) if optional else None
+    cache = torch.empty(2, 2, 30, 10, 64, dtype=dtype)[:, :, :, 4:5]
+    qkv.split_heads_triton(torch.empty(2, 1, 3 * 1920, dtype=dtype), bias, torch.empty(30), *cache)
+    logits, number = torch.empty(1, 1, 4096, dtype=dtype), torch.zeros(1, dtype=torch.int64)
+    draw.draw_triton(logits, logits if optional else None, 1.5, number[0], number, 3, top_k=900, top_p=0.96)
 
 
 if __name__ == "__main__":
