@@ -7,7 +7,19 @@ from typing import Annotated
 
 import typer
 
-from varcompress.cli.options import Device, Dtype, Json, Model, Revision, Schedules, Vae, open_model
+from varcompress.cli.options import (
+    CacheDtype,
+    Device,
+    Dtype,
+    Json,
+    Kernels,
+    Model,
+    Offload,
+    Revision,
+    Schedules,
+    Vae,
+    open_model,
+)
 from varcompress.cli.output import note, out, print_json, progress_bar
 
 
@@ -54,6 +66,9 @@ def evaluate(
     device: Device = None,
     dtype: Dtype = "float32",
     revision: Revision = None,
+    kernels: Kernels = "auto",
+    cache_dtype: CacheDtype = None,
+    offload: Offload = None,
     as_json: Json = False,
 ) -> None:
     """Score the images of each schedule, and measure what they cost, in one run.
@@ -70,7 +85,7 @@ def evaluate(
         directory = Path(model)  # where push looks for results
     if directory is not None:
         report.check_results(directory, "eval")
-    loaded = open_model(model, vae, device, dtype, revision)
+    loaded = open_model(model, vae, device, dtype, revision, kernels=kernels, cache_dtype=cache_dtype, offload=offload)
     with progress_bar() as progress:
         result = run(
             loaded,

@@ -20,7 +20,9 @@ Model = Annotated[
 ]
 Vae = Annotated[Path | None, typer.Option(help="Tokenizer file that goes with a transformer .pth.")]
 Device = Annotated[str | None, typer.Option(help="cuda, cuda:1 or cpu.", show_default="cuda when there is one")]
-Dtype = Annotated[str, typer.Option(help="float32, bfloat16 or float16.")]
+Dtype = Annotated[
+    str, typer.Option(help="float32, bfloat16 or float16; auto is bfloat16 where the device is faster with it.")
+]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit on the Hub.")]
 Schedules = Annotated[
     list[str] | None,
@@ -31,13 +33,29 @@ Schedules = Annotated[
         show_default="full and the model's subnets",
     ),
 ]
+Kernels = Annotated[str, typer.Option(help="auto, torch (plain torch alone) or triton (fused kernels, on a GPU).")]
+CacheDtype = Annotated[
+    str | None,
+    typer.Option(help="int8 or float8: keys and values in eight bits.", show_default="as --dtype"),
+]
+Offload = Annotated[
+    str | None,
+    typer.Option(
+        help="bridge: on a GPU, stream the layers that only the bridge runs from host memory.", show_default=False
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")]
 
 
 def open_model(
-    model: str, vae: Path | None = None, device: str | None = None, dtype: str = "float32", revision: str | None = None
+    model: str,
+    vae: Path | None = None,
+    device: str | None = None,
+    dtype: str = "float32",
+    revision: str | None = None,
+    **runtime: str | None,
 ) -> ElasticVAR:
-    """Load MODEL with the shared options."""
+    """Load MODEL with the shared options; runtime: kernels, cache_dtype, offload."""
     from varcompress.hub import load
 
-    return load(model, vae=vae, device=device, dtype=dtype, revision=revision)
+    return load(model, vae=vae, device=device, dtype=dtype, revision=revision, **runtime)

@@ -7,7 +7,19 @@ from typing import Annotated
 
 import typer
 
-from varcompress.cli.options import Device, Dtype, Json, Model, Revision, Schedules, Vae, open_model
+from varcompress.cli.options import (
+    CacheDtype,
+    Device,
+    Dtype,
+    Json,
+    Kernels,
+    Model,
+    Offload,
+    Revision,
+    Schedules,
+    Vae,
+    open_model,
+)
 from varcompress.cli.output import note, out, print_json, progress_bar
 
 
@@ -28,6 +40,9 @@ def profile(
     device: Device = None,
     dtype: Dtype = "float32",
     revision: Revision = None,
+    kernels: Kernels = "auto",
+    cache_dtype: CacheDtype = None,
+    offload: Offload = None,
     as_json: Json = False,
 ) -> None:
     """Measure time, memory, weights and FLOPs of schedules, each beside what arithmetic predicts."""
@@ -39,7 +54,7 @@ def profile(
         directory = Path(model)  # where push looks for results
     if directory is not None:
         report.check_results(directory, "profile")
-    loaded = open_model(model, vae, device, dtype, revision)
+    loaded = open_model(model, vae, device, dtype, revision, kernels=kernels, cache_dtype=cache_dtype, offload=offload)
     with progress_bar() as progress:
         result = profile(loaded, schedules, batch_size=batch_size, runs=runs, progress=progress)
     if as_json:

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from varcompress.cli.options import Device, Dtype, Json, Model, Revision, Vae, open_model
+from varcompress.cli.options import CacheDtype, Device, Dtype, Json, Kernels, Model, Offload, Revision, Vae, open_model
 from varcompress.cli.output import out as stdout
 from varcompress.cli.output import print_json, progress_bar
 from varcompress.errors import InputError
@@ -33,13 +33,16 @@ def sample(
     device: Device = None,
     dtype: Dtype = "float32",
     revision: Revision = None,
+    kernels: Kernels = "auto",
+    cache_dtype: CacheDtype = None,
+    offload: Offload = None,
     as_json: Json = False,
 ) -> None:
     """Draw images of given classes under one schedule: a grid to look at, or arrays to score."""
     from varcompress.images import check_image_output, draw_images, save_images
 
     check_image_output(out)
-    loaded = open_model(model, vae, device, dtype, revision)
+    loaded = open_model(model, vae, device, dtype, revision, kernels=kernels, cache_dtype=cache_dtype, offload=offload)
     labels = [label for label in parse_classes(classes, loaded.var.config.classes) for _ in range(count)]
     settings = {"cfg": cfg, "top_k": top_k, "top_p": top_p, "seed": seed}
     with progress_bar() as progress:

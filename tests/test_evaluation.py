@@ -380,7 +380,7 @@ def test_evaluate_says_all_that_a_score_depends_on(model):
         assert row["images_per_second"] == pytest.approx(16 / row["latency_ms"] * 1e3)
         assert row["peak_bytes"] > row["cache_bytes"] > 0
     assert subnet["cache_bytes"] < full["cache_bytes"]
-    assert full["cache_bytes"] == model.schedule("full").cache_bytes(batch=16, width=32, element_bytes=4)
+    assert full["cache_bytes"] == model.schedule("full").cache_bytes(batch=16, token_bytes=32 * 4)
     assert seen[-1] == (40, 40, "d2@2: images")
     assert any(what == "reference: images" for _, _, what in seen)
 

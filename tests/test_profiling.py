@@ -205,7 +205,7 @@ def test_describe(model):
     ]
     transformer = model.schedule("d2@1").flops(width=64, vocab=64)
     assert subnet["flops"] == transformer + decoder_flops(model.tokenizer.config)
-    assert subnet["cache_bytes"] == model.schedule("d2@1").cache_bytes(batch=1, width=64, element_bytes=4)
+    assert subnet["cache_bytes"] == model.schedule("d2@1").cache_bytes(batch=1, token_bytes=64 * 4)
 
 
 @pytest.mark.parametrize(

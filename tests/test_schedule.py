@@ -120,7 +120,7 @@ def test_tokens():
     ("text", "mebibytes"), [("full", 19125), ("d16", 10200), ("d8", 5100), ("d4", 2559.375), ("d2", 2559.375)]
 )
 def test_cache_of_d30_at_batch_64(text, mebibytes):
-    assert parse(text).cache_bytes(batch=64, width=1920, element_bytes=2) / MIB == mebibytes
+    assert parse(text).cache_bytes(batch=64, token_bytes=1920 * 2) / MIB == mebibytes
 
 
 def test_work_of_one_guided_image():

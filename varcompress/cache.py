@@ -6,6 +6,9 @@ end. Ranks put the longest-lived layers first, so the layers that survive a segm
 ranks of the next, a survivor only ever moves to higher rows, and moving from the last rank to the
 first never overwrites what has not moved yet. The arena is therefore exactly
 `Schedule.peak_rows` long, with no second buffer and no concatenation.
+
+Stored in eight bits (int8, float8), every key and value of a head and token has a scale of its own
+beside it, and a layer's are turned back into the model's dtype while the layer runs.
 """
 
 from __future__ import annotations
@@ -15,19 +18,39 @@ from torch import Tensor
 
 from varcompress.schedule import Schedule
 
+SCALE_DTYPE = torch.bfloat16
+# The largest value of each eight-bit type.
+QUANTISED = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
+
+
+def token_bytes(*, width: int, heads: int, dtype: torch.dtype) -> int:
+    """Bytes that one layer's keys, or values, of one token take when stored in `dtype`."""
+    return width * dtype.itemsize + (heads * SCALE_DTYPE.itemsize if dtype in QUANTISED else 0)
+
 
 class KVCache:
     """Keys and values of one generation call.
 
     rows: (2, batch, heads, peak_rows, head_dim); index 0 keys, 1 values. `batch` counts guided
-    rows, so it is twice the number of images.
+    rows, so it is twice the number of images. dtype: of the model; stored: of the rows, int8 and
+    float8_e4m3fn besides the model's own; those have scales (2, batch, heads, peak_rows, 1).
     """
 
     def __init__(
-        self, schedule: Schedule, *, batch: int, heads: int, head_dim: int, dtype: torch.dtype, device: torch.device
+        self,
+        schedule: Schedule,
+        *,
+        batch: int,
+        heads: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        stored: torch.dtype | None = None,
     ) -> None:
-        self.schedule = schedule
-        self.rows = torch.empty(2, batch, heads, schedule.peak_rows, head_dim, dtype=dtype, device=device)
+        self.schedule, self.dtype = schedule, dtype
+        shape = (2, batch, heads, schedule.peak_rows)
+        self.rows = torch.empty(*shape, head_dim, dtype=stored or dtype, device=device)
+        self.scales = torch.empty(*shape, 1, dtype=SCALE_DTYPE, device=device) if stored in QUANTISED else None
         by_life = sorted(schedule.layers[0], key=lambda layer: -schedule.layer_tokens[layer])
         self._rank = {layer: rank for rank, layer in enumerate(by_life)}
         self._segment = 0
@@ -36,7 +59,10 @@ class KVCache:
     @property
     def nbytes(self) -> int:
         """Bytes the cache holds, from its creation to its end."""
-        return self.rows.nbytes
+        return sum(part.nbytes for part in self._parts())
+
+    def _parts(self) -> list[Tensor]:
+        return [self.rows] if self.scales is None else [self.rows, self.scales]
 
     def begin(self, scale: int) -> None:
         """Enter `scale` (from 0). Drops the layers that the schedule no longer reads and makes room for the others."""
@@ -46,21 +72,41 @@ class KVCache:
             old, self._segment = segments[self._segment].tokens, self._segment + 1
             segment = segments[self._segment]
             for rank in reversed(range(len(segment.layers))):
-                self._move(rank * old, rank * segment.tokens, old)
+                for part in self._parts():
+                    _move(part, rank * old, rank * segment.tokens, old)
 
-    def _move(self, source: int, target: int, length: int) -> None:
-        """Copy rows upwards in pieces no longer than the distance, so that a piece never overlaps its target."""
-        shift = target - source
-        end = length if shift else 0
-        while end > 0:
-            begin = max(0, end - shift)
-            self.rows[:, :, :, target + begin : target + end] = self.rows[:, :, :, source + begin : source + end]
-            end = begin
+    def new(self, layer: int, tokens: int) -> Tensor:
+        """Where to write this scale's keys and values of a layer: (2, batch, heads, tokens, head_dim)."""
+        if self.scales is None:
+            return self._of(self.rows, layer, self._start, self._start + tokens)
+        shape = (*self.rows.shape[:3], tokens, self.rows.shape[4])
+        return torch.empty(shape, dtype=self.dtype, device=self.rows.device)
 
-    def write(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Store this scale's keys and values, each (batch, heads, tokens, head_dim); return all there are so far."""
+    def read(self, layer: int, new: Tensor) -> Tensor:
+        """All keys and values of a layer, once `new` is written: (2, batch, heads, tokens so far, head_dim)."""
+        end = self._start + new.shape[3]
+        rows = self._of(self.rows, layer, 0, end)
+        if self.scales is None:
+            return rows
+        scales = self._of(self.scales, layer, 0, end)
+        largest = QUANTISED[rows.dtype]
+        scale = (new.abs().amax(dim=-1, keepdim=True) / largest).clamp_min(torch.finfo(SCALE_DTYPE).tiny)
+        scales[:, :, :, self._start :] = scale
+        # divided by the scale as it is stored, whose rounding may put the largest value a little past the type's end
+        scaled = (new / scales[:, :, :, self._start :]).clamp_(-largest, largest)
+        rows[:, :, :, self._start :] = scaled if rows.dtype.is_floating_point else scaled.round_()
+        return rows.to(self.dtype).mul_(scales)
+
+    def _of(self, part: Tensor, layer: int, start: int, end: int) -> Tensor:
         base = self._rank[layer] * self.schedule.segments[self._segment].tokens
-        end = self._start + keys.shape[2]
-        self.rows[0, :, :, base + self._start : base + end] = keys
-        self.rows[1, :, :, base + self._start : base + end] = values
-        return self.rows[0, :, :, base : base + end], self.rows[1, :, :, base : base + end]
+        return part[:, :, :, base + start : base + end]
+
+
+def _move(part: Tensor, source: int, target: int, length: int) -> None:
+    """Copy rows upwards in pieces no longer than the distance, so that a piece never overlaps its target."""
+    shift = target - source
+    end = length if shift else 0
+    while end > 0:
+        begin = max(0, end - shift)
+        part[:, :, :, target + begin : target + end] = part[:, :, :, source + begin : source + end]
+        end = begin

@@ -1,15 +1,19 @@
-"""The machine: what a device is called, and what to say when its memory is too small."""
+"""The machine: what a device is called, what it is fast at, and what to say when its memory is too small."""
 
 from __future__ import annotations
 
 import platform
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 
 import torch
 
 from varcompress.errors import InputError
+
+TRIAL_WIDTH, TRIAL_RUNS = 512, 5  # a matrix product of some milliseconds
 
 
 def device_name(device: torch.device | str) -> str:
@@ -23,6 +27,30 @@ def device_name(device: torch.device | str) -> str:
     name = names[0] if names else platform.processor() or platform.machine()
     threads = torch.get_num_threads()
     return f"{name}, {threads} thread{'' if threads == 1 else 's'}"
+
+
+@lru_cache
+def bfloat16_wins(device: str) -> bool:
+    """Whether "cuda" or "cpu" multiplies matrices faster in bfloat16 than in float32.
+
+    A processor without instructions for it is hundreds of times slower, so it is measured, once per process.
+    """
+    if device == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    with torch.inference_mode():
+        plain = torch.randn(TRIAL_WIDTH, TRIAL_WIDTH)
+        half = plain.bfloat16()
+        return fastest_s(lambda: half @ half) < fastest_s(lambda: plain @ plain)
+
+
+def fastest_s(call: Callable[[], object]) -> float:
+    """Seconds of the fastest of a few calls, after one to warm up: what the hardware can do, whatever else runs."""
+    times = []
+    for _ in range(1 + TRIAL_RUNS):
+        start = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - start)
+    return min(times[1:])
 
 
 @contextmanager

@@ -36,12 +36,14 @@ from varcompress.checkpoint import (
 )
 from varcompress.data.digits import FOLDER as DIGITS_FOLDER
 from varcompress.errors import InputError
+from varcompress.hardware import bfloat16_wins
 from varcompress.models.elastic import ElasticVAR
 
 OFFICIAL_REPO, OFFICIAL_LICENSE = "FoundationVision/var", "mit"
 OFFICIAL_VAE = "vae_ch160v4096z32.pth"
 OFFICIAL = {f"var-d{depth}": f"var_d{depth}.pth" for depth in (16, 20, 24, 30, 36)}
 DIGITS = "digits"
+AUTO_DTYPE = "auto"
 ACCEPTED = f"a .pth file, an elastic directory, a Hub id such as someone/model, {', '.join(OFFICIAL)} or {DIGITS}"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 CHECKPOINT_SUFFIXES = {".pth", ".pt", ".safetensors"}
@@ -60,17 +62,24 @@ def load(
     device: str | torch.device | None = None,
     dtype: str | torch.dtype = "float32",
     revision: str | None = None,
+    kernels: str = "auto",
+    cache_dtype: str | None = None,
+    offload: str | None = None,
 ) -> ElasticVAR:
     """Open a model: an official `.pth` (with its tokenizer as `vae`), an elastic directory, a Hub id, a name.
 
     device: cuda when there is one, else cpu; dtype: of the transformer and the decoder (encoder and
-    quantiser stay float32); revision: branch, tag or commit on the Hub.
+    quantiser stay float32), "auto" for bfloat16 where the device is faster with it, else float32;
+    revision: branch, tag or commit on the Hub; kernels, cache_dtype, offload: see `ElasticVAR.place`.
     Raises InputError for whatever cannot be opened, saying what is accepted.
     """
-    place, kind = _device(device), _dtype(dtype)
+    place = _device(device)
+    kind = _dtype(dtype, place)
+    if offload and place.type != "cuda":
+        raise InputError(f"offload {offload!r} spares the memory of a GPU, and the device is {place}: leave it out")
     model = _open(str(source), vae, revision)
     model.tokenizer.float()  # stored in float16 or bfloat16 it would otherwise quantise in it
-    return model.cast(kind).to(place)
+    return model.cast(kind).place(place, kernels=kernels, cache_dtype=cache_dtype, offload=offload)
 
 
 def _open(source: str, vae: str | Path | None, revision: str | None) -> ElasticVAR:
@@ -124,10 +133,12 @@ def _device(device: str | torch.device | None) -> torch.device:
     return place
 
 
-def _dtype(dtype: str | torch.dtype) -> torch.dtype:
+def _dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
+    if dtype == AUTO_DTYPE:
+        return torch.bfloat16 if bfloat16_wins(device.type) else torch.float32
     kind = dtype if isinstance(dtype, torch.dtype) else DTYPES.get(dtype)
     if kind not in DTYPES.values():
-        raise InputError(f"dtype {dtype!r} is unknown: use {', '.join(DTYPES)}")
+        raise InputError(f"dtype {dtype!r} is unknown: use {', '.join([AUTO_DTYPE, *DTYPES])}")
     return kind
 
 

@@ -111,7 +111,7 @@ def predict(model: ElasticVAR, schedule: str | Schedule, batch_size: int = 1) ->
     element_bytes, shape = model.dtype.itemsize, {"width": config.width, "mlp_ratio": config.mlp_ratio}
     transformer = batch_size * schedule.flops(vocab=config.vocab, **shape)
     return {
-        "cache_bytes": schedule.cache_bytes(batch=batch_size, width=config.width, element_bytes=element_bytes),
+        "cache_bytes": schedule.cache_bytes(batch=batch_size, token_bytes=model.cache_token_bytes),
         "weight_bytes": sum(schedule.weights(**shape)) * element_bytes,
         "peak_bytes": _predicted_peak_bytes(model, schedule, batch_size),
         "flops": transformer + batch_size * decoder_flops(model.tokenizer.config),
@@ -397,7 +397,7 @@ def _predicted_peak_bytes(model: ElasticVAR, schedule: Schedule, batch_size: int
     config, tokenizer, element_bytes = model.var.config, model.tokenizer.config, model.dtype.itemsize
     rows = 2 * batch_size
     weights = sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
-    cache = schedule.cache_bytes(batch=batch_size, width=config.width, element_bytes=element_bytes)
+    cache = schedule.cache_bytes(batch=batch_size, token_bytes=model.cache_token_bytes)
     f_hat = batch_size * config.z_channels * config.patch_nums[-1] ** 2 * 4
     fullest = 0
     for side, layers in zip(config.patch_nums, schedule.layers, strict=True):

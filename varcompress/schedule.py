@@ -160,9 +160,12 @@ class Schedule:
         """Layers x tokens of cache at its largest."""
         return max(self.scale_rows)
 
-    def cache_bytes(self, *, batch: int, width: int, element_bytes: int) -> int:
-        """Peak bytes of keys and values for `batch` guided images (guidance doubles the batch)."""
-        return 2 * (2 * batch) * self.peak_rows * width * element_bytes
+    def cache_bytes(self, *, batch: int, token_bytes: int) -> int:
+        """Peak bytes of keys and values for `batch` guided images (guidance doubles the batch).
+
+        token_bytes: what one layer's keys of one token take, width x element bytes and the like.
+        """
+        return 2 * (2 * batch) * self.peak_rows * token_bytes
 
     def layer_calls(self) -> int:
         """Blocks run for one image: the sum over scales of the layers in use."""

@@ -176,14 +176,13 @@ def _evaluate_schedule(
         if progress:
             progress(first + len(batch), images, f"{schedule}: images")
     latency_ms = statistics.median(times_ms)
-    width, element_bytes = model.var.config.width, model.dtype.itemsize
     return {
         "schedule": str(schedule),
         **score(Features.join(parts), reference, extractor.kind),
         "latency_ms": latency_ms,
         "images_per_second": batch_size / latency_ms * 1e3,
         "peak_bytes": memory.bytes,
-        "cache_bytes": schedule.cache_bytes(batch=batch_size, width=width, element_bytes=element_bytes),
+        "cache_bytes": schedule.cache_bytes(batch=batch_size, token_bytes=model.cache_token_bytes),
     }
 
 

@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from varcompress.cache import KVCache
+from varcompress.cache import token_bytes
 from varcompress.errors import InputError
+from varcompress.kernels.backend import CHOICES, choose
+from varcompress.models import generation
+from varcompress.models.graphs import Graphs
+from varcompress.models.linear import pack
+from varcompress.models.offload import StreamedBlocks, move_all_but_blocks
 from varcompress.models.tokenizer import VQVAE
 from varcompress.models.transformer import VAR
-from varcompress.sampling import check_settings, draw, guide, uniform
+from varcompress.sampling import check_settings
 from varcompress.schedule import Schedule
+
+CACHE_DTYPES = {"int8": torch.int8, "float8": torch.float8_e4m3fn}
+OFFLOADS = ("bridge",)
 
 
 @dataclasses.dataclass
@@ -53,6 +62,11 @@ class ElasticVAR(nn.Module):
         self.bridge = default_bridge(len(var.config.patch_nums)) if bridge is None else bridge
         self.depths = tuple(depths)
         self.provenance = provenance or Provenance()
+        self.kernels = "auto"
+        self.cache_dtype: torch.dtype | None = None
+        self._streamed: StreamedBlocks | None = None
+        self._graphs = Graphs()
+        self._use_graphs = True
         self.eval()
 
     @property
@@ -69,6 +83,65 @@ class ElasticVAR(nn.Module):
         self.tokenizer.decoder.to(dtype)
         self.tokenizer.post_quant_conv.to(dtype)
         return self
+
+    def place(
+        self,
+        device: torch.device,
+        *,
+        kernels: str = "auto",
+        cache_dtype: str | None = None,
+        offload: str | None = None,
+    ) -> ElasticVAR:
+        """Move to a device and say how generation runs there.
+
+        kernels: "torch" for plain torch alone, "triton" for the fused kernels, "auto" for what is fast on the device;
+        cache_dtype: "int8" or "float8" stores keys and values in eight bits; offload: "bridge" keeps the layers that
+        a schedule's last scale does not run in host memory (then there is no `forward` and no training).
+        Raises InputError for anything else.
+        """
+        if kernels not in CHOICES:
+            raise InputError(f"kernels {kernels!r} are unknown: use {', '.join(CHOICES)}")
+        if cache_dtype not in (None, *CACHE_DTYPES):
+            raise InputError(
+                f"cache dtype {cache_dtype!r} is unknown: use {' or '.join(CACHE_DTYPES)}, or leave it out"
+            )
+        if offload not in (None, *OFFLOADS):
+            raise InputError(f"offload {offload!r} is unknown: use {OFFLOADS[0]}, or leave it out")
+        try:
+            choose(kernels, device)
+        except ValueError as error:
+            raise InputError(f"kernels {kernels!r}: {error}: use auto or torch") from error
+        self.kernels, self.cache_dtype = kernels, CACHE_DTYPES.get(cache_dtype)
+        if offload is None:
+            self._streamed = None
+            return self.to(device)
+        move_all_but_blocks(self.var, device)
+        self.tokenizer.to(device)
+        self._streamed = StreamedBlocks(self.var, device)
+        return self
+
+    def _apply(self, *args: object, **kwargs: object) -> ElasticVAR:
+        self._graphs.clear()  # they hold addresses of weights
+        return super()._apply(*args, **kwargs)
+
+    @property
+    def offloaded(self) -> bool:
+        return self._streamed is not None
+
+    @property
+    def cache_token_bytes(self) -> int:
+        """Bytes of one layer's keys, or values, of one token in the cache."""
+        config = self.var.config
+        return token_bytes(width=config.width, heads=config.heads, dtype=self.cache_dtype or self.dtype)
+
+    @contextlib.contextmanager
+    def eager(self) -> Iterator[None]:
+        """For measuring: on a GPU, run operators one by one, visible to hooks and counters, not as recorded graphs."""
+        before, self._use_graphs = self._use_graphs, False
+        try:
+            yield
+        finally:
+            self._use_graphs = before
 
     def schedule(self, schedule: str | Schedule = "full") -> Schedule:
         """A schedule of this model, from its text form. Raises InputError for one that does not fit."""
@@ -132,7 +205,7 @@ class ElasticVAR(nn.Module):
         tokens_f_hat = self.generate_tokens(
             labels, schedule, cfg=cfg, top_k=top_k, top_p=top_p, seed=seed, first_index=first_index
         )
-        return self.tokenizer.decode_features(tokens_f_hat[1])
+        return self.decode_features(tokens_f_hat[1])
 
     @torch.inference_mode()
     def generate_tokens(
@@ -158,51 +231,51 @@ class ElasticVAR(nn.Module):
         check_settings(cfg=cfg, top_k=top_k, top_p=top_p, seed=seed)
         schedule, labels = self.schedule(schedule), self.labels(labels)
         forced = None if forced is None else self._tokens(forced, len(labels))
-        var, quantize, config = self.var, self.tokenizer.quantize, self.var.config
-        images = torch.arange(first_index, first_index + len(labels), device=self.device)
-        condition = var.class_emb(torch.cat((labels, torch.full_like(labels, config.classes))))
-        modulations = var.modulations(condition, schedule.layers[0])
-        head_modulation = var.head_nm.modulation(condition)
-        positions = var.positions()
-        cache = KVCache(
-            schedule,
-            batch=len(condition),
-            heads=config.heads,
-            head_dim=config.width // config.heads,
-            dtype=condition.dtype,
-            device=self.device,
+        call = generation.Call(
+            schedule, len(labels), float(cfg), top_k, float(top_p), choose(self.kernels, self.device), self.cache_dtype
         )
-        side, scales = config.patch_nums[-1], len(config.patch_nums)
-        f_hat = torch.zeros(len(labels), config.z_channels, side, side, device=self.device)
-        x, start, drawn = var.first_input(condition), 0, []
-        for scale, end in enumerate(schedule.ends):
-            cache.begin(scale)
-            x = x + positions[:, start:end]
-            for layer in schedule.layers[scale]:
-                x = var.blocks[layer].step(x, modulations[layer], cache, layer)
-                if schedule.layer_tokens[layer] == end:
-                    del modulations[layer]
-            conditional, unconditional = var.logits(x, head_modulation).chunk(2)
-            if logits_out is not None:
-                logits_out.append(conditional)
-            if forced is not None:
-                tokens = forced[:, start:end]
+        pack(self.var, use=self.kernels != "torch" and not self.offloaded)
+        blocks = self._streamed.begin(schedule) if self._streamed else lambda scale, layer: self.var.blocks[layer]
+
+        def body(labels: Tensor, seed: Tensor, images: Tensor) -> tuple[Tensor, Tensor]:
+            return generation.generate_tokens(
+                call,
+                self.var,
+                self.tokenizer.quantize,
+                blocks,
+                labels,
+                seed,
+                images,
+                forced=forced,
+                logits_out=logits_out,
+            )
+
+        inputs = (
+            labels,
+            torch.tensor(seed, device=self.device),
+            torch.arange(first_index, first_index + len(labels), device=self.device),
+        )
+        if self._graphed and forced is None and logits_out is None and not self.offloaded:
+            return self._graphs.run(call, body, *inputs)
+        return body(*inputs)
+
+    @property
+    def _graphed(self) -> bool:
+        return self._use_graphs and self.device.type == "cuda"
+
+    @torch.inference_mode()
+    def decode_features(self, f_hat: Tensor) -> Tensor:
+        """f_hat (B, C, P, P) to images (B, 3, H, W) float32 in [0, 1], a few at a time."""
+        few = self.tokenizer.images_at_a_time
+        parts = []
+        for part in f_hat.split(few):
+            if self._graphed:
+                parts.append(
+                    self._graphs.run(("decode", len(part)), lambda f: (self.tokenizer.decode_features(f),), part)[0]
+                )
             else:
-                weight = cfg * scale / max(scales - 1, 1)
-                uniforms = uniform(seed, images, scale, end - start)
-                logits = guide(conditional, unconditional, weight)
-                tokens = draw(logits, uniforms, top_k=top_k, top_p=top_p)
-                # A largest logit that is NaN or infinite has no distribution: say so in the image, without a wait.
-                overflow = ~logits.amax(dim=-1).isfinite().all(dim=1)
-                f_hat.masked_fill_(overflow[:, None, None, None], torch.nan)
-                del logits  # not to be kept through the next scale
-            drawn.append(tokens)
-            f_hat += quantize.contribution(scale, tokens)
-            if scale + 1 < scales:
-                next_input = var.word_embed(quantize.next_input(scale + 1, f_hat).to(self.dtype))
-                x = torch.cat((next_input, next_input))
-            start = end
-        return torch.cat(drawn, dim=1), f_hat
+                parts.append(self.tokenizer.decode_features(part))
+        return torch.cat(parts) if len(parts) > 1 else parts[0]
 
     @torch.inference_mode()
     def encode(self, images: Tensor) -> Tensor:
@@ -215,7 +288,7 @@ class ElasticVAR(nn.Module):
     @torch.inference_mode()
     def decode(self, tokens: Tensor) -> Tensor:
         """Tokens (B, L) int64 to images (B, 3, H, W) in [0, 1]. Raises InputError for what are no tokens."""
-        return self.tokenizer.decode(self._tokens(tokens))
+        return self.decode_features(self.tokenizer.f_hat(self._tokens(tokens)))
 
     def forward(self, labels: Sequence[int] | Tensor, tokens: Tensor, schedule: str | Schedule = "full") -> Tensor:
         """Teacher-forced logits (B, L, V) float32 of tokens (B, L) int64 under a schedule.
@@ -223,6 +296,8 @@ class ElasticVAR(nn.Module):
         Raises InputError for an unknown class, for what are no tokens of as many images, and for a
         schedule that does not fit.
         """
+        if self.offloaded:
+            raise InputError("an offloaded model only generates: load it without offload")
         schedule, labels = self.schedule(schedule), self.labels(labels)
         tokens = self._tokens(tokens, len(labels))
         with torch.no_grad():

@@ -14,9 +14,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from varcompress.models import strips
+
 NORM_GROUPS = 32
 NORM_EPS = 1e-6
 PHI_RATIO = 0.5
+# Elements of the decoder's map at full resolution, of all images decoded together: beyond these no device is faster.
+CPU_MAP_ELEMENTS, GPU_MAP_ELEMENTS = 1 << 22, 1 << 27
 
 
 @dataclass(frozen=True)
@@ -58,9 +62,11 @@ class ResBlock(nn.Module):
         self.nin_shortcut = nn.Identity() if channels == out_channels else nn.Conv2d(channels, out_channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.conv1(F.silu(self.norm1(x), inplace=True))
-        h = self.conv2(F.silu(self.norm2(h), inplace=True))
-        return self.nin_shortcut(x) + h
+        h = F.silu(self.norm1(x), inplace=True)
+        h = self.conv1(h)
+        h = F.silu(self.norm2(h), inplace=True)  # one name: no map outlives its use
+        h = self.conv2(h)
+        return h.add_(self.nin_shortcut(x))
 
 
 class AttentionBlock(nn.Module):
@@ -280,7 +286,15 @@ class VQVAE(nn.Module):
     def decode_features(self, f_hat: Tensor) -> Tensor:
         """f_hat (B, C, P, P) to images (B, 3, H, W) in [0, 1], float32."""
         z = self.post_quant_conv(f_hat.to(self.post_quant_conv.weight.dtype))
-        return self.decoder(z).float().clamp(-1, 1).add(1).mul(0.5)
+        on_cpu = z.device.type == "cpu" and not torch.is_grad_enabled()
+        images = strips.decode(self.decoder, z) if on_cpu else self.decoder(z)
+        return images.float().clamp_(-1, 1).add_(1).mul_(0.5)
+
+    @property
+    def images_at_a_time(self) -> int:
+        """Images that are decoded together, so that a map of the last level stays small; at least one."""
+        limit = CPU_MAP_ELEMENTS if self.quantize.embedding.weight.device.type == "cpu" else GPU_MAP_ELEMENTS
+        return max(1, limit // (self.config.channels * self.config.image_size**2))
 
     def decode(self, tokens: Tensor) -> Tensor:
         """Tokens (B, L) int64 to images (B, 3, H, W) in [0, 1]."""

@@ -1,14 +1,16 @@
 """The VAR transformer (arXiv 2404.02905), with state-dict keys of FoundationVision/VAR.
 
 Weights and arithmetic are those of the public implementation; what is new is that every pass
-takes a `Schedule` and runs, at each scale, only the layers that it names.
+takes a `Schedule` and runs, at each scale, only the layers that it names. `forward` is the
+teacher-forced pass, which trains; `Block.prepare` and `Block.step` are the pieces of cached
+generation, which `generation.py` puts together.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -16,9 +18,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from varcompress.cache import KVCache
+from varcompress.kernels.backend import Kernels
+from varcompress.kernels.modulate import modulate
+from varcompress.models.linear import ConditionLinear, Linear
 from varcompress.schedule import Schedule
 
-NORM_EPS = 1e-6
 MAX_LOG_SCALE = math.log(100)
 
 
@@ -46,6 +50,31 @@ class VARConfig:
         return self.hidden / self.width
 
 
+class Constants(NamedTuple):
+    """What a layer computes once per call: AdaLN vectors (B, 1, C), qkv bias (3C,), temperature (heads,) float32."""
+
+    gamma1: Tensor
+    gamma2: Tensor
+    scale1: Tensor
+    scale2: Tensor
+    shift1: Tensor
+    shift2: Tensor
+    bias: Tensor
+    temperature: Tensor
+
+
+# The residual stream (B, n, C), and the last branch with its gate, not yet added to it.
+Stream = tuple[Tensor, tuple[Tensor, Tensor] | None]
+
+
+def enter(stream: Stream, scale: Tensor, shift: Tensor, kernels: Kernels) -> tuple[Tensor, Tensor]:
+    """Add the branch that waits, then LayerNorm and modulation: the residual stream, and what the next branch reads."""
+    x, waiting = stream
+    if waiting is None:
+        return x, kernels.modulate(x, scale, shift)
+    return kernels.add_modulate(x, *waiting, scale, shift)
+
+
 class Attention(nn.Module):
     """Multi-head attention with L2-normalised queries and keys and a learned temperature per head."""
 
@@ -53,22 +82,28 @@ class Attention(nn.Module):
         super().__init__()
         self.heads, self.head_dim = heads, width // heads
         self.scale_mul_1H11 = nn.Parameter(torch.full((1, heads, 1, 1), math.log(4.0)))
-        self.mat_qkv = nn.Linear(width, 3 * width, bias=False)
+        self.mat_qkv = Linear(width, 3 * width, bias=False)
         self.q_bias = nn.Parameter(torch.zeros(width))
         self.v_bias = nn.Parameter(torch.zeros(width))
-        self.proj = nn.Linear(width, width)
+        self.proj = Linear(width, width)
+
+    def bias(self) -> Tensor:
+        """Bias of queries, keys (always zero) and values: (3C,)."""
+        return torch.cat((self.q_bias, torch.zeros_like(self.q_bias), self.v_bias))
+
+    def temperature(self) -> Tensor:
+        """What multiplies the normalised queries: (heads,) float32."""
+        return self.scale_mul_1H11.flatten().float().clamp_max(MAX_LOG_SCALE).exp()
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x (B, n, C) -> queries, keys, values, each (B, heads, n, head_dim)."""
-        bias = torch.cat((self.q_bias, torch.zeros_like(self.q_bias), self.v_bias))
-        qkv = F.linear(x, self.mat_qkv.weight, bias).unflatten(-1, (3, self.heads, self.head_dim))
+        qkv = self.mat_qkv(x, self.bias()).unflatten(-1, (3, self.heads, self.head_dim))
         q, k, v = qkv.permute(2, 0, 3, 1, 4)
-        temperature = self.scale_mul_1H11.float().clamp_max(MAX_LOG_SCALE).exp()
-        q = (F.normalize(q.float(), dim=-1) * temperature).to(v.dtype)
+        q = (F.normalize(q.float(), dim=-1) * self.temperature()[:, None, None]).to(v.dtype)
         k = F.normalize(k.float(), dim=-1).to(v.dtype)
         return q, k, v
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
         """Queries (B, heads, n, head_dim), keys and values (B, heads, m, head_dim), mask (n, m) -> (B, n, C)."""
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=1.0)
         return self.proj(out.transpose(1, 2).flatten(2))
@@ -79,16 +114,11 @@ class FeedForward(nn.Module):
 
     def __init__(self, width: int, hidden: int) -> None:
         super().__init__()
-        self.fc1 = nn.Linear(width, hidden)
-        self.fc2 = nn.Linear(hidden, width)
+        self.fc1 = Linear(width, hidden)
+        self.fc2 = Linear(hidden, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
-
-
-def modulate(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-    """LayerNorm without affine, then AdaLN: x (B, n, C), scale and shift (B, 1, C)."""
-    return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=NORM_EPS), 1 + scale)
+        return self.fc2(self.fc1(x, gelu=True))
 
 
 class Block(nn.Module):
@@ -102,7 +132,7 @@ class Block(nn.Module):
         if config.shared_aln:
             self.ada_gss = nn.Parameter(torch.randn(1, 1, 6, width) / width**0.5)
         else:
-            self.ada_lin = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
+            self.ada_lin = nn.Sequential(nn.SiLU(), ConditionLinear(width, 6 * width))
 
     def modulation(self, condition: Tensor, shared: Tensor | None) -> tuple[Tensor, ...]:
         """gamma1, gamma2, scale1, scale2, shift1, shift2, each (B, 1, C); the same at every scale."""
@@ -110,20 +140,27 @@ class Block(nn.Module):
             return (self.ada_gss + shared).unbind(2)
         return self.ada_lin(condition).unflatten(-1, (6, -1))[:, None].unbind(2)
 
-    def forward(self, x: Tensor, modulation: tuple[Tensor, ...], mask: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, modulation: tuple[Tensor, ...], mask: Tensor) -> Tensor:
         """Teacher-forced: x (B, n, C), all scales side by side under a block-causal mask."""
-        return self._run(x, modulation, lambda q, k, v: self.attn.attend(q, k, v, mask))
-
-    def step(self, x: Tensor, modulation: tuple[Tensor, ...], cache: KVCache, layer: int) -> Tensor:
-        """Generation: x (B, n, C) is one scale; earlier ones are in the cache. No mask is needed."""
-        return self._run(x, modulation, lambda q, k, v: self.attn.attend(q, *cache.write(layer, k, v), None))
-
-    def _run(
-        self, x: Tensor, modulation: tuple[Tensor, ...], attend: Callable[[Tensor, Tensor, Tensor], Tensor]
-    ) -> Tensor:
         gamma1, gamma2, scale1, scale2, shift1, shift2 = modulation
-        x = torch.addcmul(x, attend(*self.attn.project(modulate(x, scale1, shift1))), gamma1)
+        branch = self.attn.attend(*self.attn.project(modulate(x, scale1, shift1)), mask)
+        x = torch.addcmul(x, branch, gamma1)
         return torch.addcmul(x, self.ffn(modulate(x, scale2, shift2)), gamma2)
+
+    def prepare(self, condition: Tensor, shared: Tensor | None) -> Constants:
+        """What stays the same at every scale of a call, for class embeddings (B, C)."""
+        return Constants(*self.modulation(condition, shared), self.attn.bias(), self.attn.temperature())
+
+    def step(self, stream: Stream, constants: Constants, cache: KVCache, layer: int, kernels: Kernels) -> Stream:
+        """Generation: the stream holds one scale; earlier ones are in the cache. No mask is needed."""
+        x, y = enter(stream, constants.scale1, constants.shift1, kernels)
+        new = cache.new(layer, x.shape[1])
+        # plain torch adds the bias within the matrix product, the fused kernel while it reads
+        within, after = (None, constants.bias) if kernels.adds_bias else (constants.bias, None)
+        q = kernels.split_heads(self.attn.mat_qkv(y, within), after, constants.temperature, *new)
+        branch = self.attn.attend(q, *cache.read(layer, new))
+        x, y = enter((x, (branch, constants.gamma1)), constants.scale2, constants.shift2, kernels)
+        return x, (self.ffn(y), constants.gamma2)
 
 
 class HeadNorm(nn.Module):
@@ -131,7 +168,7 @@ class HeadNorm(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.ada_lin = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
+        self.ada_lin = nn.Sequential(nn.SiLU(), ConditionLinear(width, 2 * width))
 
     def modulation(self, condition: Tensor) -> tuple[Tensor, ...]:
         """scale and shift, each (B, 1, C)."""
@@ -154,15 +191,19 @@ class VAR(nn.Module):
         self.pos_1LC = nn.Parameter(torch.zeros(1, config.tokens, width))
         self.lvl_embed = nn.Embedding(len(config.patch_nums), width)
         if config.shared_aln:
-            self.shared_ada_lin = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
+            self.shared_ada_lin = nn.Sequential(nn.SiLU(), ConditionLinear(width, 6 * width))
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
         self.head_nm = HeadNorm(width)
-        self.head = nn.Linear(width, config.vocab)
+        self.head = Linear(width, config.vocab)
         self.checkpointing = False  # recompute activations in the backward pass; set by the training loop
 
     @property
     def device(self) -> torch.device:
         return self.pos_start.device
+
+    def scale_positions(self, scale: int, start: int, end: int) -> Tensor:
+        """Position plus level embedding of the tokens start to end, which are those of `scale`: (1, n, C)."""
+        return self.pos_1LC[:, start:end] + self.lvl_embed.weight[scale]
 
     def scale_index(self) -> Tensor:
         """The scale of each token: (L,) int64."""
@@ -173,16 +214,9 @@ class VAR(nn.Module):
         """Position plus level embedding of every token: (1, L, C)."""
         return self.pos_1LC + self.lvl_embed(self.scale_index())
 
-    def modulations(self, condition: Tensor, layers: tuple[int, ...]) -> dict[int, tuple[Tensor, ...]]:
-        """AdaLN vectors of `layers` for class embeddings (B, C): they do not change between scales."""
-        shared = None
-        if self.config.shared_aln:
-            shared = self.shared_ada_lin(condition).unflatten(-1, (6, -1))[:, None]
-        return {i: self.blocks[i].modulation(condition, shared) for i in layers}
-
-    def logits(self, x: Tensor, head_modulation: tuple[Tensor, ...]) -> Tensor:
-        """Float32 logits of hidden states: (B, n, C) -> (B, n, V)."""
-        return self.head(modulate(x, *head_modulation)).float()
+    def shared_modulation(self, condition: Tensor) -> Tensor | None:
+        """The part of the AdaLN vectors that all layers share, (B, 1, 6, C); None in models without."""
+        return self.shared_ada_lin(condition).unflatten(-1, (6, -1))[:, None] if self.config.shared_aln else None
 
     def first_input(self, condition: Tensor) -> Tensor:
         """Input of scale 1 from class embeddings: (B, C) -> (B, p_1^2, C), position not yet added."""
@@ -198,15 +232,15 @@ class VAR(nn.Module):
         condition = self.class_emb(labels)
         x = torch.cat((self.first_input(condition), self.word_embed(teacher_input.to(condition.dtype))), dim=1)
         x = x + self.positions()
-        modulations = self.modulations(condition, schedule.layers[0])
+        shared = self.shared_modulation(condition)
         scale = self.scale_index()
         mask = scale[:, None] >= scale[None, :]
         for layer in schedule.layers[0]:
             seen = schedule.layer_tokens[layer]
-            arguments = (x[:, :seen], modulations[layer], mask[:seen, :seen])
+            arguments = (x[:, :seen], self.blocks[layer].modulation(condition, shared), mask[:seen, :seen])
             if self.checkpointing and torch.is_grad_enabled():
                 y = checkpoint(self.blocks[layer], *arguments, use_reentrant=False)
             else:
                 y = self.blocks[layer](*arguments)
             x = y if seen == x.shape[1] else torch.cat((y, x[:, seen:]), dim=1)
-        return self.logits(x, self.head_nm.modulation(condition))
+        return self.head(modulate(x, *self.head_nm.modulation(condition))).float()

@@ -1,0 +1,115 @@
+"""Generation under a schedule: scale by scale, each with the layers that the schedule names.
+
+Everything here is decided before it begins, by a `Call`: no value is read back from the device and
+no shape depends on one, so that a CUDA graph can hold all of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from varcompress.cache import KVCache
+from varcompress.kernels.backend import Kernels
+from varcompress.models.tokenizer import Quantizer
+from varcompress.models.transformer import VAR, Block, Constants, Stream, enter
+from varcompress.sampling import sample
+from varcompress.schedule import Schedule
+
+
+@dataclass(frozen=True)
+class Call:
+    """What a call fixes before it begins: all but labels, seed and the indices of its images.
+
+    cache_dtype: of the stored keys and values, None for the model's own.
+    """
+
+    schedule: Schedule
+    images: int
+    cfg: float
+    top_k: int
+    top_p: float
+    kernels: Kernels
+    cache_dtype: torch.dtype | None = None
+
+
+# The block of a layer, ready to run at a scale (from 0).
+Blocks = Callable[[int, int], Block]
+
+
+def generate_tokens(
+    call: Call,
+    var: VAR,
+    quantize: Quantizer,
+    blocks: Blocks,
+    labels: Tensor,
+    seed: Tensor,
+    images: Tensor,
+    *,
+    forced: Tensor | None = None,
+    logits_out: list[Tensor] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Tokens (B, L) int64 and f_hat (B, C, P, P) float32 for labels (B,), seed () and images (B,), all int64.
+
+    forced: tokens (B, L) to feed instead of the ones drawn; logits_out: collects, per scale, the
+    unguided conditional logits (B, p*p, V) float32. f_hat of an image whose logits are not finite is NaN.
+    """
+    config, schedule = var.config, call.schedule
+    condition = var.class_emb(torch.cat((labels, torch.full_like(labels, config.classes))))
+    shared, head_modulation = var.shared_modulation(condition), var.head_nm.modulation(condition)
+    constants: dict[int, Constants] = {}
+    cache = KVCache(
+        schedule,
+        batch=len(condition),
+        heads=config.heads,
+        head_dim=config.width // config.heads,
+        dtype=condition.dtype,
+        device=condition.device,
+        stored=call.cache_dtype,
+    )
+    side, scales = config.patch_nums[-1], len(config.patch_nums)
+    f_hat = torch.zeros(len(labels), config.z_channels, side, side, device=labels.device)
+    x, start, drawn = var.first_input(condition), 0, []
+    for scale, end in enumerate(schedule.ends):
+        cache.begin(scale)
+        stream: Stream = (x + var.scale_positions(scale, start, end), None)
+        del x
+        for layer in schedule.layers[scale]:
+            block = blocks(scale, layer)
+            if scale == 0:
+                constants[layer] = block.prepare(condition, shared)
+            stream = block.step(stream, constants[layer], cache, layer, call.kernels)
+            if schedule.layer_tokens[layer] == end:
+                del constants[layer]
+        hidden = enter(stream, *head_modulation, call.kernels)[1]
+        del stream
+        if logits_out is not None:
+            logits_out.append(var.head(hidden[: len(labels)]).float())
+        if forced is not None:
+            tokens = forced[:, start:end]
+        else:
+            tokens = sample(
+                var.head,
+                hidden,
+                weight=call.cfg * scale / max(scales - 1, 1),
+                seed=seed,
+                images=images,
+                scale=scale,
+                top_k=call.top_k,
+                top_p=call.top_p,
+                vocab=config.vocab,
+                kernels=call.kernels,
+            )
+            overflow = (tokens < 0).any(dim=1)  # said in the image, without a wait
+            f_hat.masked_fill_(overflow[:, None, None, None], torch.nan)
+            tokens = tokens.clamp_(min=0)
+        drawn.append(tokens)
+        f_hat += quantize.contribution(scale, tokens)
+        if scale + 1 < scales:
+            x = var.word_embed(quantize.next_input(scale + 1, f_hat).to(condition.dtype))
+            x = torch.cat((x, x))
+        start = end
+    return torch.cat(drawn, dim=1), f_hat

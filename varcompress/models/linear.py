@@ -1,0 +1,87 @@
+"""Linear layers that keep their weight in the processor's own layout.
+
+On a CPU, torch multiplies float32 matrices with MKL, weights laid out as the checkpoint has them. oneDNN, which torch
+ships too, multiplies with a weight in blocks of its own: on some processors several times faster for the few tokens of
+an early scale, on others not at all. So it is measured, once per process, and used where it wins.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from varcompress.hardware import fastest_s
+
+TRIAL_ROWS, TRIAL_WIDTH = 32, 1024  # a matrix product of an early scale: a millisecond
+
+
+class Linear(nn.Linear):
+    """A linear layer, state-dict keys unchanged, that `pack` gives a second copy of its weight: inference on a CPU."""
+
+    _packed: tuple[tuple[int, int], Tensor] | None = None
+
+    def pack(self) -> None:
+        """Keep a copy of the weight in oneDNN's layout, unless there is one of this weight as it is now."""
+        state = self._state()
+        if self._packed is None or self._packed[0] != state:
+            self._packed = (state, torch.ops.mkldnn._reorder_linear_weight(self.weight.detach(), None))
+
+    def unpack(self) -> None:
+        self._packed = None
+
+    @property
+    def packed_bytes(self) -> int:
+        """Bytes of the copy."""
+        return self.weight.nbytes if self._packed else 0
+
+    def _state(self) -> tuple[int, int]:
+        """Changes whenever the weight does: by an optimiser, a cast or a move."""
+        return self.weight.data_ptr(), 0 if self.weight.is_inference() else self.weight._version
+
+    def forward(self, x: Tensor, bias: Tensor | None = None, *, gelu: bool = False) -> Tensor:
+        """x (..., in) -> (..., out), with `bias` where the layer has none of its own, then tanh-GELU if asked."""
+        bias = self.bias if bias is None else bias
+        if self._packed and not torch.is_grad_enabled() and self._packed[0] == self._state():
+            activation = ("gelu", [], "tanh") if gelu else ("none", [], "")
+            return torch.ops.mkldnn._linear_pointwise(x, self._packed[1], bias, *activation)
+        y = F.linear(x, self.weight, bias)
+        return F.gelu(y, approximate="tanh") if gelu else y
+
+
+class ConditionLinear(nn.Linear):
+    """A linear layer of one row per image, read once per call. Never packed: its bytes are a third of a model's.
+
+    On a CPU the weight stands on the left of the product, where MKL reads it several times faster for few rows.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (B, in) -> (B, out)."""
+        if x.device.type != "cpu" or torch.is_grad_enabled():
+            return super().forward(x)
+        return torch.addmm(self.bias[:, None], self.weight, x.t()).t().contiguous()
+
+
+def pack(module: nn.Module, use: bool) -> None:
+    """Pack all linear layers of a module on a CPU where that is faster; free the copies where it is not."""
+    layers = [layer for layer in module.modules() if isinstance(layer, Linear)]
+    use = use and all(layer.weight.device.type == "cpu" for layer in layers) and packing_wins(layers[0].weight.dtype)
+    for layer in layers:
+        layer.pack() if use else layer.unpack()
+
+
+@lru_cache
+def packing_wins(dtype: torch.dtype) -> bool:
+    """Whether a packed product in `dtype` is faster on this processor than torch's own. Measured: some milliseconds."""
+    if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        return False
+    with torch.inference_mode():
+        x = torch.randn(TRIAL_ROWS, TRIAL_WIDTH).to(dtype)
+        plain, packed = (Linear(TRIAL_WIDTH, TRIAL_WIDTH, dtype=dtype) for _ in range(2))
+        try:
+            packed.pack()
+            return fastest_s(lambda: packed(x)) < fastest_s(lambda: plain(x))
+        except RuntimeError:  # oneDNN has no such product for this type or processor
+            return False

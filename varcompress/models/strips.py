@@ -1,0 +1,121 @@
+"""The tokenizer's decoder on a CPU: the arithmetic of `Decoder.forward`, in strips of rows and in two buffers.
+
+A map of 256 x 256 pixels is larger than a processor's cache, and a fresh one costs more in page faults than what is
+computed in it. So normalisation, SiLU and convolution run together on a few rows at a time, residual sums are made in
+place, and the large maps take turns in two buffers. Doubling the resolution and convolving 3 x 3 is four convolutions
+of 2 x 2 on the small map, one for each place of a pixel in its block: 4 / 9 of the multiplications.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from varcompress.models.tokenizer import Decoder, ResBlock
+
+STRIP_ELEMENTS = 1 << 20  # of the wider of a convolution's two maps
+MIN_OUTPUTS = 16  # channels: oneDNN convolves to fewer at a tenth of its speed
+
+
+def decode(decoder: Decoder, z: Tensor) -> Tensor:
+    """`Decoder.forward` without gradients: (B, z_channels, P, P) -> (B, 3, H, W). Memory is not chunked over images."""
+    x = decoder.mid.attn_1(_res_block(decoder.mid.block_1, decoder.conv_in(z), None))
+    x = _res_block(decoder.mid.block_2, x, None)
+    large, spare = (x.new_empty(len(x) * largest_map(decoder, x.shape[-1])) for _ in range(2))
+    for level in reversed(decoder.up):
+        for i, block in enumerate(level.block):
+            x = _res_block(block, x, spare)
+            if level.attn:
+                x = level.attn[i](x)
+        if hasattr(level, "upsample"):
+            large, spare = spare, large
+            x = _upsample(level.upsample.conv, x, large)
+    return _norm_conv(decoder.norm_out, decoder.conv_out, x, x.new_empty(len(x), 3, *x.shape[2:]))
+
+
+def largest_map(decoder: Decoder, side: int) -> int:
+    """Elements of the decoder's largest map for one image of side x side features."""
+    largest = 0
+    for level in reversed(decoder.up):
+        largest = max(largest, side**2 * level.block[-1].conv1.out_channels)
+        if hasattr(level, "upsample"):
+            side *= 2
+            largest = max(largest, side**2 * level.upsample.conv.out_channels)
+    return largest
+
+
+def _res_block(block: ResBlock, x: Tensor, spare: Tensor | None) -> Tensor:
+    """A residual block; x is overwritten where the shortcut changes nothing, and `spare` holds the inner map."""
+    shape = (len(x), block.conv1.out_channels, *x.shape[2:])
+    inner = x.new_empty(shape) if spare is None else _in(spare, shape)
+    _norm_conv(block.norm1, block.conv1, x, inner)
+    return _norm_conv(block.norm2, block.conv2, inner, block.nin_shortcut(x), add=True)
+
+
+def _norm_conv(norm: nn.GroupNorm, conv: nn.Conv2d, x: Tensor, out: Tensor, *, add: bool = False) -> Tensor:
+    """Write, or add, conv(silu(norm(x))) to `out`. The convolution is 3 x 3 with padding 1."""
+    scale, shift = _affine(norm, x)
+    height, weight, bias = x.shape[2], conv.weight, conv.bias
+    if (missing := MIN_OUTPUTS - len(weight)) > 0:
+        weight, bias = F.pad(weight, (0, 0, 0, 0, 0, 0, 0, missing)), F.pad(bias, (0, missing))
+    for first, last in _strips(x, len(weight)):
+        above, below = first == 0, last == height
+        rows = x[:, :, max(first - 1, 0) : last + 1]
+        rows = F.silu(torch.addcmul(shift, rows, scale), inplace=True)
+        if above or below:
+            rows = F.pad(rows, (0, 0, int(above), int(below)))
+        strip = F.conv2d(rows, weight, bias, padding=(0, 1))[:, : out.shape[1]]
+        out[:, :, first:last] = out[:, :, first:last].add_(strip) if add else strip
+    return out
+
+
+def _affine(norm: nn.GroupNorm, x: Tensor) -> tuple[Tensor, Tensor]:
+    """A group norm of x (B, C, H, W) as one multiplication and addition: scale and shift, each (B, C, 1, 1).
+
+    Sums of squares instead of torch's own mean and variance, which walk the map element by element.
+    """
+    groups = x.reshape(len(x), norm.num_groups, -1).float()
+    count = groups.shape[2]
+    mean = groups.sum(dim=2).double() / count
+    square = torch.linalg.vector_norm(groups, dim=2).double().square() / count
+    scale = (square - mean.square()).clamp_min_(0).add_(norm.eps).rsqrt_()
+    scale, mean = (value.repeat_interleave(x.shape[1] // norm.num_groups, dim=1) for value in (scale, mean))
+    scale = norm.weight * scale
+    shift = norm.bias - mean * scale
+    return scale.to(x.dtype)[:, :, None, None], shift.to(x.dtype)[:, :, None, None]
+
+
+def _upsample(conv: nn.Conv2d, x: Tensor, buffer: Tensor) -> Tensor:
+    """conv(nearest-neighbour doubling of x): (B, C, H, W) -> (B, C', 2H, 2W), in `buffer`."""
+    height, width = x.shape[2:]
+    out = _in(buffer, (len(x), conv.out_channels, 2 * height, 2 * width))
+    padded = F.pad(x, (1, 1, 1, 1))
+    for row, rows in enumerate(_halves(conv.weight, dim=2)):
+        for column, weight in enumerate(_halves(rows, dim=3)):
+            for first, last in _strips(x, conv.out_channels):
+                seen = padded[:, :, first + row : last + row + 1, column : column + width + 1]
+                out[:, :, 2 * first + row : 2 * last : 2, column::2] = F.conv2d(seen, weight, conv.bias)
+    return out
+
+
+def _halves(weight: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    """A kernel of 3 seen from the first and from the second pixel of a doubled pair, as kernels of 2."""
+    before, here, after = weight.unbind(dim)
+    return torch.stack((before, here + after), dim), torch.stack((before + here, after), dim)
+
+
+def _strips(x: Tensor, channels: int) -> Iterator[tuple[int, int]]:
+    """First and last row (exclusive) of each strip of x (B, C, H, W) that is convolved to `channels`."""
+    height = x.shape[2]
+    rows = max(1, STRIP_ELEMENTS // (len(x) * max(x.shape[1], channels) * x.shape[3]))
+    return ((first, min(first + rows, height)) for first in range(0, height, rows))
+
+
+def _in(buffer: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """The beginning of a buffer as a map."""
+    return buffer[: torch.Size(shape).numel()].view(shape)
