@@ -14,6 +14,7 @@ from torch_fidelity.metric_isc import KEY_METRIC_ISC_MEAN, KEY_METRIC_ISC_STD, i
 from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, KEY_METRIC_KID_STD, kid_features_to_metric
 from torch_fidelity.metric_prc import KEY_METRIC_PRECISION, KEY_METRIC_RECALL, prc_features_to_metric
 
+from varcompress.checkpoint import fingerprint
 from varcompress.data import digits
 from varcompress.errors import InputError
 from varcompress.evaluation.features import DIGITS, EXTRACTORS, INCEPTION, Extractor, Features
@@ -67,8 +68,8 @@ def evaluate(
     published settings. Image i has class i * classes // images and random stream (seed, i), so the
     scores do not depend on batch_size.
 
-    Returns a dict that JSON can hold: kind, model, device, dtype, batch_size, reference, features,
-    settings, notes, and for each schedule its scores, latency_ms (median per batch),
+    Returns a dict that JSON can hold: kind, model, weights (their fingerprint), device, dtype, batch_size,
+    reference, features, settings, notes, and for each schedule its scores, latency_ms (median per batch),
     images_per_second, peak_bytes and cache_bytes. A score that the reference cannot give is None.
     Raises InputError for a reference, feature weights, schedule or setting that cannot be used.
     """
@@ -92,6 +93,7 @@ def evaluate(
     return {
         "kind": "eval",
         "model": model.provenance.name,
+        "weights": fingerprint(model),
         "device": device_name(model.device),
         "dtype": str(model.dtype).removeprefix("torch."),
         "batch_size": batch_size,
