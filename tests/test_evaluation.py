@@ -444,6 +444,7 @@ def test_notes_name_what_is_not_as_published(tiny):
         ({"reference": "x", "features": "clip"}, "'clip' are unknown"),
         ({"reference": "x", "images": 9}, "at least 10"),
         ({"reference": "x", "batch_size": 0}, "batches of 0"),
+        ({"reference": "x", "seed": -1}, "seed must be"),  # before the reference is read
     ],
 )
 def test_bad_arguments(tiny, arguments, message):

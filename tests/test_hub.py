@@ -295,8 +295,9 @@ def test_what_a_file_was_made_from_can_be_said(hub, tiny_files, tmp_path):
         assert (card.data.base_model, card.data.license) == ("FoundationVision/var", licence)
         origin = load("ann/tiny", device="cpu").provenance
         assert (origin.base_model, origin.license) == ("FoundationVision/var", licence)
-    with pytest.raises(InputError, match=r"base model 'var_d16\.pth' is no Hub id: write one such as"):
-        push(**source, repo="ann/tiny", base_model="var_d16.pth")
+    for wrong in ("var_d16.pth", ""):
+        with pytest.raises(InputError, match=f"base model '{wrong}' is no Hub id: write one such as"):
+            push(**source, repo="ann/tiny", base_model=wrong)
 
 
 def test_samples_of_an_earlier_model_do_not_stay(hub, elastic, tmp_path):
@@ -398,6 +399,11 @@ def test_results_that_are_none(hub, elastic, tmp_path, content, told):
         push(elastic, "ann/tiny", results=[tmp_path / "result.json"])
     assert "\n" not in str(caught.value)
     assert hub.log == []
+
+
+def test_a_result_that_is_not_there(hub, elastic, tmp_path):
+    with pytest.raises(InputError, match=r"gone.json: not a readable JSON file \(No such file or directory\)"):
+        push(elastic, "ann/tiny", results=[tmp_path / "gone.json"])
 
 
 def test_results_of_other_weights_beside_the_model(hub, elastic, tmp_path):

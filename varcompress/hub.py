@@ -235,7 +235,7 @@ def push(
         folder = _elastic_folder(model, vae, revision, Path(scratch) / "model")
         loaded = load_elastic(folder)
         files = {name: folder / name for name in (CONFIG, WEIGHTS, RECIPE, SAMPLES) if (folder / name).is_file()}
-        if base_model or license:
+        if (base_model, license) != (None, None):
             _state_origin(loaded, base_model, license)
             files[CONFIG] = _write(Path(scratch) / CONFIG, config_text(loaded))
         weights = {fingerprint(each) for each in (loaded, model) if isinstance(each, ElasticVAR)}
@@ -290,7 +290,7 @@ def _elastic_folder(
 
 def _state_origin(model: ElasticVAR, base_model: str | None, license: str | None) -> None:
     """Put what the publisher says of the model's origin into it. Raises InputError for what is no Hub id."""
-    if base_model and not HUB_ID.fullmatch(base_model):
+    if base_model is not None and not HUB_ID.fullmatch(base_model):
         raise InputError(f"base model {base_model!r} is no Hub id: write one such as {OFFICIAL_REPO}")
     known = OFFICIAL_LICENSE if base_model == OFFICIAL_REPO else None
     origin = model.provenance
@@ -316,7 +316,8 @@ def _read_result(path: Path) -> dict:
     except InputError:
         raise
     except (OSError, ValueError) as error:
-        raise InputError(f"{path}: not a readable JSON file ({error})") from error
+        why = getattr(error, "strerror", None) or error
+        raise InputError(f"{path}: not a readable JSON file ({why})") from error
 
 
 def _result(source: str, content: object) -> dict:

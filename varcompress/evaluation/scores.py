@@ -23,6 +23,7 @@ from varcompress.hardware import device_name, fitting_memory
 from varcompress.images import check_finite, to_uint8
 from varcompress.models.elastic import ElasticVAR
 from varcompress.profiling import PeakMemory, timed
+from varcompress.sampling import check_settings
 from varcompress.schedule import Schedule
 
 PUBLISHED_IMAGES = 50_000
@@ -80,11 +81,12 @@ def evaluate(
         raise InputError(f"{images} images in batches of {batch_size}: scores need at least {MIN_IMAGES} and 1")
     if reference is None and not _is_digits(model):
         raise InputError("a reference is needed: --reference with a folder of images or an .npz")
+    settings = {"cfg": cfg, "top_k": top_k, "top_p": top_p, "seed": seed}
+    check_settings(**settings)  # now, not after a reference of 50,000 images was read
     extractor = Extractor(kind, Path(feature_weights) if feature_weights else None, model.device)
     size = model.tokenizer.config.image_size
     known = read_reference(reference, extractor, size=size, batch_size=batch_size, progress=progress)
     batch_size = min(batch_size, images)
-    settings = {"cfg": cfg, "top_k": top_k, "top_p": top_p, "seed": seed}
     with fitting_memory(model.device, batch_size):
         rows = [
             _evaluate_schedule(model, schedule, known, extractor, images, batch_size, settings, progress)
