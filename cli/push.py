@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from varcompress.cli.options import Json, Model, Vae
+from varcompress.cli.options import Json, Model, Revision, Vae
 from varcompress.cli.output import note, print_json, say
 
 
@@ -22,12 +22,22 @@ def push(
             show_default=False,
         ),
     ] = None,
-    branch: Annotated[str | None, typer.Option(help="Branch to commit to.", show_default="main")] = None,
+    base_model: Annotated[
+        str | None,
+        typer.Option(help="Hub id of what MODEL was made from, where MODEL does not know it.", show_default=False),
+    ] = None,
+    licence: Annotated[
+        str | None,
+        typer.Option("--license", help="Its licence, as the Hub writes it: mit, apache-2.0.", show_default=False),
+    ] = None,
+    branch: Annotated[str | None, typer.Option(help="Branch of REPO to commit to.", show_default="main")] = None,
     vae: Vae = None,
+    revision: Revision = None,
     as_json: Json = False,
 ) -> None:
     """Publish a model on the Hub: weights, recipe, measured results and a model card that says how to use it.
 
+    A picture samples.png in MODEL's directory comes along too.
     Needs `hf auth login`. Everything appears in one commit, or not at all.
     """
     from varcompress.hub import push as publish
@@ -38,7 +48,10 @@ def push(
         vae=vae,
         private=private,
         results=results or (),
-        revision=branch,
+        revision=revision,
+        branch=branch,
+        base_model=base_model,
+        license=licence,
         progress=lambda done, total, what: note(f"{what} ({done}/{total})"),
     )
     if result["card"] == "own":

@@ -8,7 +8,7 @@ import pytest
 import yaml
 from huggingface_hub import ModelCard
 
-from varcompress.card import TASK, model_card
+from varcompress.card import TASK, is_generated, model_card
 from varcompress.models.elastic import ElasticVAR, Provenance
 
 COST = {"latency_ms": 20.0, "images_per_second": 400.0, "peak_bytes": 3 * 2**20, "cache_bytes": 2**20}
@@ -134,7 +134,33 @@ def test_recipe_licence_and_citations(distilled, tiny):
     assert "Licence: mit. Base model: [FoundationVision/var]" in card
     untouched = model_card(tiny)
     assert "Licence: not stated" in untouched
+    assert "Base model: the checkpoint `var`." in untouched
     assert "only `full` gives the quality" in untouched
+
+
+def test_the_embedded_model_is_named_as_base(tiny):
+    digits = ElasticVAR(tiny.var, tiny.tokenizer, depths=(4,), provenance=Provenance("digits", license="mit"))
+    card = model_card(digits, repo="ann/mine")
+    assert "made from `digits`, the model embedded in varcompress" in card
+    assert "Base model: `digits`, the model embedded in varcompress" in section(card, "Licence and base model")
+    assert ModelCard(card).data.base_model is None  # which would be a Hub id
+
+
+def test_how_to_install(distilled):
+    assert "pip install ." in section(model_card(distilled), "Use")
+
+
+def test_samples_are_shown(distilled):
+    assert "![Samples](samples.png)" in model_card(distilled, samples="samples.png")
+    assert "![" not in model_card(distilled)
+
+
+def test_an_edit_shows(distilled):
+    card = model_card(distilled, [PROFILE, EVAL], repo="ann/elastic")
+    assert is_generated(card)
+    assert is_generated(model_card(distilled))
+    edits = (card + "mine", card.replace("# elastic", "# Elastic"), card.replace("license: mit", "license: cc"), "")
+    assert not any(map(is_generated, edits))
 
 
 def test_the_example_uses_a_schedule_the_weights_are_good_at(distilled, tiny):

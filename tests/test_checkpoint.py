@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import errno
 import json
 import os
 import pickle
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -20,9 +22,11 @@ from varcompress.card import model_card
 from varcompress.checkpoint import (
     build_tokenizer,
     build_var,
+    cast,
     check_fit,
     check_output,
     disk_errors,
+    fingerprint,
     load_elastic,
     load_official,
     save_elastic,
@@ -117,13 +121,61 @@ def test_a_generated_card_goes_with_its_model(elastic):
 @pytest.mark.parametrize("kind", ["profile", "eval"])
 def test_results_never_come_to_lie_beside_other_weights(elastic, kind):
     _, folder = elastic
-    (folder / "mine.json").write_text(json.dumps({"kind": kind}))
+    (folder / "mine.json").write_text(json.dumps({"kind": kind, "weights": fingerprint(load_elastic(folder))}))
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
     refused("mine.json there would belong to other weights", save_elastic, random_model(seed=3), folder)
     refused("other weights", save_elastic, load_elastic(folder).cast(torch.bfloat16), folder)
+    refused("other weights", save_elastic, cast(load_elastic(folder), torch.bfloat16), folder)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
     save_elastic(load_elastic(folder), folder)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_a_result_that_says_not_of_which_weights_it_is(elastic):
+    _, folder = elastic
+    (folder / "profile.json").write_text('{"kind": "profile"}')
+    refused("profile.json there would belong to other weights", save_elastic, load_elastic(folder), folder)
+
+
+def test_a_generated_card_is_known_whatever_the_model_beside_it(elastic):
+    _, folder = elastic
+    (folder / "config.json").write_text("{")  # damaged: saving mends it, and its card with it
+    other = random_model(seed=3)
+    save_elastic(other, folder)
+    assert (folder / "README.md").read_text() == model_card(other)
+
+
+# -- which weights ----------------------------------------------------------------------------------
+
+
+def test_fingerprint_of_the_same_weights(tiny, tiny_files, elastic):
+    _, folder = elastic
+    known = fingerprint(tiny)
+    assert re.fullmatch("[0-9a-f]{16}", known)
+    assert known == fingerprint(load_official(tiny_files / "var.pth", tiny_files / "vae.pth"))
+    assert known == fingerprint(load_elastic(folder))
+    assert known == fingerprint(random_model().double())
+
+
+@pytest.mark.parametrize("name", ["var.head.bias", "var.blocks.3.ffn.fc1.weight", "tokenizer.decoder.conv_out.bias"])
+def test_fingerprint_of_other_weights(tiny, name):
+    changed = random_model()
+    with torch.no_grad():
+        changed.state_dict()[name].add_(1e-6)
+    assert fingerprint(changed) != fingerprint(tiny)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_fingerprint_of_rounded_weights_until_they_change(tiny, tmp_path, dtype):
+    model = cast(random_model(), dtype)
+    assert fingerprint(model) == fingerprint(copy.deepcopy(model)) == fingerprint(tiny)
+    saved = load_elastic(save_elastic(model, tmp_path / "rounded"))
+    assert (fingerprint(saved) == fingerprint(tiny)) == (dtype is torch.float32)
+    rounded = fingerprint(saved)
+    assert fingerprint(cast(saved, torch.float32)) == rounded  # more bits change nothing
+    with torch.no_grad():
+        model.var.head.weight.mul_(1.1)
+    assert fingerprint(model) not in (fingerprint(tiny), rounded)
 
 
 def test_the_recipe_of_an_earlier_model_does_not_stay(elastic):

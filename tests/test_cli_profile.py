@@ -6,6 +6,8 @@ import json
 
 import pytest
 
+from varcompress.checkpoint import fingerprint
+
 
 @pytest.fixture
 def elastic(tiny, tmp_path):
@@ -36,11 +38,12 @@ def test_profile_of_files_writes_where_it_is_told(quick, tiny_files, tmp_path):
     assert sorted(path.name for path in (tmp_path / "results").iterdir()) == ["profile.json", "profile.png"]
 
 
-def test_profile_json_is_one_object(quick, elastic):
+def test_profile_json_is_one_object(quick, elastic, tiny):
     result = quick(elastic, "-s", "d2", "--json", "--dtype", "bfloat16")
     content = json.loads(result.stdout)
     assert content == json.loads((elastic / "profile.json").read_text())
     assert (content["dtype"], content["batch_size"], content["runs"]) == ("bfloat16", 2, 1)
+    assert content["weights"] == fingerprint(tiny)
 
 
 def test_profile_refuses_before_it_measures(quick, elastic, tmp_path):

@@ -20,6 +20,7 @@ from torch.utils.data import Dataset
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
 from tests.conftest import official_state
+from varcompress.checkpoint import fingerprint
 from varcompress.data.digits import load_digits
 from varcompress.errors import InputError
 from varcompress.evaluation import evaluate, features, scores
@@ -362,7 +363,7 @@ def test_evaluate_says_all_that_a_score_depends_on(model):
     seen = []
     result = evaluate(model, ["full", "d2@2"], images=40, batch_size=16, progress=lambda *step: seen.append(step))
     assert json.loads(json.dumps(result)) == result
-    assert result["kind"] == "eval"
+    assert (result["kind"], result["weights"]) == ("eval", fingerprint(model))
     assert result["features"] == "digits"
     assert result["reference"] == "embedded digits"
     assert result["settings"] == {
@@ -443,6 +444,7 @@ def test_notes_name_what_is_not_as_published(tiny):
         ({"reference": "x", "features": "clip"}, "'clip' are unknown"),
         ({"reference": "x", "images": 9}, "at least 10"),
         ({"reference": "x", "batch_size": 0}, "batches of 0"),
+        ({"reference": "x", "seed": -1}, "seed must be"),  # before the reference is read
     ],
 )
 def test_bad_arguments(tiny, arguments, message):

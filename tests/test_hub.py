@@ -17,12 +17,16 @@ from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 
 import varcompress
+from tests import test_card
+from tests.conftest import random_model
 from tests.hub_server import HANG_UP, HubServer, Repo
-from tests.test_card import EVAL, PROFILE
 from varcompress import InputError
+from varcompress.checkpoint import fingerprint
 from varcompress.hub import DIGITS_FOLDER, OFFICIAL, OFFICIAL_REPO, OFFICIAL_VAE, load, push
 
 TOKEN = "hf_" + "a" * 34
+WEIGHTS = fingerprint(random_model())  # of the tiny model
+PROFILE, EVAL = {**test_card.PROFILE, "weights": WEIGHTS}, {**test_card.EVAL, "weights": WEIGHTS}
 RECIPE = {"depths": [4, 2], "bridge": 2, "learning_rate": 1e-4, "seed": 0}
 
 
@@ -236,6 +240,75 @@ def test_an_edited_card_is_published_as_it_is(hub, elastic, tmp_path):
     assert push(load(folder, device="cpu"), "ann/tiny")["card"] == "generated"
 
 
+def test_a_model_on_the_hub_goes_on_with_its_results_and_samples(hub, elastic, tmp_path):
+    folder = load(elastic, device="cpu").save_pretrained(tmp_path / "model")
+    (folder / "samples.png").write_bytes(b"a picture")
+    first = push(folder, "ann/tiny", results=[PROFILE, EVAL, {**PROFILE, "batch_size": 2}])
+    load("ann/tiny", device="cpu")  # whose lean snapshot is no obstacle
+    done = push(
+        "ann/tiny", "ann/second", results=[{**EVAL, "reference": "/another/home/" + Path(EVAL["reference"]).name}]
+    )
+    assert (done["files"], done["card"]) == (first["files"], "generated")
+    before, after = hub.files("ann/tiny"), hub.files("ann/second")
+    for name in set(done["files"]) - {"README.md"}:
+        assert before[name] == after[name], name
+    card = after["README.md"].decode()
+    assert 'varcompress.load("ann/second")' in card
+    assert "ann/tiny" not in card
+    assert "![Samples](samples.png)" in card
+
+
+def test_an_edited_card_on_the_hub_goes_on_as_it_is(hub, elastic):
+    push(elastic, "ann/tiny", results=[PROFILE])
+    files = hub.files("ann/tiny")
+    mine = files["README.md"] + b"\nTrained on a rainy day.\n"
+    hub.repos["ann/tiny"].commit({**files, "README.md": mine})
+    assert push("ann/tiny", "ann/second")["card"] == "own"
+    assert hub.files("ann/second")["README.md"] == mine
+
+
+def test_source_revision_and_target_branch(hub, elastic):
+    first = push(elastic, "ann/tiny", results=[PROFILE])["commit"]
+    push(elastic, "ann/tiny")
+    hub.repos["ann/tiny"].refs["next"] = hub.repos["ann/tiny"].refs["main"]
+    push("ann/tiny", "ann/tiny", revision=first, branch="next")
+    assert "profile.json" in hub.files("ann/tiny", "next")
+    assert "profile.json" not in hub.files("ann/tiny", "main")
+    with pytest.raises(InputError, match="no revision 'v9'"):
+        push("ann/tiny", "ann/tiny", revision="v9")
+    for options in ({"revision": "main"}, {"vae": "vae.pth"}):
+        with pytest.raises(InputError, match="can be loaded with one"):
+            push(load("ann/tiny", device="cpu"), "ann/tiny", **options)
+    with pytest.raises(InputError, match=r"only a transformer \.pth"):
+        push("ann/tiny", "ann/tiny", vae="vae.pth")
+
+
+def test_what_a_file_was_made_from_can_be_said(hub, tiny_files, tmp_path):
+    source = {"model": tiny_files / "var.pth", "vae": tiny_files / "vae.pth"}
+    push(**source, repo="ann/tiny")
+    card = ModelCard(hub.files("ann/tiny")["README.md"].decode())
+    assert "Base model: the checkpoint `var`." in card.text
+    assert card.data.base_model is None
+    for options, licence in (({}, "mit"), ({"license": "apache-2.0"}, "apache-2.0")):
+        push(**source, repo="ann/tiny", base_model="FoundationVision/var", **options)
+        card = ModelCard(hub.files("ann/tiny")["README.md"].decode())
+        assert (card.data.base_model, card.data.license) == ("FoundationVision/var", licence)
+        origin = load("ann/tiny", device="cpu").provenance
+        assert (origin.base_model, origin.license) == ("FoundationVision/var", licence)
+    for wrong in ("var_d16.pth", ""):
+        with pytest.raises(InputError, match=f"base model '{wrong}' is no Hub id: write one such as"):
+            push(**source, repo="ann/tiny", base_model=wrong)
+
+
+def test_samples_of_an_earlier_model_do_not_stay(hub, elastic, tmp_path):
+    folder = load(elastic, device="cpu").save_pretrained(tmp_path / "model")
+    (folder / "samples.png").write_bytes(b"a picture")
+    assert "samples.png" in push(folder, "ann/tiny")["files"]
+    push(elastic, "ann/tiny")
+    assert "samples.png" not in hub.files("ann/tiny")
+    assert "![Samples]" not in hub.files("ann/tiny")["README.md"].decode()
+
+
 def test_a_full_disk_while_the_card_is_written(hub, elastic, monkeypatch):
     write = Path.write_text
 
@@ -301,7 +374,9 @@ def test_pushing_to_someone_else(hub, elastic):
     with pytest.raises(InputError, match="organisation/name"):
         push(elastic, "ann/a/b")
     with pytest.raises(InputError, match="no revision 'gone'"):
-        push(elastic, "ann/tiny", revision="gone")
+        push(elastic, "ann/tiny", branch="gone")
+    with pytest.raises(InputError, match="only models on the Hub"):
+        push(elastic, "ann/tiny", revision="main")
 
 
 @pytest.mark.parametrize(
@@ -309,15 +384,49 @@ def test_pushing_to_someone_else(hub, elastic):
     [
         ("{", "not a readable JSON file"),
         ('{"kind": "sample"}', "not a result: give what profile or eval wrote"),
-        ('{"kind": "profile"}', "the profile result lacks 'schedules': measure it again"),
-        (json.dumps({**PROFILE, "schedules": [{**PROFILE["schedules"][0], "schedule": "d20"}]}), "another model"),
+        ('{"kind": "profile"}', "not measured on these weights: measure them with `varcompress profile`"),
+        (json.dumps({**EVAL, "weights": "0" * 16}), "not measured on these weights: measure them with"),
+        (
+            json.dumps({"kind": "profile", "weights": WEIGHTS}),
+            "the profile result lacks 'batch_size': measure it again",
+        ),
+        (json.dumps({**EVAL, "schedules": [1]}), "the eval result is damaged: measure it again"),
     ],
 )
 def test_results_that_are_none(hub, elastic, tmp_path, content, told):
     (tmp_path / "result.json").write_text(content)
-    with pytest.raises(InputError, match=told):
+    with pytest.raises(InputError, match=f"result.json: .*{told}") as caught:
         push(elastic, "ann/tiny", results=[tmp_path / "result.json"])
+    assert "\n" not in str(caught.value)
     assert hub.log == []
+
+
+def test_a_result_that_is_not_there(hub, elastic, tmp_path):
+    with pytest.raises(InputError, match=r"gone.json: not a readable JSON file \(No such file or directory\)"):
+        push(elastic, "ann/tiny", results=[tmp_path / "gone.json"])
+
+
+def test_results_of_other_weights_beside_the_model(hub, elastic, tmp_path):
+    folder = load(elastic, device="cpu").save_pretrained(tmp_path / "model")
+    (folder / "eval.json").write_text(json.dumps({**EVAL, "weights": fingerprint(random_model(seed=1))}))
+    with pytest.raises(InputError, match=r"model/eval.json: was not measured on these weights"):
+        push(folder, "ann/tiny")
+    assert hub.log == []
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_what_was_measured_of_rounded_weights(hub, elastic, tiny_files, tmp_path, dtype):
+    sources = {"elastic": {"model": elastic}, "pth": {"model": tiny_files / "var.pth", "vae": tiny_files / "vae.pth"}}
+    for name, source in sources.items():
+        options = {key: value for key, value in source.items() if key != "model"}
+        rounded = load(source["model"], dtype=dtype, device="cpu", **options)
+        result = {**PROFILE, "weights": fingerprint(rounded)}
+        assert result == PROFILE
+        push(source["model"], f"ann/{name}", results=[result], **options)
+        push(rounded, f"ann/{name}-rounded", results=[result])  # its weights are published rounded
+        published = json.loads(hub.files(f"ann/{name}-rounded")["profile.json"])
+        assert published["weights"] == fingerprint(load(f"ann/{name}-rounded", device="cpu")) != WEIGHTS
+        assert "profile.json" in push(f"ann/{name}-rounded", "ann/again")["files"]
 
 
 def test_download_refusals(hub, elastic, tmp_path):
@@ -386,8 +495,10 @@ def run_push(hub, *arguments, **environment):
 
 def test_command(hub, elastic, tmp_path):
     (tmp_path / "p.json").write_text(json.dumps(PROFILE))
-    done = run_push(hub, elastic, "ann/tiny", "--private", "--results", tmp_path / "p.json", "--json", HF_TOKEN=TOKEN)
+    options = ["--private", "--results", tmp_path / "p.json", "--base-model", "ann/base", "--license", "mit", "--json"]
+    done = run_push(hub, elastic, "ann/tiny", *options, HF_TOKEN=TOKEN)
     assert done.returncode == 0, done.stderr
+    assert ModelCard(hub.files("ann/tiny")["README.md"].decode()).data.base_model == "ann/base"
     assert json.loads(done.stdout)["url"] == f"{hub.endpoint}/ann/tiny"
     assert hub.repos["ann/tiny"].private
     assert hub.files("ann/tiny")["model.safetensors"] == (elastic / "model.safetensors").read_bytes()

@@ -8,6 +8,7 @@ import time
 import pytest
 import torch
 
+from varcompress.checkpoint import fingerprint
 from varcompress.errors import InputError
 from varcompress.hardware import device_name, fitting_memory
 from varcompress.models import elastic
@@ -49,8 +50,9 @@ def test_the_default_schedules_are_the_models():
     assert [row["schedule"] for row in rows] == ["full", "d2@1"]
 
 
-def test_the_result_is_json_and_says_where(result):
+def test_the_result_is_json_and_says_where(model, result):
     assert json.loads(json.dumps(result)) == result
+    assert result["weights"] == fingerprint(model)
     assert (result["kind"], result["dtype"], result["batch_size"], result["runs"]) == ("profile", "float32", 3, 3)
     assert result["device"] == device_name("cpu")
     assert result["torch"] == torch.__version__

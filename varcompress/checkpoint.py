@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import errno
+import hashlib
 import json
 import os
 import re
@@ -30,7 +31,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from varcompress.card import model_card
+from varcompress.card import is_generated, model_card
 from varcompress.errors import InputError
 from varcompress.models.elastic import ElasticVAR, Provenance
 from varcompress.models.tokenizer import VQVAE, TokenizerConfig
@@ -43,6 +44,7 @@ BUFFERS = ("lvl_1L", "attn_bias_for_masking", "zero_k_bias", "ema_vocab_hit_SV")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 MEASURED = ("profile", "eval")  # kinds of results that belong to one set of weights
+SAMPLED = 1024  # values of each tensor that go into a fingerprint
 Shapes = Mapping[str, tuple[int, ...]]
 Built = TypeVar("Built", bound=nn.Module)
 
@@ -177,6 +179,43 @@ def load_official(path: str | Path, vae: str | Path, **provenance) -> ElasticVAR
     return ElasticVAR(var, tokenizer, provenance=Provenance(**{"name": Path(path).stem, **provenance}))
 
 
+# -- which weights ------------------------------------------------------------------------------
+
+
+def fingerprint(model: ElasticVAR) -> str:
+    """16 hex digits by which a result knows the weights it was measured on, as their checkpoint stores them.
+
+    The same on every device, and for a model that `cast` rounded to fewer bits since it was opened.
+    """
+    values = _digest(model)
+    return getattr(model, "rounded_from", {}).get(values, values)
+
+
+def cast(model: ElasticVAR, dtype: torch.dtype) -> ElasticVAR:
+    """`model.cast`, after which the fingerprint stays that of the checkpoint until the weights change."""
+    if dtype is torch.float32:  # rounds nothing
+        return model.cast(dtype)
+    before = _digest(model)
+    model.cast(dtype)
+    model.rounded_from = {_digest(model): before}
+    return model
+
+
+def _digest(model: ElasticVAR) -> str:
+    """Of names, shapes and values, whatever dtype holds them.
+
+    The values are evenly spaced ones, first and last included, so that opening a model costs little more for it:
+    training moves them all, while a change to some others alone goes unnoticed.
+    """
+    digest = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        count, values = min(SAMPLED, tensor.numel()), tensor.detach().reshape(-1)
+        places = torch.arange(count, device=tensor.device) * (len(values) - 1) // max(count - 1, 1)
+        digest.update(f"{name} {tuple(tensor.shape)}\0".encode())
+        digest.update(values[places].float().cpu().numpy())
+    return digest.hexdigest()[:16]
+
+
 # -- elastic directory --------------------------------------------------------------------------
 
 
@@ -188,12 +227,28 @@ def save_elastic(model: ElasticVAR, path: str | Path) -> Path:
     """
     path = Path(path)
     check_output(path)
-    keep_card = _check_earlier(model, path)
+    _check_results(model, path)
     tensors = {
         f"{part}.{key}": value.detach().cpu().contiguous()
         for part in ("var", "tokenizer")
         for key, value in getattr(model, part).state_dict().items()
     }
+    with disk_errors(path):
+        path.mkdir(parents=True, exist_ok=True)
+        with replacing(path / WEIGHTS) as temporary:
+            save_file(tensors, temporary, metadata={"format": "pt"})
+        write_text(path / CONFIG, config_text(model))
+        if model.provenance.recipe is None:
+            (path / RECIPE).unlink(missing_ok=True)  # that of the model which lay here before
+        else:
+            write_text(path / RECIPE, yaml.safe_dump(model.provenance.recipe, sort_keys=False))
+        if not has_own_card(path):
+            write_text(path / CARD, model_card(model))
+    return path
+
+
+def config_text(model: ElasticVAR) -> str:
+    """config.json of an elastic directory."""
     config = {
         "format": FORMAT,
         "var": dataclasses.asdict(model.var.config),
@@ -202,52 +257,31 @@ def save_elastic(model: ElasticVAR, path: str | Path) -> Path:
         "depths": list(model.depths),
         **{key: value for key, value in dataclasses.asdict(model.provenance).items() if key != "recipe"},
     }
-    with disk_errors(path):
-        path.mkdir(parents=True, exist_ok=True)
-        with replacing(path / WEIGHTS) as temporary:
-            save_file(tensors, temporary, metadata={"format": "pt"})
-        write_text(path / CONFIG, json.dumps(config, indent=2) + "\n")
-        if model.provenance.recipe is None:
-            (path / RECIPE).unlink(missing_ok=True)  # that of the model which lay here before
-        else:
-            write_text(path / RECIPE, yaml.safe_dump(model.provenance.recipe, sort_keys=False))
-        if not keep_card:
-            write_text(path / CARD, model_card(model))
-    return path
+    return json.dumps(config, indent=2) + "\n"
 
 
-def _check_earlier(model: ElasticVAR, path: Path) -> bool:
-    """Whether the card in `path` is a person's own. Raises InputError when results there are of other weights."""
-    try:
-        earlier = load_elastic(path)
-    except InputError:  # none, or damaged: this one mends it
-        return (path / CARD).exists()
-    results = [file.name for file in sorted(path.glob("*.json")) if _is_result(file)]
-    if results and not _same_weights(model, earlier):
+def has_own_card(path: Path) -> bool:
+    """Whether a directory holds a card that a person wrote or edited."""
+    card = path / CARD
+    return card.is_file() and not is_generated(card.read_text(encoding="utf-8", errors="replace"))
+
+
+def _check_results(model: ElasticVAR, path: Path) -> None:
+    """Raises InputError when results in `path` are of other weights than these, as they are to be saved."""
+    measured = {file.name: weights for file in sorted(path.glob("*.json")) if (weights := _measured_weights(file))}
+    if any(weights != _digest(model) for weights in measured.values()):
         raise InputError(
-            f"{path}: {', '.join(results)} there would belong to other weights: choose another directory or move them"
+            f"{path}: {', '.join(measured)} there would belong to other weights: choose another directory or move them"
         )
-    return (path / CARD).exists() and not is_generated(path / CARD, earlier)
 
 
-def is_generated(card: Path, model: ElasticVAR) -> bool:
-    """Whether a card is as `save_elastic` writes it for this model."""
-    return card.read_bytes() == model_card(model).encode()
-
-
-def _is_result(path: Path) -> bool:
+def _measured_weights(path: Path) -> str | None:
+    """The fingerprint in a result, None for a file that is none."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))["kind"] in MEASURED
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
-
-
-def _same_weights(a: ElasticVAR, b: ElasticVAR) -> bool:
-    """Equal tensors of equal types, wherever they are."""
-    mine, theirs = a.state_dict(), b.state_dict()
-    return mine.keys() == theirs.keys() and all(
-        value.dtype == theirs[key].dtype and torch.equal(value.cpu(), theirs[key].cpu()) for key, value in mine.items()
-    )
+        result = json.loads(path.read_text(encoding="utf-8"))
+        return result.get("weights", "unknown") if result["kind"] in MEASURED else None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
 
 
 def load_elastic(path: str | Path) -> ElasticVAR:

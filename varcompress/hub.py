@@ -13,7 +13,7 @@ import logging
 import re
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -27,9 +27,12 @@ from varcompress.checkpoint import (
     NO_ROOM,
     RECIPE,
     WEIGHTS,
+    cast,
+    config_text,
     disk_errors,
+    fingerprint,
+    has_own_card,
     is_elastic,
-    is_generated,
     load_elastic,
     load_official,
     save_elastic,
@@ -48,7 +51,9 @@ ACCEPTED = f"a .pth file, an elastic directory, a Hub id such as someone/model, 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 CHECKPOINT_SUFFIXES = {".pth", ".pt", ".safetensors"}
 RESULT_KINDS = tuple(report.PLOTS)
-OUR_RESULT = re.compile(rf"({'|'.join(RESULT_KINDS)})(-\d+)?\.(json|png)")
+SAMPLES = "samples.png"  # a picture that the card shows
+# What an earlier push may have left that does not hold for other weights
+OURS = re.compile(rf"({'|'.join(RESULT_KINDS)})(-\d+)?\.(json|png)|{re.escape(RECIPE)}|{re.escape(SAMPLES)}")
 Progress = Callable[[int, int, str], None] | None
 
 
@@ -79,7 +84,7 @@ def load(
         raise InputError(f"offload {offload!r} spares the memory of a GPU, and the device is {place}: leave it out")
     model = _open(str(source), vae, revision)
     model.tokenizer.float()  # stored in float16 or bfloat16 it would otherwise quantise in it
-    return model.cast(kind).place(place, kernels=kernels, cache_dtype=cache_dtype, offload=offload)
+    return cast(model, kind).place(place, kernels=kernels, cache_dtype=cache_dtype, offload=offload)
 
 
 def _open(source: str, vae: str | Path | None, revision: str | None) -> ElasticVAR:
@@ -102,9 +107,15 @@ def _open(source: str, vae: str | Path | None, revision: str | None) -> ElasticV
         return load_official(weights, tokenizer, name=DIGITS, license="mit")
     if source in OFFICIAL:
         return _download_official(source, revision)
-    if HUB_ID.fullmatch(source):
+    if _is_hub_id(source):
         return load_elastic(_download_elastic(source, revision))
     raise InputError(_unknown(source))
+
+
+def _is_hub_id(source: str) -> bool:
+    """Whether a model is to be had from the Hub under this name: what is here goes first."""
+    path = Path(source).expanduser()
+    return bool(HUB_ID.fullmatch(source)) and path.suffix not in CHECKPOINT_SUFFIXES and not path.exists()
 
 
 def _refuse(value: object, name: str, owner: str) -> None:
@@ -154,8 +165,11 @@ def _download_official(name: str, revision: str | None) -> ElasticVAR:
     return load_official(*files, name=name, base_model=OFFICIAL_REPO, license=OFFICIAL_LICENSE)
 
 
-def _download_elastic(repo: str, revision: str | None) -> Path:
-    """The snapshot of an elastic model. Its config is looked at before gigabytes of something else come down."""
+def _download_elastic(repo: str, revision: str | None, *, also: Sequence[str] = ()) -> Path:
+    """The snapshot of an elastic model, with the files that match `also`.
+
+    Its config is looked at before gigabytes of something else come down.
+    """
     from huggingface_hub import hf_hub_download, snapshot_download
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
@@ -170,7 +184,7 @@ def _download_elastic(repo: str, revision: str | None) -> Path:
             raise InputError(none) from error
         if not _is_config(config):
             raise InputError(none)
-        wanted = [CONFIG, WEIGHTS, RECIPE, CARD]
+        wanted = [CONFIG, WEIGHTS, RECIPE, CARD, *also]
         commit = config.parent.name  # the cache names a snapshot by its commit: all files come from that one
         options = {"allow_patterns": wanted, "local_files_only": cached_only}
         folder = Path(snapshot_download(repo, revision=commit, **options))
@@ -206,36 +220,46 @@ def push(
     repo: str,
     *,
     vae: str | Path | None = None,
+    revision: str | None = None,
+    branch: str | None = None,
     private: bool = False,
     results: Iterable[str | Path | dict] = (),
-    revision: str | None = None,
+    base_model: str | None = None,
+    license: str | None = None,
     progress: Progress = None,
 ) -> dict:
     """Publish a model on the Hub: weights, config, recipe, card, results and their plots in one commit.
 
-    model: an elastic directory, a loaded model, or whatever `load` opens. results: of `profile` and
-    `evaluate`, as dicts or JSON files; those that lie in the model's directory come along unasked.
-    revision: branch to commit to. Results and recipe of an earlier push that have no successor are removed.
+    model: an elastic directory, a loaded model, or whatever `load` opens with `vae` and `revision`; branch: the one
+    to commit to. results: of `profile` and `evaluate`, as dicts or JSON files; those that lie in the model's
+    directory, here or on the Hub, come along unasked, and so does a picture samples.png.
+    base_model, license: the Hub's ids of what the model was made from, where the model does not know them.
+    Results, samples and recipe of an earlier push that have no successor are removed.
     A README.md in the directory that is not the generated card is published as it is.
     Returns {"kind": "push", "repo", "url", "commit", "private", "card": "generated" or "own", "files", "bytes"}.
-    Raises InputError when something is not readable or the Hub refuses; nothing local is changed, and
-    nothing is published before the one commit.
+    Raises InputError when something is not readable, a result is of other weights, or the Hub refuses; nothing local
+    is changed, and nothing is published before the one commit.
     """
     tell = progress or (lambda done, total, what: None)
     with tempfile.TemporaryDirectory(prefix="varcompress-") as scratch:
         tell(0, 3, "read the model and its results")
-        folder = _elastic_folder(model, vae, Path(scratch) / "model")
+        folder = _elastic_folder(model, vae, revision, Path(scratch) / "model")
         loaded = load_elastic(folder)
-        measured = _named_results(_results(folder, results))
-        files = {name: folder / name for name in (CONFIG, WEIGHTS, RECIPE) if (folder / name).is_file()}
-        files |= _result_files(loaded, measured, Path(scratch))
+        files = {name: folder / name for name in (CONFIG, WEIGHTS, RECIPE, SAMPLES) if (folder / name).is_file()}
+        if (base_model, license) != (None, None):
+            _state_origin(loaded, base_model, license)
+            files[CONFIG] = _write(Path(scratch) / CONFIG, config_text(loaded))
+        weights = {fingerprint(each) for each in (loaded, model) if isinstance(each, ElasticVAR)}
+        measured = _measured(loaded, _results(folder, results), weights, Path(scratch))
+        files |= {name: Path(scratch) / name for stem in measured for name in (f"{stem}.json", f"{stem}.png")}
         tell(1, 3, f"create {repo}")
         repo, is_private = _create(repo, private)
-        own = (folder / CARD).is_file() and not is_generated(folder / CARD, loaded)
-        files[CARD] = folder / CARD if own else _card_file(loaded, measured, repo, Path(scratch))
+        own = has_own_card(folder)
+        samples = SAMPLES if SAMPLES in files else None
+        files[CARD] = folder / CARD if own else _write(Path(scratch) / CARD, _card(loaded, measured, repo, samples))
         size = sum(path.stat().st_size for path in files.values())
         tell(2, 3, f"upload {len(files)} files, {size / 2**20:,.1f} MiB")
-        commit, url = _commit(repo, files, revision)
+        commit, url = _commit(repo, files, branch)
         tell(3, 3, f"published {repo}")
     return {
         "kind": "push",
@@ -249,89 +273,97 @@ def push(
     }
 
 
-def _card_file(model: ElasticVAR, results: dict[str, dict], repo: str, folder: Path) -> Path:
-    """The card with its results, written to `folder`."""
-    plots = {f"{stem}.png": f"Plot of the {result['kind']} results" for stem, result in results.items()}
-    with disk_errors(folder / CARD):
-        text = model_card(model, list(results.values()), repo=repo, plots=plots)
-        (folder / CARD).write_text(text, encoding="utf-8")
-    return folder / CARD
+def _card(model: ElasticVAR, measured: dict[str, dict], repo: str, samples: str | None) -> str:
+    plots = {f"{stem}.png": f"Plot of the {result['kind']} results" for stem, result in measured.items()}
+    return model_card(model, list(measured.values()), repo=repo, plots=plots, samples=samples)
 
 
-def _elastic_folder(model: str | Path | ElasticVAR, vae: str | Path | None, scratch: Path) -> Path:
-    """The model's elastic directory; written to `scratch` when it has none of its own."""
-    if isinstance(model, ElasticVAR):
-        return save_elastic(model, scratch)
-    path = Path(model).expanduser()
-    if is_elastic(path):
+def _write(path: Path, text: str) -> Path:
+    with disk_errors(path):
+        path.write_text(text, encoding="utf-8")
+    return path
+
+
+def _elastic_folder(
+    model: str | Path | ElasticVAR, vae: str | Path | None, revision: str | None, scratch: Path
+) -> Path:
+    """The model's elastic directory, here or downloaded; written to `scratch` when it has none of its own."""
+    in_memory = isinstance(model, ElasticVAR)
+    if in_memory or is_elastic(Path(model).expanduser()):
         _refuse(vae, "vae", "a transformer .pth")
-        return path
-    return save_elastic(_open(str(model), vae, None), scratch)
+        _refuse(revision, "revision", "models on the Hub")
+        return save_elastic(model, scratch) if in_memory else Path(model).expanduser()
+    if _is_hub_id(str(model)):
+        _refuse(vae, "vae", "a transformer .pth")
+        return _download_elastic(str(model), revision, also=[f"{kind}*.json" for kind in RESULT_KINDS] + [SAMPLES])
+    return save_elastic(_open(str(model), vae, revision), scratch)
 
 
-def _results(folder: Path, given: Iterable[str | Path | dict]) -> list[dict]:
-    """The results given, then those that lie in the model's directory and were not given."""
-    results = [result if isinstance(result, dict) else _read_result(Path(result)) for result in given]
-    for path in sorted(folder.glob("*.json")):
+def _state_origin(model: ElasticVAR, base_model: str | None, license: str | None) -> None:
+    """Put what the publisher says of the model's origin into it. Raises InputError for what is no Hub id."""
+    if base_model is not None and not HUB_ID.fullmatch(base_model):
+        raise InputError(f"base model {base_model!r} is no Hub id: write one such as {OFFICIAL_REPO}")
+    known = OFFICIAL_LICENSE if base_model == OFFICIAL_REPO else None
+    origin = model.provenance
+    origin.base_model, origin.license = base_model or origin.base_model, license or known or origin.license
+
+
+def _results(folder: Path, given: Iterable[str | Path | dict]) -> dict[str, dict]:
+    """Where it is from -> result: those given, then those that lie in the model's directory and were not given."""
+    results = {}
+    for number, item in enumerate(given):
+        source = f"results[{number}]" if isinstance(item, dict) else str(item)
+        results[source] = _result(source, item) if isinstance(item, dict) else _read_result(Path(item))
+    for path in sorted(folder.glob("*.json"), key=lambda path: (len(path.stem), path.stem)):  # eval-2 before eval-10
         with contextlib.suppress(InputError):  # config.json, logs and the like are no results
-            if (found := _read_result(path)) not in results:
-                results.append(found)
+            if (found := _read_result(path)) not in results.values():
+                results[str(path)] = found
     return results
 
 
 def _read_result(path: Path) -> dict:
     try:
-        result = json.loads(path.read_text(encoding="utf-8"))
+        return _result(str(path), json.loads(path.read_text(encoding="utf-8")))
+    except InputError:
+        raise
     except (OSError, ValueError) as error:
-        raise InputError(f"{path}: not a readable JSON file ({error})") from error
-    if not isinstance(result, dict) or result.get("kind") not in RESULT_KINDS:
-        raise InputError(f"{path}: not a result: give what {' or '.join(RESULT_KINDS)} wrote (KIND.json)")
-    return result
+        why = getattr(error, "strerror", None) or error
+        raise InputError(f"{path}: not a readable JSON file ({why})") from error
 
 
-def _named_results(results: Iterable[dict]) -> dict[str, dict]:
-    """profile, profile-2, eval, ...: the stem of each result's files on the Hub."""
-    named: dict[str, dict] = {}
-    for result in results:
-        kind = result.get("kind")
-        if kind not in RESULT_KINDS:
-            raise InputError(f"a result of kind {kind!r}: give results of {' or '.join(RESULT_KINDS)}")
-        count = 1 + sum(other["kind"] == kind for other in named.values())
-        named[kind if count == 1 else f"{kind}-{count}"] = result
-    return named
+def _result(source: str, content: object) -> dict:
+    """A result without the folders in which its reference lay: they are nobody else's business."""
+    if not isinstance(content, dict) or content.get("kind") not in RESULT_KINDS:
+        raise InputError(f"{source}: not a result: give what {' or '.join(RESULT_KINDS)} wrote (KIND.json)")
+    return content | ({"reference": Path(str(content["reference"])).name} if "reference" in content else {})
 
 
-def _result_files(model: ElasticVAR, results: dict[str, dict], folder: Path) -> dict[str, Path]:
-    """JSON and plot of each result, written to `folder`. Raises InputError for a result that is not this model's."""
-    files = {}
-    for stem, result in results.items():
-        kind, data, plot = result["kind"], folder / f"{stem}.json", folder / f"{stem}.png"
+def _measured(model: ElasticVAR, results: dict[str, dict], weights: set[str], folder: Path) -> dict[str, dict]:
+    """Stem of its files on the Hub (profile, profile-2, eval) -> result. JSON and plot are written to `folder`.
+
+    weights: the fingerprints under which the model was measured. Raises InputError for a result of other weights,
+    and for one that is damaged.
+    """
+    measured: dict[str, dict] = {}
+    for source, result in results.items():
+        kind = result["kind"]
+        if result.get("weights") not in weights:
+            raise InputError(
+                f"{source}: was not measured on these weights: measure them with `varcompress {kind}`, or take it away"
+            )
+        count = 1 + sum(other["kind"] == kind for other in measured.values())
+        stem = kind if count == 1 else f"{kind}-{count}"
         try:
-            _check_schedules(model, result)
             model_card(model, [result])
-            report.PLOTS[kind](result, plot)
+            report.PLOTS[kind](result, folder / f"{stem}.png")
         except (KeyError, TypeError, ValueError, AttributeError, IndexError, StopIteration) as error:
             if isinstance(error, InputError):
                 raise
             detail = f"lacks {error}" if isinstance(error, KeyError) else "is damaged"
-            raise InputError(f"the {kind} result {detail}: measure it again") from error
-        with disk_errors(data):
-            data.write_text(json.dumps(_without_folders(result), indent=2) + "\n", encoding="utf-8")
-        files |= {data.name: data, plot.name: plot}
-    return files
-
-
-def _check_schedules(model: ElasticVAR, result: dict) -> None:
-    for row in result["schedules"]:
-        try:
-            model.schedule(row["schedule"])
-        except InputError as error:
-            raise InputError(f"the {result['kind']} result was measured on another model: {error}") from error
-
-
-def _without_folders(result: dict) -> dict:
-    """A result without the folders in which its reference lay: they are nobody else's business."""
-    return result | ({"reference": Path(result["reference"]).name} if "reference" in result else {})
+            raise InputError(f"{source}: the {kind} result {detail}: measure it again") from error
+        measured[stem] = result | {"weights": fingerprint(model)}  # of the file that is published: a cast rounds
+        _write(folder / f"{stem}.json", json.dumps(measured[stem], indent=2) + "\n")
+    return measured
 
 
 def _create(repo: str, private: bool) -> tuple[str, bool]:
@@ -350,14 +382,14 @@ def _create(repo: str, private: bool) -> tuple[str, bool]:
     return repo, is_private
 
 
-def _commit(repo: str, files: dict[str, Path], revision: str | None) -> tuple[str, str]:
+def _commit(repo: str, files: dict[str, Path], branch: str | None) -> tuple[str, str]:
     """Upload all files in one commit, without what an earlier push left and this one has not. Returns commit, URL."""
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
-    with hub_client(f"cannot upload to {repo}; nothing was published", revision):
+    with hub_client(f"cannot upload to {repo}; nothing was published", branch):
         api = HfApi()
-        present = api.list_repo_files(repo, revision=revision)
-        stale = [name for name in present if name not in files and (name == RECIPE or OUR_RESULT.fullmatch(name))]
+        present = api.list_repo_files(repo, revision=branch)
+        stale = [name for name in present if name not in files and OURS.fullmatch(name)]
         done = api.create_commit(
             repo,
             [
@@ -365,7 +397,7 @@ def _commit(repo: str, files: dict[str, Path], revision: str | None) -> tuple[st
                 *(CommitOperationDelete(path_in_repo=name) for name in stale),
             ],
             commit_message="Publish with varcompress",
-            revision=revision,
+            revision=branch,
         )
         return done.oid, f"{api.endpoint}/{repo}"
 

@@ -24,6 +24,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from varcompress.cache import KVCache
+from varcompress.checkpoint import fingerprint
 from varcompress.errors import InputError
 from varcompress.hardware import device_name, fitting_memory
 from varcompress.models.elastic import ElasticVAR
@@ -55,10 +56,11 @@ def profile(
     batch_size: images per call (guidance doubles the rows); runs: timed calls per schedule, after `warmup` more;
     sampling: cfg, top_k, top_p of `ElasticVAR.generate`.
 
-    Returns a JSON-able dict with kind "profile", the hardware, and per schedule: latency_ms (median, end to end),
-    latency_spread_ms (quartiles), images_per_second, transformer_ms, sampling_ms and decoder_ms (medians of split
-    calls), peak_bytes, cache_bytes, weight_bytes and flops per call, each also as *_predicted; speedup and
-    speedup_without_decoder over `full`, measured from time and predicted from FLOPs; memory_ratio and cache_ratio.
+    Returns a JSON-able dict with kind "profile", the weights' fingerprint, the hardware, and per schedule: latency_ms
+    (median, end to end), latency_spread_ms (quartiles), images_per_second, transformer_ms, sampling_ms and decoder_ms
+    (medians of split calls), peak_bytes, cache_bytes, weight_bytes and flops per call, each also as *_predicted;
+    speedup and speedup_without_decoder over `full`, measured from time and predicted from FLOPs; memory_ratio and
+    cache_ratio.
     Raises InputError for a schedule that does not fit, a count below one, or a batch too large for the memory.
     """
     if batch_size < 1 or runs < 1 or warmup < 0:
@@ -92,6 +94,7 @@ def profile(
     return {
         "kind": "profile",
         "model": model.provenance.name,
+        "weights": fingerprint(model),
         "device": device_name(model.device),
         "dtype": str(model.dtype).removeprefix("torch."),
         "torch": torch.__version__,

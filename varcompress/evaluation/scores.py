@@ -14,6 +14,7 @@ from torch_fidelity.metric_isc import KEY_METRIC_ISC_MEAN, KEY_METRIC_ISC_STD, i
 from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, KEY_METRIC_KID_STD, kid_features_to_metric
 from torch_fidelity.metric_prc import KEY_METRIC_PRECISION, KEY_METRIC_RECALL, prc_features_to_metric
 
+from varcompress.checkpoint import fingerprint
 from varcompress.data import digits
 from varcompress.errors import InputError
 from varcompress.evaluation.features import DIGITS, EXTRACTORS, INCEPTION, Extractor, Features
@@ -22,6 +23,7 @@ from varcompress.hardware import device_name, fitting_memory
 from varcompress.images import check_finite, to_uint8
 from varcompress.models.elastic import ElasticVAR
 from varcompress.profiling import PeakMemory, timed
+from varcompress.sampling import check_settings
 from varcompress.schedule import Schedule
 
 PUBLISHED_IMAGES = 50_000
@@ -67,8 +69,8 @@ def evaluate(
     published settings. Image i has class i * classes // images and random stream (seed, i), so the
     scores do not depend on batch_size.
 
-    Returns a dict that JSON can hold: kind, model, device, dtype, batch_size, reference, features,
-    settings, notes, and for each schedule its scores, latency_ms (median per batch),
+    Returns a dict that JSON can hold: kind, model, weights (their fingerprint), device, dtype, batch_size,
+    reference, features, settings, notes, and for each schedule its scores, latency_ms (median per batch),
     images_per_second, peak_bytes and cache_bytes. A score that the reference cannot give is None.
     Raises InputError for a reference, feature weights, schedule or setting that cannot be used.
     """
@@ -79,11 +81,12 @@ def evaluate(
         raise InputError(f"{images} images in batches of {batch_size}: scores need at least {MIN_IMAGES} and 1")
     if reference is None and not _is_digits(model):
         raise InputError("a reference is needed: --reference with a folder of images or an .npz")
+    settings = {"cfg": cfg, "top_k": top_k, "top_p": top_p, "seed": seed}
+    check_settings(**settings)  # now, not after a reference of 50,000 images was read
     extractor = Extractor(kind, Path(feature_weights) if feature_weights else None, model.device)
     size = model.tokenizer.config.image_size
     known = read_reference(reference, extractor, size=size, batch_size=batch_size, progress=progress)
     batch_size = min(batch_size, images)
-    settings = {"cfg": cfg, "top_k": top_k, "top_p": top_p, "seed": seed}
     with fitting_memory(model.device, batch_size):
         rows = [
             _evaluate_schedule(model, schedule, known, extractor, images, batch_size, settings, progress)
@@ -92,6 +95,7 @@ def evaluate(
     return {
         "kind": "eval",
         "model": model.provenance.name,
+        "weights": fingerprint(model),
         "device": device_name(model.device),
         "dtype": str(model.dtype).removeprefix("torch."),
         "batch_size": batch_size,
