@@ -11,7 +11,8 @@ import torch
 from varcompress.checkpoint import fingerprint
 from varcompress.errors import InputError
 from varcompress.hardware import device_name, fitting_memory
-from varcompress.models import elastic
+from varcompress.models import elastic, strips
+from varcompress.models.linear import packable
 from varcompress.models.tokenizer import decoder_flops
 from varcompress.profiling import (
     PHASES,
@@ -70,7 +71,7 @@ def test_peak_is_near_its_prediction(dtype, shared_aln):
     """The activations, without the weights that both sides count alike, to a seventh."""
     model = random_model(depth=6, width=64, heads=2, patch_nums=(1, 2, 4, 6), vocab=64, shared_aln=shared_aln)
     model.cast(dtype)
-    weights = PeakMemory(model).weight_bytes
+    weights = PeakMemory(model, model.schedule()).weight_bytes
     for row in profile(model, ["d2@2"], batch_size=4, runs=1, warmup=0)["schedules"]:
         measured, predicted = row["peak_bytes"] - weights, row["peak_bytes_predicted"] - weights
         assert measured == pytest.approx(predicted, rel=1 / 7)
@@ -80,13 +81,13 @@ def test_peak_is_near_its_prediction(dtype, shared_aln):
 def test_peak_is_the_decoders_where_that_is_larger():
     model = random_model(depth=2, width=16, heads=1, patch_nums=(1, 2, 8), vocab=8)
     (full,) = profile(model, ["full"], batch_size=4, runs=1, warmup=0)["schedules"]
-    weights = PeakMemory(model).weight_bytes
+    weights = PeakMemory(model, model.schedule()).weight_bytes
     assert full["peak_bytes"] - weights > 4 * full["cache_bytes"]
     assert full["peak_bytes"] - weights == pytest.approx(full["peak_bytes_predicted"] - weights, rel=1 / 7)
 
 
 def test_flops_are_the_prediction_and_the_small_extras(model, result):
-    """The difference is AdaLN, word embedding and phi, which can be written down."""
+    """The difference is AdaLN, word embedding and phi, which can be written down. The decoder is that of a CPU."""
     config, batch, side = model.var.config, 3, model.var.config.patch_nums[-1]
     rows = 2 * batch
     adaln = 2 * rows * config.width**2 * (6 * config.depth + 2)
@@ -106,15 +107,16 @@ def test_times_are_consistent(result):
 
 def test_phases_add_up_and_hold_what_happens_in_them(model, monkeypatch):
     """Sleeping in the sampler or the decoder lengthens that phase, and no time is lost or counted twice."""
-    draw, decode, elapsed = elastic.draw, model.tokenizer.decoder.forward, []
+    kernels, decode, elapsed = elastic.choose("auto", model.device), strips.decode, []
 
     def call():
         start = time.perf_counter()
         model.generate([1], "full")
         elapsed.append((time.perf_counter() - start) * 1e3)
 
-    monkeypatch.setattr(elastic, "draw", lambda *a, **k: (time.sleep(0.05), draw(*a, **k))[1])
-    monkeypatch.setattr(model.tokenizer.decoder, "forward", lambda z: (time.sleep(0.3), decode(z))[1])
+    slow = kernels._replace(draw=lambda *a, **k: (time.sleep(0.05), kernels.draw(*a, **k))[1])
+    monkeypatch.setattr(elastic, "choose", lambda name, device: slow)
+    monkeypatch.setattr(strips, "decode", lambda *a: (time.sleep(0.3), decode(*a))[1])
     start = time.perf_counter()
     phases = _phases_ms(model, call)
     outside = (time.perf_counter() - start) * 1e3
@@ -171,7 +173,7 @@ def random_shapes_of_d30():
 
 
 def test_peak_memory_counts_what_lives_at_once(tiny):
-    with PeakMemory(tiny) as memory:
+    with PeakMemory(tiny, tiny.schedule()) as memory:
         for _ in range(3):
             block = torch.zeros(1000, 256)  # 1,024,000 bytes, dropped before the next is made
             view = block[10:].t()
@@ -180,15 +182,42 @@ def test_peak_memory_counts_what_lives_at_once(tiny):
         second = first + 1
     assert memory.bytes - memory.weight_bytes == 1_024_000
     assert second.sum() == 250
-    with PeakMemory(tiny) as memory:
+    with PeakMemory(tiny, tiny.schedule()) as memory:
         kept = [torch.ones(250) for _ in range(3)]
         kept[0].add_(1)  # in place: nothing new
     assert memory.bytes - memory.weight_bytes == 3 * 1000
 
 
-def test_peak_memory_counts_every_weight_once(tiny):
+def test_peak_memory_counts_every_weight_once_and_packed_ones_twice(tiny):
     parameters = sum(p.numel() for p in tiny.parameters())
-    assert PeakMemory(tiny).weight_bytes == 4 * parameters
+    packed = sum(layer.weight.numel() for layer in packable(tiny.var))
+    assert PeakMemory(tiny, tiny.schedule()).weight_bytes == 4 * (parameters + packed)
+
+
+def test_the_effect_of_an_eight_bit_cache_is_measured(model):
+    assert "logit_error" not in profile(model, ["d2"], batch_size=1, runs=1, warmup=0)["schedules"][0]
+    small = random_model(depth=6, width=64, heads=2, patch_nums=(1, 2, 4, 6), vocab=64)
+    small.place(torch.device("cpu"), cache_dtype="int8")
+    result = profile(small, ["d2@1"], batch_size=2, runs=1, warmup=0)
+    assert result["cache_dtype"] == "int8"
+    for row in result["schedules"]:
+        assert row["cache_bytes"] == row["cache_bytes_predicted"]
+        assert 0 < row["logit_error"] < 0.05
+        assert row["same_top_token"] > 0.9
+        weights = small.weight_bytes(small.schedule(row["schedule"]))
+        assert row["peak_bytes"] - weights == pytest.approx(row["peak_bytes_predicted"] - weights, rel=1 / 7)
+
+
+def test_offloading_is_held_to_its_prediction():
+    model = random_model(depth=8, width=64, heads=2, patch_nums=(1, 2, 4, 6), vocab=64)
+    model.place(torch.device("cpu"), offload="bridge")
+    for row in profile(model, ["d2@1", "d4@2"], batch_size=1, runs=1, warmup=0)["schedules"]:
+        weights = model.weight_bytes(model.schedule(row["schedule"]))
+        assert row["peak_bytes"] - weights == pytest.approx(row["peak_bytes_predicted"] - weights, rel=1 / 7)
+        assert row["weight_bytes"] == row["weight_bytes_predicted"]
+    block = sum(p.nbytes for p in model.var.blocks[0].parameters())
+    full, subnet = (model.weight_bytes(model.schedule(s)) for s in ("full", "d2@1"))
+    assert full - subnet == (8 - 4) * block  # two layers stay, two pass through
 
 
 # -- describe, and refusals -----------------------------------------------------------------------
@@ -206,7 +235,7 @@ def test_describe(model):
         {"scales": [2, 4], "layers": [0, 5]},
     ]
     transformer = model.schedule("d2@1").flops(width=64, vocab=64)
-    assert subnet["flops"] == transformer + decoder_flops(model.tokenizer.config)
+    assert subnet["flops"] == transformer + decoder_flops(model.tokenizer.config, in_strips=True)
     assert subnet["cache_bytes"] == model.schedule("d2@1").cache_bytes(batch=1, token_bytes=64 * 4)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import gc
 import itertools
+import math
 import random
 import time
 import weakref
@@ -16,9 +17,8 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
+from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
@@ -28,13 +28,15 @@ from varcompress.checkpoint import fingerprint
 from varcompress.errors import InputError
 from varcompress.hardware import device_name, fitting_memory
 from varcompress.models.elastic import ElasticVAR
-from varcompress.models.tokenizer import TokenizerConfig, decoder_flops
+from varcompress.models.linear import Linear
+from varcompress.models.strips import STRIP_ELEMENTS, largest_map
+from varcompress.models.tokenizer import decoder_flops
+from varcompress.sampling import images_at_a_time
 from varcompress.schedule import Schedule
 
 PHASES = ("transformer", "sampling", "decoder")
-# Bytes that `sampling.draw` holds per logit of the image at its fullest, inside top-p: conditional, unconditional and
-# guided logits, the sorted values, three stages of probabilities (4 each), the sorted tokens (8) and one mask (1).
-SAMPLING_BYTES = 7 * 4 + 8 + 1
+# What drawing in plain torch (kernels/draw.py) holds for each logit that it filters at a time, and how many those are.
+DRAW_BYTES_PER_LOGIT, DRAW_LOGITS = 28, 1 << 18
 
 Progress = Callable[[int, int, str], None]
 
@@ -57,7 +59,8 @@ def profile(
     sampling: cfg, top_k, top_p of `ElasticVAR.generate`.
 
     Returns a JSON-able dict with kind "profile", the weights' fingerprint, the hardware, and per schedule: latency_ms
-    (median, end to end), latency_spread_ms (quartiles), images_per_second, transformer_ms, sampling_ms and decoder_ms
+    (median, end to end), latency_spread_ms (quartiles), without_decoder_ms (median of the same runs without the
+    tokenizer's decoder), images_per_second, transformer_ms, sampling_ms and decoder_ms
     (medians of split calls), peak_bytes, cache_bytes, weight_bytes and flops per call, each also as *_predicted;
     speedup and speedup_without_decoder over `full`, measured from time and predicted from FLOPs; memory_ratio and
     cache_ratio.
@@ -68,15 +71,26 @@ def profile(
     schedules = [model.schedule(s) for s in schedules] if schedules else model.default_schedules()
     schedules = list(dict.fromkeys((model.schedule("full"), *schedules)))
     labels = torch.arange(batch_size) % model.var.config.classes
-    total, done = len(schedules) * (warmup + 2 + 2 * runs), 0
+    total, done = len(schedules) * (warmup + 2 + model.offloaded + 2 * runs), 0
 
-    def call(schedule: Schedule) -> Tensor:
+    def step(schedule: Schedule) -> None:
         nonlocal done
-        images = model.generate(labels, schedule, seed=seed, **sampling)
         done += 1
         if progress:
             progress(done, total, f"profile: {schedule}")
+
+    def call(schedule: Schedule) -> Tensor:
+        images = model.generate(labels, schedule, seed=seed, **sampling)
+        step(schedule)
         return images
+
+    def time_ms(schedule: Schedule) -> tuple[float, float]:
+        """Until the tokens are there, and until the images are."""
+        tokens = lambda: model.generate_tokens(labels, schedule, seed=seed, **sampling)  # noqa: E731
+        (_, f_hat), tokens_ms = timed(model.device, tokens)
+        decoder_ms = timed(model.device, lambda: model.decode_features(f_hat))[1]
+        step(schedule)
+        return tokens_ms, tokens_ms + decoder_ms
 
     times = {schedule: [] for schedule in schedules}
     splits = {schedule: [] for schedule in schedules}
@@ -88,9 +102,10 @@ def profile(
         counts = {schedule: _counts(model, call, schedule) for schedule in schedules}
         for _ in range(runs):
             for schedule in order.sample(schedules, len(schedules)):
-                times[schedule].append(timed(model.device, lambda s=schedule: call(s))[1])
+                times[schedule].append(time_ms(schedule))
                 splits[schedule].append(_phases_ms(model, lambda s=schedule: call(s)))
-    rows = [_row(model, s, batch_size, times[s], splits[s], counts[s]) for s in schedules]
+        effects = {schedule: cache_effect(model, schedule, labels) for schedule in schedules}
+    rows = [_row(model, s, batch_size, times[s], splits[s], counts[s]) | effects[s] for s in schedules]
     return {
         "kind": "profile",
         "model": model.provenance.name,
@@ -98,6 +113,7 @@ def profile(
         "device": device_name(model.device),
         "dtype": str(model.dtype).removeprefix("torch."),
         "torch": torch.__version__,
+        **runtime(model),
         "batch_size": batch_size,
         "runs": runs,
         "schedules": [_beside_full(row, rows[0]) for row in rows],
@@ -117,8 +133,43 @@ def predict(model: ElasticVAR, schedule: str | Schedule, batch_size: int = 1) ->
         "cache_bytes": schedule.cache_bytes(batch=batch_size, token_bytes=model.cache_token_bytes),
         "weight_bytes": sum(schedule.weights(**shape)) * element_bytes,
         "peak_bytes": _predicted_peak_bytes(model, schedule, batch_size),
-        "flops": transformer + batch_size * decoder_flops(model.tokenizer.config),
+        "flops": transformer + batch_size * decoder_flops(model.tokenizer.config, in_strips=model.device.type == "cpu"),
         "flops_without_decoder": transformer,
+    }
+
+
+def runtime(model: ElasticVAR) -> dict[str, str | None]:
+    """How a model generates: kernels, the dtype of its cache, and what is offloaded."""
+    stored = model.cache_dtype or model.dtype
+    return {
+        "kernels": model.kernels,
+        "cache_dtype": str(stored).removeprefix("torch."),
+        "offload": "bridge" if model.offloaded else None,
+    }
+
+
+@torch.inference_mode()
+def cache_effect(model: ElasticVAR, schedule: str | Schedule, labels: Tensor) -> dict[str, float]:
+    """What storing keys and values in eight bits does to the logits of the same tokens; empty where they are not.
+
+    logit_error: root mean square of the difference over that of the logits; same_top_token: share of tokens whose
+    largest logit stays the largest.
+    """
+    if model.cache_dtype is None:
+        return {}
+    stored, collected = model.cache_dtype, []
+    tokens, _ = model.generate_tokens(labels, schedule)
+    try:
+        for model.cache_dtype in (None, stored):
+            logits: list[Tensor] = []
+            model.generate_tokens(labels, schedule, forced=tokens, logits_out=logits)
+            collected.append(torch.cat(logits, dim=1))
+    finally:
+        model.cache_dtype = stored
+    exact, rounded = collected
+    return {
+        "logit_error": ((rounded - exact).norm() / exact.norm()).item(),
+        "same_top_token": (rounded.argmax(dim=-1) == exact.argmax(dim=-1)).float().mean().item(),
     }
 
 
@@ -161,7 +212,7 @@ def describe(model: ElasticVAR, schedules: Sequence[str | Schedule] | None = Non
 
 
 class PeakMemory:
-    """Peak memory of a block that uses `model`: the bytes of its weights plus the most that was allocated on top.
+    """Peak memory of a block that calls `model` under `schedule`: its weights and the most that was allocated on top.
 
     On a GPU the block's growth is what torch's allocator reports. On a CPU, where torch keeps no such count, every
     tensor made in the block is followed from its birth to its end; scratch inside an operator (a sort, a convolution's
@@ -169,10 +220,10 @@ class PeakMemory:
     after the block.
     """
 
-    def __init__(self, model: ElasticVAR) -> None:
+    def __init__(self, model: ElasticVAR, schedule: Schedule) -> None:
+        model.prepare()  # packed copies are weights, not growth
         self.device = model.device
-        self.weight_bytes = sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
-        self.bytes = self.weight_bytes
+        self.bytes = self.weight_bytes = model.weight_bytes(schedule)
         self._tensors = _LiveTensors()
 
     def __enter__(self) -> PeakMemory:
@@ -212,9 +263,9 @@ class _LiveTensors(TorchDispatchMode):
                 return result
             self._elementary.add(func)
         result = func(*args, **kwargs)
-        given = {id(t.untyped_storage()) for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
+        given = {id(t.untyped_storage()) for t in tree_leaves((args, kwargs)) if _has_storage(t)}
         for tensor in tree_leaves(result):
-            if isinstance(tensor, Tensor) and id(tensor.untyped_storage()) not in given | self._alive.keys():
+            if _has_storage(tensor) and id(tensor.untyped_storage()) not in given | self._alive.keys():
                 self._born(tensor.untyped_storage())
         return result
 
@@ -230,54 +281,51 @@ class _LiveTensors(TorchDispatchMode):
         self.peak_bytes = max(self.peak_bytes, self._now)
 
 
-class _WeightReads(TorchFunctionMode):
-    """Bytes of the given weights that linear layers read, once for every time they do."""
-
-    def __init__(self, weights: Sequence[Tensor]) -> None:
-        super().__init__()
-        self.bytes, self._counted = 0, {id(w): w.nbytes for w in weights}
-
-    def __torch_function__(self, func, types, args=(), kwargs=None) -> object:  # noqa: ANN001
-        if func is F.linear:
-            self.bytes += self._counted.get(id(args[1]), 0)
-        return func(*args, **(kwargs or {}))
+def _has_storage(value: object) -> bool:
+    """Whether it is a tensor, and not one in a layout of oneDNN's."""
+    return isinstance(value, Tensor) and value.layout is torch.strided
 
 
 def _counts(model: ElasticVAR, call: Callable[[Schedule], Tensor], schedule: Schedule) -> dict[str, int]:
     """Peak and cache bytes, weights read and FLOPs of one call, from two passes."""
-    with PeakMemory(model) as memory:
-        call(schedule)
-    cache_bytes = 0
-
-    def look(*_: object) -> None:
-        nonlocal cache_bytes
-        cache_bytes = max(cache_bytes, sum(o.nbytes for o in gc.get_objects() if type(o) is KVCache))
-
-    matrices = [
-        weight
-        for block in model.var.blocks
-        for weight in (block.attn.mat_qkv.weight, block.attn.proj.weight, block.ffn.fc1.weight, block.ffn.fc2.weight)
-    ]
-    hook = model.var.head.register_forward_hook(look)  # the head runs once per scale, while the cache lives
-    try:
-        with FlopCounterMode(display=False, custom_mapping=_CPU_ATTENTION) as flops, _WeightReads(matrices) as reads:
+    with model.eager():
+        if model.offloaded:
+            call(schedule)  # the layers that stay are brought before, as in any call but the first
+        with PeakMemory(model, schedule) as memory:
             call(schedule)
-    finally:
-        hook.remove()
+        cache_bytes = weight_bytes = 0
+
+        def look(module: torch.nn.Module, *_: object) -> None:
+            nonlocal cache_bytes, weight_bytes
+            if module is model.var.head:  # it runs at every scale, while the cache lives
+                cache_bytes = max(cache_bytes, sum(o.nbytes for o in gc.get_objects() if type(o) is KVCache))
+            elif isinstance(module, Linear):
+                weight_bytes += module.weight.nbytes
+
+        hook = register_module_forward_pre_hook(look)
+        try:
+            with FlopCounterMode(display=False, custom_mapping=_UNCOUNTED) as flops:
+                call(schedule)
+        finally:
+            hook.remove()
     return {
         "peak_bytes": memory.bytes,
         "cache_bytes": cache_bytes,
-        "weight_bytes": reads.bytes,
+        "weight_bytes": weight_bytes,
         "flops": flops.get_total_flops(),
     }
 
 
-# The one attention kernel that torch's counter does not know.
-_CPU_ATTENTION = {
+# Kernels that torch's counter does not know: attention on a CPU, and a packed product.
+_UNCOUNTED = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: (
         lambda q, k, v, *_, out_shape=None, **__: sdpa_flop_count(q, k, v)
-    )
+    ),
 }
+if hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+    _UNCOUNTED[torch.ops.mkldnn._linear_pointwise] = lambda x, weight, *_, out_shape=None, **__: (
+        2 * math.prod(x) * weight[0]
+    )
 
 
 def _synchronize(device: torch.device) -> None:
@@ -313,6 +361,7 @@ def _phases_ms(model: ElasticVAR, call: Callable[[], Tensor]) -> dict[str, float
         return lambda *_: marks.append((phase, now()))
 
     hooks = [
+        model.var.head.register_forward_pre_hook(begins("transformer")),
         model.var.head.register_forward_hook(begins("sampling")),
         model.tokenizer.quantize.embedding.register_forward_pre_hook(begins("transformer")),
         model.tokenizer.post_quant_conv.register_forward_pre_hook(begins("decoder")),
@@ -320,7 +369,8 @@ def _phases_ms(model: ElasticVAR, call: Callable[[], Tensor]) -> dict[str, float
     try:
         _synchronize(device)
         begins("transformer")()
-        call()
+        with model.eager():
+            call()
         begins("end")()
         _synchronize(device)
     finally:
@@ -339,17 +389,19 @@ def _row(
     model: ElasticVAR,
     schedule: Schedule,
     batch_size: int,
-    times: list[float],
+    times: list[tuple[float, float]],
     splits: list[dict[str, float]],
     counts: dict[str, int],
 ) -> dict:
     """What was measured of one schedule, each figure followed by its prediction."""
-    first, median, third = (float(q) for q in np.percentile(times, (25, 50, 75)))
+    without_decoder, whole = zip(*times, strict=True)
+    first, median, third = (float(q) for q in np.percentile(whole, (25, 50, 75)))
     predicted = predict(model, schedule, batch_size)
     row = {
         "schedule": str(schedule),
         "latency_ms": median,
         "latency_spread_ms": [first, third],
+        "without_decoder_ms": float(np.median(without_decoder)),
         "images_per_second": batch_size / median * 1e3,
         **{f"{phase}_ms": float(np.median([split[phase] for split in splits])) for phase in PHASES},
     }
@@ -360,15 +412,11 @@ def _row(
 
 def _beside_full(row: dict, full: dict) -> dict:
     """The row with its ratios to `full`."""
-
-    def without_decoder_ms(row: dict) -> float:
-        return row["transformer_ms"] + row["sampling_ms"]
-
     work = "flops_without_decoder_predicted"
     return row | {
         "speedup": full["latency_ms"] / row["latency_ms"],
         "speedup_predicted": full["flops_predicted"] / row["flops_predicted"],
-        "speedup_without_decoder": without_decoder_ms(full) / without_decoder_ms(row),
+        "speedup_without_decoder": full["without_decoder_ms"] / row["without_decoder_ms"],
         "speedup_without_decoder_predicted": full[work] / row[work],
         "memory_ratio": row["peak_bytes"] / full["peak_bytes"],
         "cache_ratio": row["cache_bytes"] / full["cache_bytes"],
@@ -393,31 +441,50 @@ def _description(model: ElasticVAR, schedule: Schedule, full: dict[str, int]) ->
 def _predicted_peak_bytes(model: ElasticVAR, schedule: Schedule, batch_size: int) -> int:
     """Weights, plus the larger of the transformer's and the decoder's fullest moment.
 
-    Transformer, over the scales: cache + AdaLN vectors of the layers still to run + position embeddings + f_hat
-    + the larger of the MLP (its input twice, its hidden layer twice) and `SAMPLING_BYTES` per logit of the image.
-    Decoder: f_hat + `_decoder_elements`. What a kernel needs inside is not in it.
+    Transformer, over the scales: cache + what layers compute once per call + f_hat + the fullest of attention, MLP
+    and sampling. Decoder: f_hat + images + `_decoder_elements`. What a kernel needs inside is not in it.
     """
-    config, tokenizer, element_bytes = model.var.config, model.tokenizer.config, model.dtype.itemsize
-    rows = 2 * batch_size
-    weights = sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
+    config, element_bytes = model.var.config, model.dtype.itemsize
+    width, rows = config.width, 2 * batch_size
     cache = schedule.cache_bytes(batch=batch_size, token_bytes=model.cache_token_bytes)
     f_hat = batch_size * config.z_channels * config.patch_nums[-1] ** 2 * 4
+    packed = bool(model._packable())
     fullest = 0
-    for side, layers in zip(config.patch_nums, schedule.layers, strict=True):
-        vectors = rows * len(layers) * 6 * config.width * element_bytes
-        mlp = rows * side**2 * 2 * (config.width + config.hidden) * element_bytes
-        sampling = batch_size * side**2 * (SAMPLING_BYTES * config.vocab + 2 * config.width * element_bytes)
-        fullest = max(fullest, vectors + max(mlp, sampling))
-    transformer = cache + fullest + config.tokens * config.width * element_bytes
-    return weights + f_hat + max(transformer, batch_size * _decoder_elements(tokenizer) * element_bytes)
+    for side, end, layers in zip(config.patch_nums, schedule.ends, schedule.layers, strict=True):
+        once = (rows * 6 + 3) * len(layers) * width + rows * 3 * width
+        token = rows * side**2
+        # the stream, what was read from it, queries, keys and values, the queries and what attends
+        attention = token * (1 + 1 + 3 + 1 + 1) * width
+        if model.cache_dtype:  # this scale's keys and values, and the layer's turned back
+            attention += token * 2 * width + rows * 2 * end * width
+        # the stream, what was read from it, the hidden layer, which an activation of its own has twice
+        mlp = token * (2 * width + (config.hidden + width if packed else 2 * config.hidden))
+        few = min(batch_size, images_at_a_time(side**2, config.vocab, element_bytes))
+        logits = 2 * few * side**2 * config.vocab
+        sampling = token * 2 * width + logits
+        drawing = DRAW_BYTES_PER_LOGIT * min(logits // 2, DRAW_LOGITS)
+        fullest = max(
+            fullest,
+            once * element_bytes
+            + max(attention * element_bytes, mlp * element_bytes, sampling * element_bytes + drawing),
+        )
+    few = min(batch_size, model.tokenizer.images_at_a_time)
+    images = batch_size * 3 * model.tokenizer.config.image_size**2 * 4
+    decoder = images + _decoder_elements(model, few) * element_bytes
+    return model.weight_bytes(schedule) + f_hat + max(cache + fullest, decoder)
 
 
-def _decoder_elements(config: TokenizerConfig) -> int:
-    """Elements of the decoder's feature maps at their fullest, for one image.
+def _decoder_elements(model: ElasticVAR, images: int) -> int:
+    """Elements of the decoder's feature maps at their fullest, for the images that it decodes together.
 
-    That is the last convolution of a residual block: the level's input, the block's input, and three maps of its own.
+    On a GPU that is the last convolution of a residual block: the level's input, the block's input, and two maps of
+    its own. On a CPU it is two buffers of the largest map, and two strips.
     """
+    config = model.tokenizer.config
     widths = [config.channels * m for m in config.channel_multipliers]
     inputs = [*widths[1:], widths[-1]]
     sides = [config.image_size // 2**level for level in range(len(widths))]
-    return max(side**2 * (given + 4 * width) for side, given, width in zip(sides, inputs, widths, strict=True))
+    if model.device.type == "cpu":
+        largest = images * largest_map(model.tokenizer.decoder, config.patch_nums[-1])
+        return 2 * largest + 2 * min(largest, STRIP_ELEMENTS)
+    return images * max(side**2 * (given + 3 * width) for side, given, width in zip(sides, inputs, widths, strict=True))

@@ -174,16 +174,17 @@ class Schedule:
     def flops(self, *, width: int, vocab: int, mlp_ratio: float = 4.0) -> int:
         """FLOPs of the transformer for one guided image: linear layers, attention and head.
 
-        Two FLOPs per multiply-add. The AdaLN vectors are left out: they are computed once per image.
+        Two FLOPs per multiply-add. Guidance doubles the rows, but at the first scale its weight is 0, so the head
+        reads half of them. The AdaLN vectors are left out: they are computed once per image.
         """
-        start, total = 0, 0
+        start, total = 0, -2 * self.ends[0] * width * vocab
         for layers, end in zip(self.layers, self.ends, strict=True):
             tokens = end - start
             linear = 2 * tokens * round((4 + 2 * mlp_ratio) * width * width)
             attention = 4 * tokens * end * width
-            total += len(layers) * (linear + attention) + 2 * tokens * width * vocab
+            total += 2 * (len(layers) * (linear + attention) + 2 * tokens * width * vocab)
             start = end
-        return 2 * total
+        return total
 
     def weights(self, *, width: int, mlp_ratio: float = 4.0) -> tuple[int, ...]:
         """Block weights (matrix elements) read at each scale, AdaLN left out."""

@@ -22,7 +22,7 @@ from varcompress.evaluation.reference import MIN_IMAGES, Progress, Reference, re
 from varcompress.hardware import device_name, fitting_memory
 from varcompress.images import check_finite, to_uint8
 from varcompress.models.elastic import ElasticVAR
-from varcompress.profiling import PeakMemory, timed
+from varcompress.profiling import PeakMemory, runtime, timed
 from varcompress.sampling import check_settings
 from varcompress.schedule import Schedule
 
@@ -98,6 +98,7 @@ def evaluate(
         "weights": fingerprint(model),
         "device": device_name(model.device),
         "dtype": str(model.dtype).removeprefix("torch."),
+        **runtime(model),
         "batch_size": batch_size,
         "reference": known.name,
         "features": FEATURE_NAMES[kind],
@@ -165,7 +166,7 @@ def _evaluate_schedule(
 ) -> dict:
     """One schedule's line of the result. The first batch runs once more, before the others, for memory and warm-up."""
     labels = balanced_labels(images, model.var.config.classes)
-    with PeakMemory(model) as memory:
+    with model.eager(), PeakMemory(model, schedule) as memory:
         model.generate(labels[:batch_size], schedule, **settings)
     parts: list[Features] = []  # only features are kept: 50,000 images of 256 pixels would fill 9 GiB
     times_ms: list[float] = []

@@ -15,7 +15,7 @@ from torch import Tensor
 from varcompress.cache import KVCache
 from varcompress.kernels.backend import Kernels
 from varcompress.models.tokenizer import Quantizer
-from varcompress.models.transformer import VAR, Block, Constants, Stream, enter
+from varcompress.models.transformer import VAR, Block, Constants, Stream
 from varcompress.sampling import sample
 from varcompress.schedule import Schedule
 
@@ -75,16 +75,16 @@ def generate_tokens(
     x, start, drawn = var.first_input(condition), 0, []
     for scale, end in enumerate(schedule.ends):
         cache.begin(scale)
-        stream: Stream = (x + var.scale_positions(scale, start, end), None)
+        stream = Stream(x + var.scale_positions(scale, start, end))
         del x
         for layer in schedule.layers[scale]:
             block = blocks(scale, layer)
             if scale == 0:
                 constants[layer] = block.prepare(condition, shared)
-            stream = block.step(stream, constants[layer], cache, layer, call.kernels)
+            block.step(stream, constants[layer], cache, layer, call.kernels)
             if schedule.layer_tokens[layer] == end:
                 del constants[layer]
-        hidden = enter(stream, *head_modulation, call.kernels)[1]
+        hidden = stream.read(*head_modulation, call.kernels)
         del stream
         if logits_out is not None:
             logits_out.append(var.head(hidden[: len(labels)]).float())

@@ -26,6 +26,9 @@ class Graphs:
         self._recorded: OrderedDict[Hashable, _Recorded] = OrderedDict()
         self._pool: tuple[int, int] | None = None
 
+    def __reduce__(self) -> tuple:
+        return Graphs, ()  # a copy of a model records its own
+
     def run(self, key: Hashable, body: Callable[..., tuple[Tensor, ...]], *inputs: Tensor) -> tuple[Tensor, ...]:
         """body(*inputs), recorded the first time. The key must tell apart whatever else the body depends on.
 

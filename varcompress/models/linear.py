@@ -30,12 +30,12 @@ class Linear(nn.Linear):
             self._packed = (state, torch.ops.mkldnn._reorder_linear_weight(self.weight.detach(), None))
 
     def unpack(self) -> None:
+        """Free the copy."""
         self._packed = None
 
-    @property
-    def packed_bytes(self) -> int:
-        """Bytes of the copy."""
-        return self.weight.nbytes if self._packed else 0
+    def __getstate__(self) -> dict:
+        """For a copy or a pickle, which cannot hold a tensor in oneDNN's layout."""
+        return {name: value for name, value in self.__dict__.items() if name != "_packed"}
 
     def _state(self) -> tuple[int, int]:
         """Changes whenever the weight does: by an optimiser, a cast or a move."""
@@ -64,12 +64,11 @@ class ConditionLinear(nn.Linear):
         return torch.addmm(self.bias[:, None], self.weight, x.t()).t().contiguous()
 
 
-def pack(module: nn.Module, use: bool) -> None:
-    """Pack all linear layers of a module on a CPU where that is faster; free the copies where it is not."""
+def packable(module: nn.Module) -> list[Linear]:
+    """The linear layers of a module that are to be packed: all on a CPU where that is faster, else none."""
     layers = [layer for layer in module.modules() if isinstance(layer, Linear)]
-    use = use and all(layer.weight.device.type == "cpu" for layer in layers) and packing_wins(layers[0].weight.dtype)
-    for layer in layers:
-        layer.pack() if use else layer.unpack()
+    on_cpu = all(layer.weight.device.type == "cpu" for layer in layers)
+    return layers if on_cpu and packing_wins(layers[0].weight.dtype) else []
 
 
 @lru_cache

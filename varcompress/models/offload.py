@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from varcompress.models.transformer import VAR, Block, VARConfig
+from varcompress.models.transformer import VAR, Block
 from varcompress.schedule import Schedule
 
 SLOTS = 2
@@ -90,12 +90,6 @@ def device_blocks(schedule: Schedule) -> int:
     """Blocks of which the device holds the weights, slots included."""
     resident, streamed = split(schedule)
     return len(resident) + (SLOTS if streamed else 0)
-
-
-def block_elements(config: VARConfig) -> int:
-    """Numbers in the weights of one block."""
-    with torch.device("meta"):
-        return sum(parameter.numel() for parameter in Block(config).parameters())
 
 
 def move_all_but_blocks(var: VAR, device: torch.device) -> None:

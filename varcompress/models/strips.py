@@ -79,10 +79,10 @@ def _affine(norm: nn.GroupNorm, x: Tensor) -> tuple[Tensor, Tensor]:
 
     Sums of squares instead of torch's own mean and variance, which walk the map element by element.
     """
-    groups = x.reshape(len(x), norm.num_groups, -1).float()
+    groups = x.reshape(len(x), norm.num_groups, -1)
     count = groups.shape[2]
-    mean = groups.sum(dim=2).double() / count
-    square = torch.linalg.vector_norm(groups, dim=2).double().square() / count
+    mean = groups.sum(dim=2, dtype=torch.float32).double() / count
+    square = torch.linalg.vector_norm(groups, dim=2, dtype=torch.float32).double().square() / count
     scale = (square - mean.square()).clamp_min_(0).add_(norm.eps).rsqrt_()
     scale, mean = (value.repeat_interleave(x.shape[1] // norm.num_groups, dim=1) for value in (scale, mean))
     scale = norm.weight * scale

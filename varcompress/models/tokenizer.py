@@ -301,8 +301,11 @@ class VQVAE(nn.Module):
         return self.decode_features(self.f_hat(tokens))
 
 
-def decoder_flops(config: TokenizerConfig) -> int:
-    """FLOPs of the decoder for one image: convolutions and attention, two per multiply-add."""
+def decoder_flops(config: TokenizerConfig, *, in_strips: bool = False) -> int:
+    """FLOPs of the decoder for one image: convolutions and attention, two per multiply-add.
+
+    in_strips: as a CPU computes it (`strips.py`), which doubles the resolution with kernels of 2 x 2.
+    """
 
     def conv(channels: int, out_channels: int, kernel: int, side: int) -> int:
         return 2 * channels * out_channels * kernel * kernel * side * side
@@ -325,5 +328,5 @@ def decoder_flops(config: TokenizerConfig) -> int:
             total += attention(width, side) if level == len(widths) - 1 else 0
         if level:
             side *= 2
-            total += conv(width, width, 3, side)
-    return total + conv(width, 3, 3, side)
+            total += conv(width, width, 2 if in_strips else 3, side)
+    return total + conv(width, strips.MIN_OUTPUTS if in_strips else 3, 3, side)

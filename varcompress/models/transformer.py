@@ -63,16 +63,27 @@ class Constants(NamedTuple):
     temperature: Tensor
 
 
-# The residual stream (B, n, C), and the last branch with its gate, not yet added to it.
-Stream = tuple[Tensor, tuple[Tensor, Tensor] | None]
+class Stream:
+    """The residual stream x (B, n, C) of one scale, and the last branch, which waits with its gate to be added.
 
+    So that the sum, LayerNorm and modulation before the next branch are one operation, and nothing is held longer.
+    """
 
-def enter(stream: Stream, scale: Tensor, shift: Tensor, kernels: Kernels) -> tuple[Tensor, Tensor]:
-    """Add the branch that waits, then LayerNorm and modulation: the residual stream, and what the next branch reads."""
-    x, waiting = stream
-    if waiting is None:
-        return x, kernels.modulate(x, scale, shift)
-    return kernels.add_modulate(x, *waiting, scale, shift)
+    def __init__(self, x: Tensor) -> None:
+        self.x = x
+        self._waiting: tuple[Tensor, Tensor] | None = None
+
+    def add(self, branch: Tensor, gate: Tensor) -> None:
+        """Let a branch (B, n, C) wait with its gate (B, 1, C)."""
+        self._waiting = branch, gate
+
+    def read(self, scale: Tensor, shift: Tensor, kernels: Kernels) -> Tensor:
+        """What the next branch reads: LayerNorm and modulation of the sum."""
+        if self._waiting is None:
+            return kernels.modulate(self.x, scale, shift)
+        waiting, self._waiting = self._waiting, None
+        self.x, y = kernels.add_modulate(self.x, *waiting, scale, shift)
+        return y
 
 
 class Attention(nn.Module):
@@ -151,16 +162,19 @@ class Block(nn.Module):
         """What stays the same at every scale of a call, for class embeddings (B, C)."""
         return Constants(*self.modulation(condition, shared), self.attn.bias(), self.attn.temperature())
 
-    def step(self, stream: Stream, constants: Constants, cache: KVCache, layer: int, kernels: Kernels) -> Stream:
+    def step(self, stream: Stream, constants: Constants, cache: KVCache, layer: int, kernels: Kernels) -> None:
         """Generation: the stream holds one scale; earlier ones are in the cache. No mask is needed."""
-        x, y = enter(stream, constants.scale1, constants.shift1, kernels)
-        new = cache.new(layer, x.shape[1])
+        stream.add(self._attend(stream, constants, cache, layer, kernels), constants.gamma1)
+        stream.add(self.ffn(stream.read(constants.scale2, constants.shift2, kernels)), constants.gamma2)
+
+    def _attend(self, stream: Stream, constants: Constants, cache: KVCache, layer: int, kernels: Kernels) -> Tensor:
         # plain torch adds the bias within the matrix product, the fused kernel while it reads
         within, after = (None, constants.bias) if kernels.adds_bias else (constants.bias, None)
-        q = kernels.split_heads(self.attn.mat_qkv(y, within), after, constants.temperature, *new)
-        branch = self.attn.attend(q, *cache.read(layer, new))
-        x, y = enter((x, (branch, constants.gamma1)), constants.scale2, constants.shift2, kernels)
-        return x, (self.ffn(y), constants.gamma2)
+        qkv = self.attn.mat_qkv(stream.read(constants.scale1, constants.shift1, kernels), within)
+        new = cache.new(layer, qkv.shape[1])
+        q = kernels.split_heads(qkv, after, constants.temperature, *new)
+        del qkv
+        return self.attn.attend(q, *cache.read(layer, new))
 
 
 class HeadNorm(nn.Module):

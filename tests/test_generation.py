@@ -1,0 +1,225 @@
+"""Every way in which generation may run gives what plain torch on one device gives."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from tests.conftest import random_model
+from tests.test_models import random_tokens, schedules
+from varcompress.errors import InputError
+from varcompress.kernels.backend import TORCH, choose
+from varcompress.models import generation
+from varcompress.models.linear import ConditionLinear, Linear, packing_wins
+from varcompress.models.strips import STRIP_ELEMENTS, largest_map
+from varcompress.models.tokenizer import VQVAE, TokenizerConfig
+
+CPU = torch.device("cpu")
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+SCHEDULES = ["full", "d2@2", "d3@1", "6x1,4x1,2x2"]
+
+
+def logits_of(model, tokens, labels, schedule):
+    collected = []
+    model.generate_tokens(labels, schedule, forced=tokens, logits_out=collected)
+    return torch.cat(collected, dim=1)
+
+
+# -- kernels --------------------------------------------------------------------------------------
+
+
+def test_auto_is_plain_torch_on_a_cpu():
+    assert choose("auto", CPU) is TORCH
+
+
+@pytest.mark.parametrize("shared_aln", [False, True])
+def test_fused_kernels_give_the_same_images(shared_aln):
+    model = random_model(depth=3, patch_nums=(1, 2), shared_aln=shared_aln)
+    plain_tokens, plain = model.generate_tokens([1, 2], "d2@1", seed=1)
+    model.place(CPU, kernels="triton")  # in the interpreter
+    tokens, f_hat = model.generate_tokens([1, 2], "d2@1", seed=1)
+    assert torch.equal(tokens, plain_tokens)
+    torch.testing.assert_close(f_hat, plain, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"kernels": "cuda"}, "kernels 'cuda' are unknown: use auto, torch, triton"),
+        ({"cache_dtype": "int4"}, "cache dtype 'int4' is unknown: use int8 or float8"),
+        ({"offload": "all"}, "offload 'all' is unknown: use bridge"),
+    ],
+)
+def test_unknown_ways_are_refused(arguments, message):
+    with pytest.raises(InputError, match=message):
+        random_model().place(CPU, **arguments)
+
+
+# -- nothing waits for the device -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("cache_dtype", [None, torch.int8])
+def test_generation_reads_nothing_back(tiny, schedule, cache_dtype):
+    """With tensors that have shapes and no values, whatever depends on a value raises. So a graph can hold it all."""
+    with FakeTensorMode(allow_non_fake_inputs=False) as fake:
+        model = random_model()
+        call = generation.Call(model.schedule(schedule), 3, 1.5, 900, 0.96, TORCH, cache_dtype)
+        inputs = (torch.zeros(3, dtype=torch.int64), torch.zeros((), dtype=torch.int64), torch.arange(3))
+        with torch.inference_mode():
+            tokens, f_hat = generation.generate_tokens(
+                call, model.var, model.tokenizer.quantize, lambda scale, layer: model.var.blocks[layer], *inputs
+            )
+        assert tokens.fake_mode is fake
+        assert (tokens.shape, f_hat.shape) == ((3, 30), (3, 8, 4, 4))
+
+
+@needs_cuda
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_graphs_give_what_operators_give(schedule):
+    model = random_model().place(torch.device("cuda"))
+    for labels, seed in (([1, 2], 0), ([3, 4], 5), ([1, 2], 0)):  # recorded once, replayed with other inputs
+        recorded = model.generate(labels, schedule, seed=seed)
+        with model.eager():
+            torch.testing.assert_close(model.generate(labels, schedule, seed=seed), recorded)
+
+
+# -- the cache in eight bits ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("cache_dtype", ["int8", "float8"])
+@given(data=st.data())
+def test_an_eight_bit_cache_changes_logits_little(cache_dtype, data):
+    model = random_model(depth=6)
+    schedule, tokens = data.draw(schedules(model)), random_tokens(model, 2)
+    exact = logits_of(model, tokens, [1, 2], schedule)
+    model.place(CPU, cache_dtype=cache_dtype)
+    error = (logits_of(model, tokens, [1, 2], schedule) - exact).norm() / exact.norm()
+    assert 0 < error < (0.02 if cache_dtype == "int8" else 0.06)
+
+
+# -- layers that come and go ----------------------------------------------------------------------
+
+
+@given(data=st.data())
+def test_offloading_changes_nothing(data):
+    model = random_model(depth=6)
+    chosen = [data.draw(schedules(model)) for _ in range(2)]  # the layers that stay change from call to call
+    expected = [model.generate_tokens([1, 2], schedule, seed=4) for schedule in chosen]
+    model.place(CPU, kernels="torch", offload="bridge")
+    for schedule, (tokens, f_hat) in zip(chosen, expected, strict=True):
+        now_tokens, now = model.generate_tokens([1, 2], schedule, seed=4)
+        assert torch.equal(now_tokens, tokens)
+        torch.testing.assert_close(now, f_hat, atol=1e-4, rtol=1e-4)
+
+
+def test_an_offloaded_model_only_generates():
+    model = random_model().place(CPU, offload="bridge")
+    with pytest.raises(InputError, match="load it without offload"):
+        model([1], random_tokens(model, 1))
+    assert not model.place(CPU).offloaded
+    assert model([1], random_tokens(model, 1)).shape == (1, 30, 40)
+
+
+@needs_cuda
+def test_offloading_changes_nothing_on_a_gpu():
+    model = random_model().place(torch.device("cuda"))
+    plain = model.generate([1, 2], "d2@2")
+    model.place(torch.device("cuda"), offload="bridge")
+    torch.testing.assert_close(model.generate([1, 2], "d2@2"), plain)
+
+
+# -- packed weights -------------------------------------------------------------------------------
+
+needs_packing = pytest.mark.skipif(not packing_wins(torch.float32), reason="plain products are as fast here")
+
+
+@needs_packing
+@given(rows=st.integers(1, 40), inside=st.integers(1, 70), outside=st.integers(1, 70), gelu=st.booleans())
+def test_a_packed_product_is_the_product(rows, inside, outside, gelu):
+    layer, x = Linear(inside, outside), torch.randn(2, rows, inside)
+    with torch.inference_mode():
+        plain = layer(x, gelu=gelu)
+        layer.pack()
+        torch.testing.assert_close(layer(x, gelu=gelu), plain, atol=1e-5, rtol=1e-5)
+
+
+@needs_packing
+def test_a_packed_copy_is_never_older_than_its_weight():
+    model, labels = random_model(), [1, 2]
+    before = model.generate_tokens(labels)[1]
+    twin = copy.deepcopy(model)
+    with torch.no_grad():
+        model.var.blocks[0].ffn.fc1.weight.mul_(1.5)  # what an optimiser does
+    after = model.generate_tokens(labels)[1]
+    assert not torch.equal(before, after)
+    model.place(CPU, kernels="torch")
+    torch.testing.assert_close(model.generate_tokens(labels)[1], after, atol=1e-4, rtol=1e-4)
+    assert all(layer._packed is None for layer in model.modules() if isinstance(layer, Linear))  # freed
+    assert torch.equal(twin.generate_tokens(labels)[1], before)
+
+
+@given(rows=st.integers(1, 9))
+def test_a_condition_layer_is_a_linear_layer(rows):
+    layer, x = ConditionLinear(12, 30), torch.randn(rows, 12)
+    with torch.inference_mode():
+        fast = layer(x)
+    torch.testing.assert_close(fast, layer(x), atol=1e-5, rtol=1e-5)
+
+
+# -- the decoder in strips ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("strip", [1, 5000, STRIP_ELEMENTS])
+@pytest.mark.parametrize("multipliers", [(1,), (1, 1), (1, 1, 2), (2, 1, 1, 4)])
+@pytest.mark.parametrize("images", [1, 3])
+def test_strips_compute_the_decoder(strip, multipliers, images, monkeypatch):
+    torch.manual_seed(0)
+    vae = VQVAE(TokenizerConfig(32, multipliers, 1, 8, 40, 4, 3, (1, 2, 5)))
+    for parameter in vae.decoder.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    monkeypatch.setattr("varcompress.models.strips.STRIP_ELEMENTS", strip)
+    f_hat = torch.randn(images, 8, 5, 5)
+    plain = vae.decode_features(f_hat).detach()  # with gradients: the modules themselves
+    with torch.inference_mode():
+        torch.testing.assert_close(vae.decode_features(f_hat), plain, atol=2e-5, rtol=1e-4)
+    assert largest_map(vae.decoder, 5) >= 32 * vae.config.image_size**2
+
+
+def test_strips_keep_a_mean_that_is_large_beside_its_spread():
+    vae = VQVAE(TokenizerConfig(32, (1, 1), 1, 8, 40, 4, 3, (1, 2, 4)))
+    with torch.no_grad():
+        vae.decoder.conv_in.bias += 100
+    f_hat = torch.randn(2, 8, 4, 4)
+    plain = vae.decode_features(f_hat).detach()
+    with torch.inference_mode():
+        torch.testing.assert_close(vae.decode_features(f_hat), plain, atol=2e-3, rtol=0)
+
+
+def test_images_are_decoded_a_few_at_a_time(tiny, monkeypatch):
+    tokens = random_tokens(tiny, 5)
+    together = tiny.decode(tokens)
+    monkeypatch.setattr("varcompress.models.tokenizer.CPU_MAP_ELEMENTS", 1)
+    assert tiny.tokenizer.images_at_a_time == 1
+    torch.testing.assert_close(tiny.decode(tokens), together, atol=1e-5, rtol=0)
+
+
+# -- precision ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("dtype", "limit"), [(torch.bfloat16, 0.05), (torch.float16, 0.01)])
+def test_half_precision_stays_near_float32_where_the_result_needs_it(dtype, limit):
+    """Logits under every kind of schedule, and f_hat and the guided draw in float32 whatever the model's dtype."""
+    exact, rounded = random_model(depth=6), random_model(depth=6).cast(dtype)
+    tokens = random_tokens(exact, 2)
+    for schedule in SCHEDULES:
+        wanted = logits_of(exact, tokens, [1, 2], schedule)
+        assert (logits_of(rounded, tokens, [1, 2], schedule) - wanted).norm() / wanted.norm() < limit
+    f_hat = rounded.generate_tokens([1, 2], forced=tokens)[1]
+    assert f_hat.dtype == torch.float32
+    torch.testing.assert_close(f_hat, exact.generate_tokens([1, 2], forced=tokens)[1])
