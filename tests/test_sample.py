@@ -36,7 +36,7 @@ def test_a_batch_beyond_the_memory_is_named(tiny, monkeypatch):
     def full(*_, **__):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(tiny.tokenizer.decoder, "forward", full)
+    monkeypatch.setattr("varcompress.models.strips.decode", full)
     with pytest.raises(InputError, match=r"a batch of 2 images does not fit in the memory of .*: choose a smaller one"):
         draw_images(tiny, [1, 2, 3], batch_size=2)
 

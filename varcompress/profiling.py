@@ -478,7 +478,8 @@ def _decoder_elements(model: ElasticVAR, images: int) -> int:
     """Elements of the decoder's feature maps at their fullest, for the images that it decodes together.
 
     On a GPU that is the last convolution of a residual block: the level's input, the block's input, and two maps of
-    its own. On a CPU it is two buffers of the largest map, and two strips.
+    its own. On a CPU it is two buffers of the largest map, two strips, twice the map before the last doubling, and in
+    half precision a copy of the map in float32, for its mean and variance.
     """
     config = model.tokenizer.config
     widths = [config.channels * m for m in config.channel_multipliers]
@@ -486,5 +487,6 @@ def _decoder_elements(model: ElasticVAR, images: int) -> int:
     sides = [config.image_size // 2**level for level in range(len(widths))]
     if model.device.type == "cpu":
         largest = images * largest_map(model.tokenizer.decoder, config.patch_nums[-1])
-        return 2 * largest + 2 * min(largest, STRIP_ELEMENTS)
+        exact = 0 if model.dtype is torch.float32 else 2 * largest
+        return 2 * largest + 2 * min(largest, STRIP_ELEMENTS) + 2 * (largest // 4) + exact
     return images * max(side**2 * (given + 3 * width) for side, given, width in zip(sides, inputs, widths, strict=True))

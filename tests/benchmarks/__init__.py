@@ -1,0 +1,1 @@
+"""Benchmarks, which are run by hand: a speed belongs here and in no test."""

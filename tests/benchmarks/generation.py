@@ -1,0 +1,321 @@
+"""Generation beside the public implementation: time, peak memory and images, same weights, interleaved runs.
+
+    python -m tests.benchmarks.generation --reference PATH --sizes d16 --batches 1 8
+
+PATH is a checkout of FoundationVision/VAR, whose code is imported from there; without it only ours is timed. Weights
+are random: they change no time. Writes docs/benchmarks/NAME.json, and the tables of all such files into
+docs/performance.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import json
+import random
+import statistics
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from tests.benchmarks.tables import write_tables
+from varcompress.checkpoint import build_tokenizer, build_var, cast
+from varcompress.hardware import device_name, fastest_s
+from varcompress.models.elastic import ElasticVAR
+from varcompress.models.linear import Linear, packing_wins
+from varcompress.models.tokenizer import VQVAE, TokenizerConfig, decoder_flops
+from varcompress.models.transformer import VAR, VARConfig
+from varcompress.profiling import PeakMemory, _LiveTensors, predict, timed
+from varcompress.schedule import Schedule
+
+FOLDER = Path(__file__).parents[2] / "docs" / "benchmarks"
+PATCH_NUMS = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
+SAMPLING = {"cfg": 1.5, "top_k": 900, "top_p": 0.96}
+REFERENCE = "reference"
+
+
+# -- models ---------------------------------------------------------------------------------------
+
+
+def random_weights(depth: int) -> ElasticVAR:
+    """A model of the official shape at 256 px whose random numbers stay in range and whose logits have no near ties."""
+    torch.manual_seed(0)
+    width = 64 * depth
+    with torch.device("meta"):
+        var = VAR(VARConfig(depth, width, depth, PATCH_NUMS, 4096, 32, 1000, False, 4 * width))
+        tokenizer = VQVAE(TokenizerConfig(160, (1, 1, 2, 2, 4), 2, 32, 4096, 4, 3, PATCH_NUMS))
+    var.to_empty(device="cpu")
+    tokenizer.to_empty(device="cpu")
+    with torch.no_grad():
+        for name, parameter in var.named_parameters():
+            parameter.normal_(std=width**-0.5 if parameter.ndim == 2 and "embed" not in name else 0.1)
+            if "scale_mul" in name:
+                parameter.fill_(1.4)
+        for module in tokenizer.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, nonlinearity="linear")
+                nn.init.normal_(module.bias, std=0.1)
+            elif isinstance(module, nn.GroupNorm):
+                nn.init.ones_(module.weight)
+                nn.init.zeros_(module.bias)
+        tokenizer.quantize.embedding.weight.normal_(std=0.5)
+        var.head.weight.mul_(4)
+    return ElasticVAR(var, tokenizer)
+
+
+class Reference:
+    """The public implementation, its weights those of `model` (the very same tensors, until ours are cast)."""
+
+    def __init__(self, path: str, model: ElasticVAR, device: torch.device) -> None:
+        sys.path.insert(0, path)
+        with contextlib.redirect_stdout(io.StringIO()):
+            from models import build_vae_var
+
+            depth = model.var.config.depth
+            with torch.device("meta"), _no_initialisation():
+                self.vae, self.var = build_vae_var(
+                    V=4096, Cvae=32, ch=160, share_quant_resi=4, device="meta", patch_nums=PATCH_NUMS,
+                    num_classes=1000, depth=depth, shared_aln=False,
+                )  # fmt: skip
+        levels = torch.arange(len(PATCH_NUMS)).repeat_interleave(torch.tensor(PATCH_NUMS) ** 2)[None]
+        extra = {"lvl_1L": levels, "attn_bias_for_masking": torch.zeros(1, 1, 680, 680)}
+        extra |= {f"blocks.{i}.attn.zero_k_bias": torch.zeros(64 * depth) for i in range(depth)}
+        self.var.load_state_dict({**model.var.state_dict(), **extra}, assign=True)
+        hits = {"quantize.ema_vocab_hit_SV": torch.zeros(len(PATCH_NUMS), 4096)}
+        self.vae.load_state_dict({**model.tokenizer.state_dict(), **hits}, assign=True)
+        self.device = device
+        self.var.to(device).eval().requires_grad_(False)
+        self.vae.to(device).eval().requires_grad_(False)
+        self.var.rng = torch.Generator(device=device)
+        self.decode_features, self.vae.fhat_to_img = self.vae.fhat_to_img, lambda f_hat: f_hat
+
+    def _autocast(self) -> torch.autocast:
+        """Its own best setting on a GPU is float16 autocast; on a CPU it runs in float32."""
+        return torch.autocast("cuda", torch.float16, enabled=self.device.type == "cuda", cache_enabled=True)
+
+    @torch.inference_mode()
+    def features(self, labels: Tensor, **settings: float) -> Tensor:
+        """f_hat, halved and shifted as it shifts images."""
+        with self._autocast():
+            return self.var.autoregressive_infer_cfg(len(labels), labels.to(self.device), g_seed=0, **settings)
+
+    @torch.inference_mode()
+    def decode(self, shifted: Tensor) -> Tensor:
+        with self._autocast():
+            return self.decode_features(shifted * 2 - 1).add_(1).mul_(0.5)
+
+
+@contextlib.contextmanager
+def _no_initialisation():
+    """The reference initialises what it builds, and reads values while it does; on the meta device there are none."""
+    from models.var import VAR as ReferenceVAR
+
+    before, ReferenceVAR.init_weights = ReferenceVAR.init_weights, lambda self, **_: None
+    linspace, torch.linspace = torch.linspace, lambda *a, **k: linspace(*a, **{**k, "device": "cpu"})
+    tensor, torch.tensor = torch.tensor, lambda *a, **k: tensor(*a, **{**k, "device": "cpu"})
+    try:
+        yield
+    finally:
+        ReferenceVAR.init_weights, torch.linspace, torch.tensor = before, linspace, tensor
+
+
+# -- measuring ------------------------------------------------------------------------------------
+
+
+def rates(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
+    """FLOPs per second of a large matrix product, and bytes per second of a large copy, read and written."""
+    side = 8192 if device.type == "cuda" else 1024
+    x = torch.randn(side, side, device=device).to(dtype)
+    layer = Linear(side, side, bias=False, device=device, dtype=dtype)
+    if device.type == "cpu" and packing_wins(dtype):
+        layer.pack()
+    source = torch.empty(1 << 30 if device.type == "cuda" else 1 << 28, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+
+    def finished(call: Callable[[], object]) -> Callable[[], object]:
+        return lambda: timed(device, call)
+
+    with torch.inference_mode():
+        product_s, copy_s = fastest_s(finished(lambda: layer(x))), fastest_s(finished(lambda: target.copy_(source)))
+    return {"flops_per_second": 2 * side**3 / product_s, "bytes_per_second": 2 * source.nbytes / copy_s}
+
+
+def floor_ms(model: ElasticVAR, schedule: Schedule, batch: int, rate: dict[str, float]) -> float:
+    """The least time for the tokens: at each scale the larger of its FLOPs and its bytes at the measured rates.
+
+    Bytes: weights of blocks and head, and the keys and values that are read.
+    """
+    config, element, total, start = model.var.config, model.dtype.itemsize, 0.0, 0
+    weights = schedule.weights(width=config.width, mlp_ratio=config.mlp_ratio)
+    for scale, (layers, end) in enumerate(zip(schedule.layers, schedule.ends, strict=True)):
+        rows, head = 2 * batch * (end - start), config.width * config.vocab
+        flops = rows * (2 * weights[scale] + 4 * len(layers) * end * config.width)
+        flops += (rows if scale else rows // 2) * 2 * head
+        read = (weights[scale] + head) * element + 4 * batch * len(layers) * end * model.cache_token_bytes
+        total += max(flops / rate["flops_per_second"], read / rate["bytes_per_second"])
+        start = end
+    return total * 1e3
+
+
+def measure(
+    model: ElasticVAR,
+    reference: Reference | None,
+    schedules: list[Schedule],
+    batch: int,
+    runs: int,
+) -> dict:
+    """One batch size: every way once per run, in an order shuffled anew."""
+    device, labels = model.device, torch.arange(batch) % 1000
+    ways: dict[str, tuple[Callable[[], Tensor], Callable[[Tensor], Tensor]]] = {}
+    if reference:
+        ways[REFERENCE] = (lambda: reference.features(labels, **SAMPLING)), reference.decode
+    for schedule in schedules:
+        tokens = lambda s=schedule: model.generate_tokens(labels, s, **SAMPLING)[1]  # noqa: E731
+        ways[str(schedule)] = tokens, model.decode_features
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in ways}
+    order = random.Random(0)
+    for run in range(runs + 1):
+        for name in order.sample(list(ways), len(ways)):
+            tokens, decode = ways[name]
+            f_hat, tokens_ms = timed(device, tokens)
+            decoder_ms = timed(device, partial(decode, f_hat))[1]
+            if run:  # the first warms up, compiles and records
+                times[name].append((tokens_ms, decoder_ms))
+            print(f"batch {batch} run {run}/{runs} {name}: {tokens_ms:.0f} + {decoder_ms:.0f} ms", flush=True)
+    return {
+        "rows": [_row(name, batch, pairs) for name, pairs in times.items()],
+        "images": _images(model, reference, labels) if reference else None,
+        "switch": _switch(model, schedules, labels),
+    }
+
+
+def _row(name: str, batch: int, pairs: list[tuple[float, float]]) -> dict:
+    tokens, decoder = zip(*pairs, strict=True)
+    whole = [a + b for a, b in pairs]
+    return {
+        "way": name,
+        "tokens_ms": statistics.median(tokens),
+        "tokens_spread_ms": [min(tokens), max(tokens)],
+        "decoder_ms": statistics.median(decoder),
+        "decoder_spread_ms": [min(decoder), max(decoder)],
+        "whole_ms": statistics.median(whole),
+        "images_per_second": batch / statistics.median(whole) * 1e3,
+        "images_per_second_without_decoder": batch / statistics.median(tokens) * 1e3,
+    }
+
+
+def _images(model: ElasticVAR, reference: Reference, labels: Tensor) -> dict[str, float]:
+    """The difference of the images of both under top_k = 1, where nothing is left to chance."""
+    theirs = reference.decode(reference.features(labels, cfg=1.5, top_k=1, top_p=0.0)).float()
+    apart = (model.generate(labels, cfg=1.5, top_k=1) - theirs).abs()
+    return {"largest_difference": apart.max().item(), "mean_difference": apart.mean().item()}
+
+
+def _switch(model: ElasticVAR, schedules: list[Schedule], labels: Tensor) -> dict[str, float]:
+    """Time of the last schedule after itself, and after another that ran in between (medians of three)."""
+    first, last = schedules[0], schedules[-1]
+    run = {s: (lambda s=s: model.generate_tokens(labels, s, **SAMPLING)) for s in (first, last)}
+    times: dict[str, list[float]] = {"after_itself_ms": [], "after_another_ms": []}
+    for _ in range(3):
+        run[last]()
+        times["after_itself_ms"].append(timed(model.device, run[last])[1])
+        run[first]()
+        times["after_another_ms"].append(timed(model.device, run[last])[1])
+    return {"schedule": str(last), "other": str(first)} | {name: statistics.median(v) for name, v in times.items()}
+
+
+def peaks(model: ElasticVAR, reference: Reference | None, schedules: list[Schedule], batch: int) -> dict[str, dict]:
+    """Peak bytes of a call, weights included, and ours beside the prediction."""
+    labels, found = torch.arange(batch) % 1000, {}
+    if reference:
+        call = lambda: reference.decode(reference.features(labels, **SAMPLING))  # noqa: E731
+        weights = sum(t.nbytes for m in (reference.var, reference.vae) for t in (*m.parameters(), *m.buffers()))
+        found[REFERENCE] = {"peak_bytes": weights + _growth(call, reference.device)}
+    for schedule in schedules:
+        with model.eager(), PeakMemory(model, schedule) as memory:
+            model.generate(labels, schedule, **SAMPLING)
+        cost = predict(model, schedule, batch)
+        found[str(schedule)] = {
+            "peak_bytes": memory.bytes, "peak_bytes_predicted": cost["peak_bytes"], "cache_bytes": cost["cache_bytes"],
+        }  # fmt: skip
+    return found
+
+
+def _growth(call: Callable[[], Tensor], device: torch.device) -> int:
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        call()
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    with _LiveTensors() as tensors:
+        call()
+    return tensors.peak_bytes
+
+
+# -- putting together -----------------------------------------------------------------------------
+
+
+def benchmark(
+    depth: int, batches: list[int], runs: int, reference_path: str | None, device: torch.device
+) -> list[dict]:
+    """All batch sizes of one model size."""
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    model = random_weights(depth)
+    reference = Reference(reference_path, model, device) if reference_path else None
+    if device.type == "cuda":  # the reference keeps float32
+        model = ElasticVAR(
+            build_var(model.var.state_dict(), PATCH_NUMS), build_tokenizer(model.tokenizer.state_dict(), PATCH_NUMS)
+        )
+    model = cast(model, dtype).place(device)
+    schedules = [model.schedule("full"), *(model.schedule(f"d{d}@6") for d in (16, 8, 4, 2) if d < depth)]
+    rate, results = rates(device, dtype), []
+    for batch in batches:
+        result = measure(model, reference, schedules, batch, runs)
+        memory = peaks(model, reference, schedules, batch)
+        flops = batch * decoder_flops(model.tokenizer.config, in_strips=device.type == "cpu")
+        for row in result["rows"]:
+            row |= memory[row["way"]]
+            if row["way"] != REFERENCE:
+                row["floor_ms"] = floor_ms(model, model.schedule(row["way"]), batch, rate)
+                row["decoder_floor_ms"] = flops / rate["flops_per_second"] * 1e3
+        results.append({"size": f"d{depth}", "batch_size": batch, **rate, **result})
+    return results
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--reference", help="checkout of FoundationVision/VAR")
+    parser.add_argument("--sizes", nargs="+", default=["d16", "d30"])
+    parser.add_argument("--batches", nargs="+", type=int, default=[1, 8, 64])
+    parser.add_argument("--runs", type=int, default=7)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--name", help="of the JSON file; by default the device's and the sizes'")
+    options = parser.parse_args()
+    device = torch.device(options.device)
+    results = []
+    for size in options.sizes:
+        results += benchmark(int(size[1:]), options.batches, options.runs, options.reference, device)
+    content = {
+        "device": device_name(device),
+        "kind": device.type,
+        "torch": torch.__version__,
+        "dtype": "bfloat16" if device.type == "cuda" else "float32",
+        "reference_dtype": "float16 autocast" if device.type == "cuda" else "float32",
+        "runs": options.runs,
+        "settings": SAMPLING,
+        "results": results,
+    }
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    name = options.name or f"{device.type}-{'-'.join(options.sizes)}"
+    (FOLDER / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    print(write_tables())
+
+
+if __name__ == "__main__":
+    main()
