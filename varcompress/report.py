@@ -83,7 +83,16 @@ def profile_table(result: dict) -> RenderableType:
         },
         rows,
     )
-    return _stacked(head, time, work, memory)
+    rounded = [row for row in rows if "logit_error" in row]
+    effect = _table(
+        f"What a cache in {result.get('cache_dtype')} does to the logits of the same tokens",
+        {
+            "error": lambda r: f"{r['logit_error']:.2%}",
+            "same largest logit": lambda r: f"{r['same_top_token']:.1%}",
+        },
+        rounded,
+    )
+    return _stacked(head, time, work, memory, *([effect] if rounded else []))
 
 
 def eval_table(result: dict) -> RenderableType:
@@ -201,7 +210,11 @@ def _stacked(head: str, *parts: RenderableType) -> Group:
 
 
 def _where(result: dict) -> str:
-    return f"{result['model']} on {result['device']}, {result['dtype']}"
+    ways = {"kernels": "auto", "cache_dtype": result["dtype"], "offload": None}  # what goes without saying
+    said = [
+        f"{name.replace('_', ' ')} {result[name]}" for name, usual in ways.items() if result.get(name, usual) != usual
+    ]
+    return ", ".join([f"{result['model']} on {result['device']}", result["dtype"], *said])
 
 
 def _count(number: int, thing: str) -> str:

@@ -112,6 +112,9 @@ class ElasticVAR(nn.Module):
         except ValueError as error:
             raise InputError(f"kernels {kernels!r}: {error}: use auto or torch") from error
         self.kernels, self.cache_dtype = kernels, CACHE_DTYPES.get(cache_dtype)
+        if device.type == "cuda":  # how its convolutions want their maps; a CPU's norms do not
+            for part in (self.tokenizer.decoder, self.tokenizer.post_quant_conv):
+                part.to(memory_format=torch.channels_last)
         if offload is None:
             self._streamed = None
             return self.to(device)
