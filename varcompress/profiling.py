@@ -96,13 +96,15 @@ def profile(
     splits = {schedule: [] for schedule in schedules}
     order = random.Random(seed)
     with fitting_memory(model.device, batch_size):
+        counts = {schedule: _counts(model, call, schedule) for schedule in schedules}
         for _ in range(warmup):
             for schedule in schedules:
                 call(schedule)
-        counts = {schedule: _counts(model, call, schedule) for schedule in schedules}
         for _ in range(runs):
             for schedule in order.sample(schedules, len(schedules)):
                 times[schedule].append(time_ms(schedule))
+        for _ in range(runs):
+            for schedule in order.sample(schedules, len(schedules)):
                 splits[schedule].append(_phases_ms(model, lambda s=schedule: call(s)))
         effects = {schedule: cache_effect(model, schedule, labels) for schedule in schedules}
     rows = [_row(model, s, batch_size, times[s], splits[s], counts[s]) | effects[s] for s in schedules]

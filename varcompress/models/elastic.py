@@ -111,6 +111,7 @@ class ElasticVAR(nn.Module):
             choose(kernels, device)
         except ValueError as error:
             raise InputError(f"kernels {kernels!r}: {error}: use auto or torch") from error
+        self._graphs.clear()
         self.kernels, self.cache_dtype = kernels, CACHE_DTYPES.get(cache_dtype)
         if device.type == "cuda":  # how its convolutions want their maps; a CPU's norms do not
             for part in (self.tokenizer.decoder, self.tokenizer.post_quant_conv):
@@ -160,8 +161,12 @@ class ElasticVAR(nn.Module):
 
     @contextlib.contextmanager
     def eager(self) -> Iterator[None]:
-        """For measuring: on a GPU, run operators one by one, visible to hooks and counters, not as recorded graphs."""
+        """For measuring: on a GPU, run operators one by one, visible to hooks and counters, not as recorded graphs.
+
+        Graphs recorded before are dropped, with the memory that they hold.
+        """
         before, self._use_graphs = self._use_graphs, False
+        self._graphs.clear()
         try:
             yield
         finally:
@@ -279,9 +284,14 @@ class ElasticVAR(nn.Module):
             torch.tensor(seed, device=self.device),
             torch.arange(first_index, first_index + len(labels), device=self.device),
         )
-        if self._graphed and forced is None and logits_out is None and not self.offloaded:
-            return self._graphs.run(call, body, *inputs)
-        return body(*inputs)
+        with self._current_device():
+            if self._graphed and forced is None and logits_out is None and not self.offloaded:
+                return self._graphs.run(call, body, *inputs)
+            return body(*inputs)
+
+    def _current_device(self) -> contextlib.AbstractContextManager:
+        """Kernels and graphs go to the current GPU, which need not be the model's."""
+        return torch.cuda.device(self.device) if self.device.type == "cuda" else contextlib.nullcontext()
 
     @property
     def _graphed(self) -> bool:
@@ -290,16 +300,15 @@ class ElasticVAR(nn.Module):
     @torch.inference_mode()
     def decode_features(self, f_hat: Tensor) -> Tensor:
         """f_hat (B, C, P, P) to images (B, 3, H, W) float32 in [0, 1], a few at a time."""
-        few = self.tokenizer.images_at_a_time
-        parts = []
-        for part in f_hat.split(few):
-            if self._graphed:
-                parts.append(
-                    self._graphs.run(("decode", len(part)), lambda f: (self.tokenizer.decode_features(f),), part)[0]
-                )
-            else:
-                parts.append(self.tokenizer.decode_features(part))
+        with self._current_device():
+            parts = [self._decode_few(part) for part in f_hat.split(self.tokenizer.images_at_a_time)]
         return torch.cat(parts) if len(parts) > 1 else parts[0]
+
+    def _decode_few(self, f_hat: Tensor) -> Tensor:
+        if not self._graphed:
+            return self.tokenizer.decode_features(f_hat)
+        (images,) = self._graphs.run(("decode", len(f_hat)), lambda f: (self.tokenizer.decode_features(f),), f_hat)
+        return images
 
     @torch.inference_mode()
     def encode(self, images: Tensor) -> Tensor:
