@@ -20,7 +20,7 @@ _ROUNDS = 10
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
 _WORD = 0xFFFFFFFF
-_CHUNK = 1 << 18  # logits filtered at a time, at up to 28 bytes of temporaries each: few enough for a CPU's cache
+CHUNK = 1 << 18  # logits filtered at a time, at up to 28 bytes of temporaries each: few enough for a CPU's cache
 
 
 def _multiply(a: Tensor, b: int) -> tuple[Tensor, Tensor]:
@@ -73,7 +73,7 @@ def draw(
     token is -1. Temporaries stay below 8 MiB for V up to 2^18.
     """
     tokens = torch.empty(uniforms.numel(), dtype=torch.int64, device=conditional.device)
-    rows = max(1, _CHUNK // conditional.shape[-1])
+    rows = max(1, CHUNK // conditional.shape[-1])
     arguments = (conditional.flatten(0, 1), None if unconditional is None else unconditional.flatten(0, 1))
     for start in range(0, len(tokens), rows):
         part = slice(start, start + rows)

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from varcompress.cache import KVCache
+from varcompress.cache import KVCache, token_bytes
 from varcompress.schedule import Schedule
 
 BATCH, HEADS, HEAD_DIM = 4, 2, 3
@@ -80,6 +80,15 @@ def test_bytes_are_the_schedules(schedule, dtype):
     for _ in decode(schedule, cache):
         pass
     assert cache.rows.data_ptr() == storage  # allocated once
+
+
+@given(schedules(), st.sampled_from([torch.int8, torch.float8_e4m3fn]), st.integers(1, 5))
+def test_bytes_of_an_eight_bit_cache_are_the_schedules(schedule, stored, images):
+    where = {"dtype": torch.float32, "device": torch.device("cpu"), "stored": stored}
+    cache = KVCache(schedule, batch=2 * images, heads=HEADS, head_dim=HEAD_DIM, **where)
+    size = token_bytes(width=HEADS * HEAD_DIM, heads=HEADS, dtype=stored)
+    assert size == HEADS * (HEAD_DIM + 2)  # a byte each, and a scale of two per head
+    assert cache.nbytes == schedule.cache_bytes(batch=images, token_bytes=size)
 
 
 def test_the_peak_is_the_larger_of_bridge_and_flexible_zone():

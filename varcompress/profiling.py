@@ -27,6 +27,7 @@ from varcompress.cache import KVCache
 from varcompress.checkpoint import fingerprint
 from varcompress.errors import InputError
 from varcompress.hardware import device_name, fitting_memory
+from varcompress.kernels.draw import CHUNK
 from varcompress.models.elastic import ElasticVAR
 from varcompress.models.linear import Linear
 from varcompress.models.strips import STRIP_ELEMENTS, largest_map
@@ -35,8 +36,7 @@ from varcompress.sampling import images_at_a_time
 from varcompress.schedule import Schedule
 
 PHASES = ("transformer", "sampling", "decoder")
-# What drawing in plain torch (kernels/draw.py) holds for each logit that it filters at a time, and how many those are.
-DRAW_BYTES_PER_LOGIT, DRAW_LOGITS = 28, 1 << 18
+DRAW_BYTES_PER_LOGIT = 28  # what drawing in plain torch holds for each of the CHUNK logits that it filters at a time
 
 Progress = Callable[[int, int, str], None]
 
@@ -71,7 +71,7 @@ def profile(
     schedules = [model.schedule(s) for s in schedules] if schedules else model.default_schedules()
     schedules = list(dict.fromkeys((model.schedule("full"), *schedules)))
     labels = torch.arange(batch_size) % model.var.config.classes
-    total, done = len(schedules) * (warmup + 2 + model.offloaded + 2 * runs), 0
+    total, done = len(schedules) * (warmup + 2 + 2 * runs), 0
 
     def step(schedule: Schedule) -> None:
         nonlocal done
@@ -223,10 +223,10 @@ class PeakMemory:
     """
 
     def __init__(self, model: ElasticVAR, schedule: Schedule) -> None:
-        model.prepare()  # packed copies are weights, not growth
+        model.prepare(schedule)  # packed copies are weights, not growth
         self.device = model.device
         self.bytes = self.weight_bytes = model.weight_bytes(schedule)
-        self._tensors = _LiveTensors()
+        self._tensors = LiveTensors()
 
     def __enter__(self) -> PeakMemory:
         if self.device.type == "cuda":
@@ -247,7 +247,7 @@ class PeakMemory:
         self.bytes = self.weight_bytes + growth
 
 
-class _LiveTensors(TorchDispatchMode):
+class LiveTensors(TorchDispatchMode):
     """Bytes of the storages that operators made and nobody has dropped yet."""
 
     def __init__(self) -> None:
@@ -291,8 +291,6 @@ def _has_storage(value: object) -> bool:
 def _counts(model: ElasticVAR, call: Callable[[Schedule], Tensor], schedule: Schedule) -> dict[str, int]:
     """Peak and cache bytes, weights read and FLOPs of one call, from two passes."""
     with model.eager():
-        if model.offloaded:
-            call(schedule)  # the layers that stay are brought before, as in any call but the first
         with PeakMemory(model, schedule) as memory:
             call(schedule)
         cache_bytes = weight_bytes = 0
@@ -450,7 +448,7 @@ def _predicted_peak_bytes(model: ElasticVAR, schedule: Schedule, batch_size: int
     width, rows = config.width, 2 * batch_size
     cache = schedule.cache_bytes(batch=batch_size, token_bytes=model.cache_token_bytes)
     f_hat = batch_size * config.z_channels * config.patch_nums[-1] ** 2 * 4
-    packed = bool(model._packable())
+    packed = bool(model.packed_layers())
     fullest = 0
     for side, end, layers in zip(config.patch_nums, schedule.ends, schedule.layers, strict=True):
         once = (rows * 6 + 3) * len(layers) * width + rows * 3 * width
@@ -464,14 +462,14 @@ def _predicted_peak_bytes(model: ElasticVAR, schedule: Schedule, batch_size: int
         few = min(batch_size, images_at_a_time(side**2, config.vocab, element_bytes))
         logits = 2 * few * side**2 * config.vocab
         sampling = token * 2 * width + logits
-        drawing = DRAW_BYTES_PER_LOGIT * min(logits // 2, DRAW_LOGITS)
+        drawing = DRAW_BYTES_PER_LOGIT * min(logits // 2, CHUNK)
         fullest = max(
             fullest,
             once * element_bytes
             + max(attention * element_bytes, mlp * element_bytes, sampling * element_bytes + drawing),
         )
     few = min(batch_size, model.tokenizer.images_at_a_time)
-    images = batch_size * 3 * model.tokenizer.config.image_size**2 * 4
+    images = batch_size * 3 * model.tokenizer.config.image_size**2 * 4 * (1 if few == batch_size else 2)
     decoder = images + _decoder_elements(model, few) * element_bytes
     return model.weight_bytes(schedule) + f_hat + max(cache + fullest, decoder)
 

@@ -19,12 +19,13 @@ MAX_SEED = 2**63 - 1
 LOGITS_BYTES = 1 << 25  # of logits that exist at a time: the largest tensor of a big batch, if they all did
 
 
-def check_settings(*, cfg: float, top_k: int, top_p: float, seed: int) -> None:
+def check_settings(*, cfg: float, top_k: int, top_p: float, seed: int, first_index: int = 0) -> None:
     """Raises InputError for a setting of generation that means nothing."""
     checks = (
         ("cfg", cfg, math.isfinite, "a finite number"),
         ("top_k", top_k, lambda value: index(value) >= 0, "a whole number, 0 or more"),
         ("top_p", top_p, lambda value: 0 <= value <= 1, "from 0 to 1"),
+        ("first_index", first_index, lambda value: index(value) >= 0, "a whole number, 0 or more"),
         ("seed", seed, lambda value: 0 <= index(value) <= MAX_SEED, f"a whole number from 0 to {MAX_SEED}"),
     )
     for name, value, holds, expected in checks:

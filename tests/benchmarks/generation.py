@@ -30,7 +30,7 @@ from varcompress.models.elastic import ElasticVAR
 from varcompress.models.linear import Linear, packing_wins
 from varcompress.models.tokenizer import VQVAE, TokenizerConfig, decoder_flops
 from varcompress.models.transformer import VAR, VARConfig
-from varcompress.profiling import PeakMemory, _LiveTensors, predict, timed
+from varcompress.profiling import LiveTensors, PeakMemory, predict, timed
 from varcompress.schedule import Schedule
 
 FOLDER = Path(__file__).parents[2] / "docs" / "benchmarks"
@@ -256,7 +256,7 @@ def _growth(call: Callable[[], Tensor], device: torch.device) -> int:
         call()
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
-    with _LiveTensors() as tensors:
+    with LiveTensors() as tensors:
         call()
     return tensors.peak_bytes
 

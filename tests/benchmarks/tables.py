@@ -38,9 +38,9 @@ def _result(result: dict) -> str:
     lines = [
         f"**{result['size']}, batch of {result['batch_size']}.** A matrix product reaches "
         f"{result['flops_per_second'] / 1e9:,.0f} GFLOP/s, a copy {result['bytes_per_second'] / 1e9:,.1f} GB/s.\n",
-        "| | tokens, ms | of `full` | of the reference | with decoder, ms | of `full` | of the reference "
-        "| part of the floor's speed | peak, MiB (predicted) | of the reference |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "| | tokens, ms | of `full` | of the reference | tokens + decoder, ms | of `full` | of the reference "
+        "| floor of the tokens, ms | its part of the time | peak, MiB (predicted) | of the reference |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for name, row in rows.items():
         ours = name != "reference"
@@ -53,6 +53,7 @@ def _result(result: dict) -> str:
             f"{row['whole_ms']:,.0f}",
             f"{full['whole_ms'] / row['whole_ms']:.2f} x" if ours else "",
             f"{reference['whole_ms'] / row['whole_ms']:.2f} x" if ours and reference else "",
+            f"{row['floor_ms']:,.0f}" if ours else "",
             f"{row['floor_ms'] / row['tokens_ms']:.0%}" if ours else "",
             f"{row['peak_bytes'] / MIB:,.0f}" + (f" ({row['peak_bytes_predicted'] / MIB:,.0f})" if ours else ""),
             f"{row['peak_bytes'] / reference['peak_bytes']:.2f}" if ours and reference else "",

@@ -78,11 +78,24 @@ class ElasticVAR(nn.Module):
         return self.var.pos_start.dtype
 
     def cast(self, dtype: torch.dtype) -> ElasticVAR:
-        """Transformer and decoder to `dtype`; encoder and quantiser stay float32, because tokens must be exact."""
+        """Transformer and decoder to `dtype`.
+
+        Encoder and quantiser stay float32, because tokens must be exact, and so do the temperatures of attention,
+        whose exponential would carry their rounding into every logit of a head. Raises InputError when offloaded.
+        """
+        self._refuse_when_offloaded()
+        self._graphs.clear()
+        temperatures = [block.attn.scale_mul_1H11.data.float() for block in self.var.blocks]
         self.var.to(dtype)
+        for block, temperature in zip(self.var.blocks, temperatures, strict=True):
+            block.attn.scale_mul_1H11.data = temperature
         self.tokenizer.decoder.to(dtype)
         self.tokenizer.post_quant_conv.to(dtype)
         return self
+
+    def _refuse_when_offloaded(self) -> None:
+        if self.offloaded:
+            raise InputError("an offloaded model only generates, as it is: load it again without offload")
 
     def place(
         self,
@@ -112,12 +125,12 @@ class ElasticVAR(nn.Module):
         except ValueError as error:
             raise InputError(f"kernels {kernels!r}: {error}: use auto or torch") from error
         self._graphs.clear()
+        self._streamed = None
         self.kernels, self.cache_dtype = kernels, CACHE_DTYPES.get(cache_dtype)
-        if device.type == "cuda":  # how its convolutions want their maps; a CPU's norms do not
-            for part in (self.tokenizer.decoder, self.tokenizer.post_quant_conv):
-                part.to(memory_format=torch.channels_last)
+        layout = torch.channels_last if device.type == "cuda" else torch.contiguous_format
+        for part in (self.tokenizer.decoder, self.tokenizer.post_quant_conv):
+            part.to(memory_format=layout)
         if offload is None:
-            self._streamed = None
             return self.to(device)
         move_all_but_blocks(self.var, device)
         self.tokenizer.to(device)
@@ -125,6 +138,7 @@ class ElasticVAR(nn.Module):
         return self
 
     def _apply(self, *args: object, **kwargs: object) -> ElasticVAR:
+        self._refuse_when_offloaded()
         self._graphs.clear()  # they hold addresses of weights
         return super()._apply(*args, **kwargs)
 
@@ -132,17 +146,21 @@ class ElasticVAR(nn.Module):
     def offloaded(self) -> bool:
         return self._streamed is not None
 
-    def prepare(self) -> None:
-        """Pack what a CPU multiplies faster packed. Called by generation; measuring calls it before it begins."""
-        packed = self._packable()
-        for layer in packed:
-            layer.pack()
-        if not packed:
-            for layer in self.modules():
-                if isinstance(layer, Linear):
-                    layer.unpack()
+    def prepare(self, schedule: Schedule) -> None:
+        """Bring weights to where a call under `schedule` wants them: packed on a CPU, or from host memory.
 
-    def _packable(self) -> list[Linear]:
+        Called by generation; measuring calls it before it begins.
+        """
+        if self._streamed:
+            self._streamed.begin(schedule)
+        if self.device.type == "cpu":
+            packed = set(self.packed_layers())
+            for layer in self.var.modules():
+                if isinstance(layer, Linear):
+                    layer.pack() if layer in packed else layer.unpack()
+
+    def packed_layers(self) -> list[Linear]:
+        """The layers of which generation uses packed copies."""
         return [] if self.kernels == "torch" or self.offloaded else packable(self.var)
 
     def weight_bytes(self, schedule: Schedule) -> int:
@@ -151,7 +169,7 @@ class ElasticVAR(nn.Module):
         if self.offloaded:
             block = sum(parameter.nbytes for parameter in self.var.blocks[0].parameters())
             return held + (device_blocks(schedule) - self.var.config.depth) * block
-        return held + sum(layer.weight.nbytes for layer in self._packable())
+        return held + sum(layer.weight.nbytes for layer in self.packed_layers())
 
     @property
     def cache_token_bytes(self) -> int:
@@ -257,14 +275,15 @@ class ElasticVAR(nn.Module):
         generation with the teacher-forced pass. Raises InputError as `generate` does, and for forced
         tokens of another shape or number.
         """
-        check_settings(cfg=cfg, top_k=top_k, top_p=top_p, seed=seed)
+        check_settings(cfg=cfg, top_k=top_k, top_p=top_p, seed=seed, first_index=first_index)
+        top_k, seed, first_index = int(top_k), int(seed), int(first_index)  # numpy's and bool too
         schedule, labels = self.schedule(schedule), self.labels(labels)
         forced = None if forced is None else self._tokens(forced, len(labels))
         call = generation.Call(
             schedule, len(labels), float(cfg), top_k, float(top_p), choose(self.kernels, self.device), self.cache_dtype
         )
-        self.prepare()
-        blocks = self._streamed.begin(schedule) if self._streamed else lambda scale, layer: self.var.blocks[layer]
+        self.prepare(schedule)
+        blocks = self._streamed or (lambda scale, layer: self.var.blocks[layer])
 
         def body(labels: Tensor, seed: Tensor, images: Tensor) -> tuple[Tensor, Tensor]:
             return generation.generate_tokens(
@@ -329,8 +348,7 @@ class ElasticVAR(nn.Module):
         Raises InputError for an unknown class, for what are no tokens of as many images, and for a
         schedule that does not fit.
         """
-        if self.offloaded:
-            raise InputError("an offloaded model only generates: load it without offload")
+        self._refuse_when_offloaded()
         schedule, labels = self.schedule(schedule), self.labels(labels)
         tokens = self._tokens(tokens, len(labels))
         with torch.no_grad():

@@ -106,6 +106,7 @@ def generate_tokens(
             overflow = (tokens < 0).any(dim=1)  # said in the image, without a wait
             f_hat.masked_fill_(overflow[:, None, None, None], torch.nan)
             tokens = tokens.clamp_(min=0)
+        del hidden
         drawn.append(tokens)
         f_hat += quantize.contribution(scale, tokens)
         if scale + 1 < scales:

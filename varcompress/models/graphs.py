@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-LIMIT = 32  # graphs kept, the least recently used dropped first
+LIMIT = 32  # graphs kept; one more, and all begin anew: dropping a single one would leave the others its workspace
 WARMUPS = 2  # runs before the recording: kernels compile, libraries choose and allocate
 
 
@@ -20,11 +19,14 @@ class _Recorded(NamedTuple):
 
 
 class Graphs:
-    """Recorded calls by key. They take turns in one pool of memory, which is as large as the largest needs."""
+    """Recorded calls by key, all on the current device.
+
+    They take turns in one pool of memory, which stays as large as the largest needs, and on one stream, since libraries
+    keep a workspace for every stream that they have seen.
+    """
 
     def __init__(self) -> None:
-        self._recorded: OrderedDict[Hashable, _Recorded] = OrderedDict()
-        self._pool: tuple[int, int] | None = None
+        self.clear()
 
     def __reduce__(self) -> tuple:
         return Graphs, ()  # a copy of a model records its own
@@ -35,10 +37,9 @@ class Graphs:
         The body must be free of reads from the device, and of shapes that depend on values.
         """
         if key not in self._recorded:
+            if len(self._recorded) == LIMIT:
+                self.clear()
             self._recorded[key] = self._record(body, inputs)
-            if len(self._recorded) > LIMIT:
-                self._recorded.popitem(last=False)
-        self._recorded.move_to_end(key)
         recorded = self._recorded[key]
         for static, value in zip(recorded.inputs, inputs, strict=True):
             static.copy_(value)
@@ -47,19 +48,21 @@ class Graphs:
 
     def clear(self) -> None:
         """Forget all recordings and their memory: the weights have moved."""
-        self._recorded.clear()
-        self._pool = None
+        self._recorded: dict[Hashable, _Recorded] = {}
+        self._pool: tuple[int, int] | None = None
+        self._stream: torch.cuda.Stream | None = None
 
     def _record(self, body: Callable[..., tuple[Tensor, ...]], inputs: tuple[Tensor, ...]) -> _Recorded:
         static = tuple(value.clone() for value in inputs)
-        here, side = torch.cuda.current_stream(), torch.cuda.Stream()
-        side.wait_stream(here)
-        with torch.cuda.stream(side):
+        self._stream = self._stream or torch.cuda.Stream()
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
             for _ in range(WARMUPS):
                 body(*static)
-        here.wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):  # frees what the warm-up left before it begins
+        # frees what the warm-up left before it begins; other threads, such as a data loader's, may go on
+        with torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local"):
             outputs = body(*static)
+        torch.cuda.current_stream().wait_stream(self._stream)
         self._pool = self._pool or graph.pool()
         return _Recorded(graph, static, outputs)

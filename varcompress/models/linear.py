@@ -16,12 +16,16 @@ from torch import Tensor, nn
 from varcompress.hardware import fastest_s
 
 TRIAL_ROWS, TRIAL_WIDTH = 32, 1024  # a matrix product of an early scale: a millisecond
+STATE_SAMPLES = 32  # numbers by which a packed copy knows its weight
 
 
 class Linear(nn.Linear):
-    """A linear layer, state-dict keys unchanged, that `pack` gives a second copy of its weight: inference on a CPU."""
+    """A linear layer, state-dict keys unchanged, that `pack` gives a second copy of its weight.
 
-    _packed: tuple[tuple[int, int], Tensor] | None = None
+    For inference on a CPU, and for one call: whoever calls it packs first, which is cheap where nothing has changed.
+    """
+
+    _packed: tuple[tuple[float, ...], Tensor] | None = None
 
     def pack(self) -> None:
         """Keep a copy of the weight in oneDNN's layout, unless there is one of this weight as it is now."""
@@ -37,14 +41,20 @@ class Linear(nn.Linear):
         """For a copy or a pickle, which cannot hold a tensor in oneDNN's layout."""
         return {name: value for name, value in self.__dict__.items() if name != "_packed"}
 
-    def _state(self) -> tuple[int, int]:
-        """Changes whenever the weight does: by an optimiser, a cast or a move."""
-        return self.weight.data_ptr(), 0 if self.weight.is_inference() else self.weight._version
+    def _state(self) -> tuple[float, ...]:
+        """Where the weight is, and a few of its numbers.
+
+        Not its version: a fused optimiser, or a write through `.data`, changes a weight and leaves the version.
+        """
+        numbers = self.weight.detach().flatten()
+        return self.weight.data_ptr(), *numbers[:: max(1, len(numbers) // STATE_SAMPLES)].tolist()
 
     def forward(self, x: Tensor, bias: Tensor | None = None, *, gelu: bool = False) -> Tensor:
         """x (..., in) -> (..., out), with `bias` where the layer has none of its own, then tanh-GELU if asked."""
         bias = self.bias if bias is None else bias
-        if self._packed and not torch.is_grad_enabled() and self._packed[0] == self._state():
+        if torch.is_grad_enabled():  # training begins, after which the copy would be old
+            self._packed = None
+        if self._packed:
             activation = ("gelu", [], "tanh") if gelu else ("none", [], "")
             return torch.ops.mkldnn._linear_pointwise(x, self._packed[1], bias, *activation)
         y = F.linear(x, self.weight, bias)

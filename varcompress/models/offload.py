@@ -77,7 +77,9 @@ class StreamedBlocks:
     def _empty(self) -> Block:
         with torch.device("meta"):
             block = Block(self.config)
-        return block.to(self.dtype).to_empty(device=self.device)
+        block.to(self.dtype)
+        block.attn.scale_mul_1H11.data = block.attn.scale_mul_1H11.data.float()  # as `ElasticVAR.cast` leaves it
+        return block.to_empty(device=self.device)
 
 
 def split(schedule: Schedule) -> tuple[frozenset[int], frozenset[int]]:

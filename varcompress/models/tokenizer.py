@@ -7,6 +7,7 @@ an image as a pyramid of token maps whose decoded sum is f_hat.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import numpy as np
@@ -44,6 +45,11 @@ class TokenizerConfig:
     def image_size(self) -> int:
         """Side of an image in pixels."""
         return self.patch_nums[-1] * self.downsampling
+
+
+def exact_convolutions() -> AbstractContextManager:
+    """Float32 convolutions in float32: a GPU would round their inputs to TF32, and tokens must be exact."""
+    return torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
 
 
 def _norm(channels: int) -> nn.GroupNorm:
@@ -225,7 +231,8 @@ class Quantizer(nn.Module):
         h = self.embedding(tokens).transpose(1, 2).unflatten(2, (side, side))
         if scale < len(self.patch_nums) - 1:
             h = F.interpolate(h, size=(full, full), mode="bicubic")
-        return self.quant_resi.at(scale, len(self.patch_nums))(h.contiguous())
+        with exact_convolutions():
+            return self.quant_resi.at(scale, len(self.patch_nums))(h.contiguous())
 
     def next_input(self, scale: int, f_hat: Tensor) -> Tensor:
         """Input of scale `scale` from f_hat of all earlier ones: (B, C, P, P) -> (B, p*p, C)."""
@@ -267,7 +274,8 @@ class VQVAE(nn.Module):
 
     def features(self, images: Tensor) -> Tensor:
         """Encoder features of images in [0, 1]: (B, 3, H, W) -> (B, C, P, P)."""
-        return self.quant_conv(self.encoder(images * 2 - 1))
+        with exact_convolutions():
+            return self.quant_conv(self.encoder(images * 2 - 1))
 
     def encode(self, images: Tensor) -> Tensor:
         """Images in [0, 1], (B, 3, H, W), to tokens (B, L) int64."""
