@@ -142,3 +142,28 @@ def test_a_full_disk_ends_the_demo_with_one_line(tmp_path, monkeypatch):
     with pytest.raises(InputError, match=r"samples.png: could not be written \(No space left on device\); .* MiB"):
         plot_samples(samples, rows, tmp_path / "samples.png")
     assert (tmp_path / "samples.png").read_bytes() == before
+
+
+@pytest.mark.parametrize("command", ["sample", "profile", "eval"])
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--kernels", "fast"), "kernels 'fast' are unknown: use auto, torch, triton"),
+        (("--cache-dtype", "int4"), "cache dtype 'int4' is unknown: use int8 or float8"),
+        (("--offload", "bridge", "--device", "cpu"), "spares the memory of a GPU, and the device is cpu"),
+        (("--dtype", "int8"), "use auto, float32, bfloat16, float16"),
+    ],
+)
+def test_ways_of_generating_that_cannot_be_are_refused(run, tmp_path, command, options, message):
+    more = ("--classes", "1", "--out", tmp_path / "a.png") if command == "sample" else ()
+    outcome = run(command, "digits", *options, *more)
+    assert outcome.exit_code == 2
+    assert message in outcome.stderr
+    assert "Traceback" not in outcome.stderr
+
+
+def test_a_cache_in_eight_bits_and_a_dtype_of_the_devices_choice(run, tmp_path):
+    out = tmp_path / "a.png"
+    options = ("--cache-dtype", "float8", "--dtype", "auto", "--kernels", "torch", "--device", "cpu")
+    assert run("sample", "digits", "--classes", "0-9", "-s", "d4", "--out", out, *options).exit_code == 0
+    assert out.stat().st_size > 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from tests.benchmarks.tables import BEGIN, END, tables
 from varcompress.cli.app import COMMANDS
 
 ROOT = Path(__file__).parent.parent
@@ -32,3 +33,8 @@ def test_the_layout_names_every_file():
 def test_links_to_files_lead_somewhere():
     for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", README):
         assert (ROOT / target).exists(), target
+
+
+def test_the_tables_of_the_performance_page_are_those_of_the_results():
+    page = (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
+    assert page.split(BEGIN)[1].split(END)[0].strip() == tables()

@@ -13,9 +13,14 @@ BEGIN, END = "<!-- tables: written by tests/benchmarks/tables.py -->", "<!-- end
 MIB = 2**20
 
 
+def tables() -> str:
+    """The tables of all results, in the order of their files' names."""
+    return "\n\n".join(filter(None, [*map(_section, sorted((DOCS / "benchmarks").glob("*.json"))), _gpu()]))
+
+
 def write_tables() -> str:
     """Write the tables between their marks; return them."""
-    text = "\n\n".join([*map(_section, sorted((DOCS / "benchmarks").glob("*.json"))), _gpu()])
+    text = tables()
     page = DOCS / "performance.md"
     before, rest = page.read_text(encoding="utf-8").split(BEGIN)
     page.write_text(f"{before}{BEGIN}\n\n{text}\n\n{END}{rest.split(END)[1]}", encoding="utf-8")
