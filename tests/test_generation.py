@@ -201,6 +201,19 @@ def test_training_drops_packed_copies():
     torch.testing.assert_close(logits, model([1, 2], tokens).detach(), atol=1e-4, rtol=1e-4)
 
 
+@needs_packing
+@pytest.mark.parametrize(
+    "change", [lambda model: model.cast(torch.bfloat16), lambda model: through_data(model.var.blocks[0].ffn.fc1.weight)]
+)
+def test_the_teacher_forced_pass_reads_no_old_copy(change):
+    model, tokens = random_model(), random_tokens(random_model(), 2)
+    model.generate_tokens([1, 2])
+    change(model)
+    with torch.no_grad():
+        logits = model([1, 2], tokens)
+    torch.testing.assert_close(logits, model([1, 2], tokens).detach(), atol=0.1, rtol=0.1)
+
+
 @given(rows=st.integers(1, 9))
 def test_a_condition_layer_is_a_linear_layer(rows):
     layer, x = ConditionLinear(12, 30), torch.randn(rows, 12)

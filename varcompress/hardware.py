@@ -33,7 +33,7 @@ def device_name(device: torch.device | str) -> str:
 def bfloat16_wins(device: str) -> bool:
     """Whether "cuda" or "cpu" multiplies matrices faster in bfloat16 than in float32.
 
-    A processor without instructions for it is hundreds of times slower, so it is measured, once per process.
+    A processor without instructions for it can be far slower with it, so it is measured, once per process.
     """
     if device == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)

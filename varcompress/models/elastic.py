@@ -351,6 +351,8 @@ class ElasticVAR(nn.Module):
         self._refuse_when_offloaded()
         schedule, labels = self.schedule(schedule), self.labels(labels)
         tokens = self._tokens(tokens, len(labels))
+        if not torch.is_grad_enabled():
+            self.prepare(schedule)
         with torch.no_grad():
             teacher_input = self.tokenizer.teacher_input(tokens)
         return self.var(labels, teacher_input, schedule)

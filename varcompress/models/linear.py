@@ -37,6 +37,10 @@ class Linear(nn.Linear):
         """Free the copy."""
         self._packed = None
 
+    def _apply(self, *args: object, **kwargs: object) -> Linear:
+        self._packed = None  # of another dtype or device
+        return super()._apply(*args, **kwargs)
+
     def __getstate__(self) -> dict:
         """For a copy or a pickle, which cannot hold a tensor in oneDNN's layout."""
         return {name: value for name, value in self.__dict__.items() if name != "_packed"}
