@@ -1,10 +1,11 @@
 """Fused operations of generation, one per file: plain torch, and the same in Triton.
 
 `modulate` holds `modulate` and `add_modulate`, `qkv` holds `split_heads`, `draw` holds `draw` and its
-random stream. Each has a plain torch function, which runs anywhere, and a launcher of the same
-name with `_triton` at its end, which must equal it to rounding. The caller chooses by `available`.
+random stream, `group_norm` holds `group_norm`. Each has a plain torch function, which runs anywhere,
+and a launcher of the same name with `_triton` at its end, which must equal it to rounding. The caller
+chooses by `available`.
 
-A launcher allocates at most its output, reads no value back and decides nothing by one, so that a
+A launcher allocates its output and at most small sums, reads no value back and decides nothing by one, so that a
 CUDA graph can capture it; call it once before the capture, because the first call compiles. It
 runs on the current CUDA device and knows no gradients.
 """

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from varcompress.kernels import available
 from varcompress.kernels.draw import draw, draw_triton, uniform
+from varcompress.kernels.group_norm import group_norm, group_norm_triton
 from varcompress.kernels.modulate import add_modulate, add_modulate_triton, modulate, modulate_triton
 from varcompress.kernels.qkv import split_heads, split_heads_triton
 
@@ -25,6 +26,7 @@ class Kernels(NamedTuple):
     add_modulate: Callable[..., tuple[Tensor, Tensor]]
     split_heads: Callable[..., Tensor]
     draw: Callable[..., Tensor]
+    group_norm: Callable[..., Tensor]
 
 
 def _draw(
@@ -40,8 +42,10 @@ def _draw(
     return draw(conditional, unconditional, weight, uniform(seed, images, scale, conditional.shape[1]), **filters)
 
 
-TORCH = Kernels("torch", False, modulate, add_modulate, split_heads, _draw)
-TRITON = Kernels("triton", True, modulate_triton, add_modulate_triton, split_heads_triton, draw_triton)
+TORCH = Kernels("torch", False, modulate, add_modulate, split_heads, _draw, group_norm)
+TRITON = Kernels(
+    "triton", True, modulate_triton, add_modulate_triton, split_heads_triton, draw_triton, group_norm_triton
+)
 
 
 def choose(name: str, device: torch.device) -> Kernels:

@@ -119,9 +119,20 @@ def _filter(distance: Tensor, top_k: int, top_p: float) -> Tensor:
 def _invert(weights: Tensor, uniforms: Tensor) -> Tensor:
     """The first token whose cumulative weight exceeds uniform * total: (rows, V), (rows, 1) -> (rows,)."""
     cumulative = weights.cumsum(dim=-1)
-    total = cumulative[:, -1:].contiguous()
-    target = torch.minimum(uniforms * total, total.nextafter(torch.zeros_like(total)))  # so that some token exceeds it
-    return torch.searchsorted(cumulative, target, right=True).squeeze(-1)
+    if weights.device.type == "cpu":  # it sums in order: nothing falls, and nothing rises where the weight is 0
+        return torch.searchsorted(cumulative, _target(cumulative[:, -1:], uniforms), right=True).squeeze(-1)
+    return _first(cumulative, weights, uniforms)
+
+
+def _first(cumulative: Tensor, weights: Tensor, uniforms: Tensor) -> Tensor:
+    """`_invert` where a parallel sum may fall or rise by a rounding: a token of weight 0 is never the first."""
+    cumulative = cumulative.masked_fill(weights == 0, 0)
+    return (cumulative > _target(cumulative.amax(dim=-1, keepdim=True), uniforms)).int().argmax(dim=-1)
+
+
+def _target(total: Tensor, uniforms: Tensor) -> Tensor:
+    """uniform * total, and less than it, so that some token exceeds it."""
+    return torch.minimum(uniforms * total, total.nextafter(torch.zeros_like(total)))
 
 
 def draw_triton(
@@ -134,23 +145,22 @@ def draw_triton(
     *,
     top_k: int,
     top_p: float,
-    out: Tensor | None = None,
 ) -> Tensor:
     """`draw` with the numbers of `uniform`, in one kernel: (B, n) int64.
 
-    seed: int64, 0-dim, and images: (B,) int64, both on the logits' device. Logits, images, and out
-    if given, are contiguous. Raises ValueError for other shapes and layouts.
+    seed: int64, 0-dim, and images: (B,) int64, both on the logits' device. Logits and images
+    are contiguous. Raises ValueError for other shapes and layouts.
     """
     batch, positions, vocab = conditional.shape
-    out = torch.empty(batch, positions, dtype=torch.int64, device=conditional.device) if out is None else out
+    out = torch.empty(batch, positions, dtype=torch.int64, device=conditional.device)
     if unconditional is not None and unconditional.shape != conditional.shape:
         raise ValueError(f"logits of shapes {tuple(conditional.shape)} and {tuple(unconditional.shape)}")
-    if images.shape != (batch,) or out.shape != (batch, positions) or seed.numel() != 1:
-        raise ValueError(f"images must be {(batch,)}, out {(batch, positions)}, and seed one number")
-    if not all(tensor is None or tensor.is_contiguous() for tensor in (conditional, unconditional, images, out)):
-        raise ValueError("logits, images and out must be contiguous")
-    if not seed.dtype == images.dtype == out.dtype == torch.int64:
-        raise ValueError("seed, images and out must be int64")
+    if images.shape != (batch,) or seed.numel() != 1:
+        raise ValueError(f"images must be {(batch,)}, and seed one number")
+    if not all(tensor is None or tensor.is_contiguous() for tensor in (conditional, unconditional, images)):
+        raise ValueError("logits and images must be contiguous")
+    if not seed.dtype == images.dtype == torch.int64:
+        raise ValueError("seed and images must be int64")
     block = triton.next_power_of_2(vocab)
     _draw[(positions, batch)](
         conditional,

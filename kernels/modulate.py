@@ -27,36 +27,30 @@ def add_modulate(x: Tensor, branch: Tensor, gate: Tensor, scale: Tensor, shift: 
     return x, modulate(x, scale, shift)
 
 
-def modulate_triton(x: Tensor, scale: Tensor, shift: Tensor, *, out: Tensor | None = None) -> Tensor:
+def modulate_triton(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     """`modulate` in one kernel, float32 inside.
 
-    x, and out if given, are contiguous; scale and shift may be views whose last dimension is
-    contiguous. Raises ValueError for other layouts.
+    x is contiguous; scale and shift may be views whose last dimension is. Raises ValueError for other layouts.
     """
-    return _launch(x, None, None, scale, shift, out)
+    return _launch(x, None, None, scale, shift)
 
 
-def add_modulate_triton(
-    x: Tensor, branch: Tensor, gate: Tensor, scale: Tensor, shift: Tensor, *, out: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """`add_modulate` in one kernel, float32 inside. The sum overwrites x; `out` may be `branch`.
+def add_modulate_triton(x: Tensor, branch: Tensor, gate: Tensor, scale: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
+    """`add_modulate` in one kernel, float32 inside. The sum overwrites x.
 
     Layouts and errors are those of `modulate_triton`, branch as x and gate as scale.
     """
-    return x, _launch(x, branch, gate, scale, shift, out)
+    return x, _launch(x, branch, gate, scale, shift)
 
 
-def _launch(
-    x: Tensor, branch: Tensor | None, gate: Tensor | None, scale: Tensor, shift: Tensor, out: Tensor | None
-) -> Tensor:
-    out = torch.empty_like(x) if out is None else out
+def _launch(x: Tensor, branch: Tensor | None, gate: Tensor | None, scale: Tensor, shift: Tensor) -> Tensor:
     rows, tokens, width = x.shape
-    if not all(tensor is None or (tensor.is_contiguous() and tensor.shape == x.shape) for tensor in (x, branch, out)):
-        raise ValueError(f"x, branch and out must be contiguous and of one shape, {tuple(x.shape)}")
+    if not all(tensor is None or (tensor.is_contiguous() and tensor.shape == x.shape) for tensor in (x, branch)):
+        raise ValueError(f"x and branch must be contiguous and of one shape, {tuple(x.shape)}")
     vectors = [vector for vector in (gate, scale, shift) if vector is not None]
     if not all(vector.shape == (rows, 1, width) and vector.stride(-1) == 1 for vector in vectors):
         raise ValueError(f"gate, scale and shift must be {(rows, 1, width)} with contiguous vectors")
-    block = triton.next_power_of_2(width)
+    out, block = torch.empty_like(x), triton.next_power_of_2(width)
     _modulate[(tokens, rows)](
         x,
         branch,

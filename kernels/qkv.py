@@ -41,20 +41,18 @@ def split_heads_triton(
     temperature: Tensor,
     keys: Tensor,
     values: Tensor,
-    *,
-    out: Tensor | None = None,
 ) -> Tensor:
     """`split_heads` in one kernel, which adds the bias in float32 too.
 
-    qkv, bias, temperature, and out if given, are contiguous; keys and values have the same
+    qkv, bias and temperature are contiguous; keys and values have the same
     strides, the last 1. Raises ValueError for other shapes and layouts.
     """
     rows, heads, tokens, dim = keys.shape
-    out = qkv.new_empty(keys.shape) if out is None else out
-    if qkv.shape != (rows, tokens, 3 * heads * dim) or values.shape != keys.shape or out.shape != keys.shape:
-        raise ValueError(f"qkv {tuple(qkv.shape)} is not that of keys, values and out {tuple(keys.shape)}")
-    if not all(tensor is None or tensor.is_contiguous() for tensor in (qkv, bias, temperature, out)):
-        raise ValueError("qkv, bias, temperature and out must be contiguous")
+    out = qkv.new_empty(keys.shape)
+    if qkv.shape != (rows, tokens, 3 * heads * dim) or values.shape != keys.shape:
+        raise ValueError(f"qkv {tuple(qkv.shape)} is not that of keys and values {tuple(keys.shape)}")
+    if not all(tensor is None or tensor.is_contiguous() for tensor in (qkv, bias, temperature)):
+        raise ValueError("qkv, bias and temperature must be contiguous")
     if keys.stride() != values.stride() or keys.stride(-1) != 1:
         raise ValueError("keys and values must have the same strides, the last 1")
     _split_heads[(tokens, rows, triton.cdiv(heads, _GROUP))](

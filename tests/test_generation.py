@@ -15,7 +15,7 @@ from tests.conftest import random_model
 from tests.kernels import DEVICE, needs_triton
 from tests.test_models import random_tokens, schedules
 from varcompress.errors import InputError
-from varcompress.kernels.backend import TORCH, choose
+from varcompress.kernels.backend import TORCH, TRITON, choose
 from varcompress.models import generation
 from varcompress.models.linear import ConditionLinear, Linear, packing_wins
 from varcompress.models.strips import STRIP_ELEMENTS, largest_map
@@ -48,6 +48,31 @@ def test_fused_kernels_give_the_same_images(shared_aln):
     tokens, f_hat = model.generate_tokens([1, 2], "d2@1", seed=1)
     assert torch.equal(tokens.cpu(), plain_tokens)
     torch.testing.assert_close(f_hat.cpu(), plain, atol=1e-5, rtol=1e-5)
+
+
+@needs_triton
+@pytest.mark.parametrize("cache_dtype", ["int8", "float8"])
+def test_fused_kernels_write_into_an_eight_bit_cache(cache_dtype):
+    logits = []
+    for kernels in ("torch", "triton"):
+        model = random_model(depth=3, patch_nums=(1, 2))
+        model.place(torch.device(DEVICE), kernels=kernels, cache_dtype=cache_dtype)
+        logits.append(logits_of(model, random_tokens(model, 2).to(DEVICE), [1, 2], "d2@1"))
+    # a rounding of a key may tip the rounding to eight bits of one of its numbers
+    assert (logits[1] - logits[0]).norm() / logits[0].norm() < 1e-3
+
+
+@needs_triton
+def test_the_decoder_with_fused_kernels_is_the_decoder():
+    torch.manual_seed(0)
+    vae = VQVAE(TokenizerConfig(32, (1, 1, 2), 1, 8, 40, 4, 3, (1, 2, 4))).to(DEVICE)
+    for parameter in vae.decoder.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    z = torch.randn(2, 8, 4, 4, device=DEVICE)
+    with torch.no_grad():
+        plain = vae.decoder(z)
+        vae.decoder.to(memory_format=torch.channels_last)
+        torch.testing.assert_close(vae.decoder(z, TRITON), plain, atol=2e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ capability, num_warps, registers of a thread, bytes spilled.
 
 from __future__ import annotations
 
+import inspect
 import re
 import subprocess
 import tempfile
@@ -16,9 +17,9 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from triton.runtime.jit import mangle_type
+from triton.runtime.jit import JITFunction, mangle_type
 
-from varcompress.kernels import draw, modulate, qkv
+from varcompress.kernels import draw, group_norm, modulate, qkv
 
 CAPABILITIES = (80, 90)
 PTXAS = Path(triton.__file__).parent / "backends/nvidia/bin/ptxas"
@@ -65,8 +66,10 @@ def usage(ptx: str) -> tuple[int, int]:
 
 
 def main() -> None:
-    for module, name in ((modulate, "_modulate"), (qkv, "_split_heads"), (draw, "_draw")):
-        setattr(module, name, Compiler(getattr(module, name)))
+    for module in (modulate, qkv, draw, group_norm):
+        for name, kernel in list(vars(module).items()):
+            if isinstance(kernel, JITFunction) and f"{name}[" in inspect.getsource(module):  # launched, not only called
+                setattr(module, name, Compiler(kernel))
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         launch(dtype, optional=True)
     launch(torch.bfloat16, optional=False)
@@ -85,6 +88,9 @@ def launch(dtype: torch.dtype, *, optional: bool) -> None:
     qkv.split_heads_triton(torch.empty(2, 1, 3 * 1920, dtype=dtype), bias, torch.empty(30), *cache)
     logits, number = torch.empty(1, 1, 4096, dtype=dtype), torch.zeros(1, dtype=torch.int64)
     draw.draw_triton(logits, logits if optional else None, 1.5, number[0], number, 3, top_k=900, top_p=0.96)
+    for channels, side in ((160, 256), (640, 16)):
+        norm = torch.nn.GroupNorm(32, channels, dtype=dtype)
+        group_norm.group_norm_triton(norm, torch.empty(1, channels, side, side, dtype=dtype), silu=optional)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.kernels import DEVICE, DTYPES, needs_gpu, needs_triton
 from varcompress.kernels import available
-from varcompress.kernels.draw import draw, draw_triton, philox, uniform
+from varcompress.kernels.draw import _first, _invert, draw, draw_triton, philox, uniform
 
 WORD = 0xFFFFFFFF
 # Known answers of philox4x32-10 in Random123 (D. E. Shaw Research), kat_vectors: counter, key, output
@@ -278,6 +278,19 @@ def test_frequencies_match_probabilities(top_k, top_p, launcher):
 
 
 # -- independence, memory, capture --------------------------------------------------------------
+
+
+def test_a_sum_in_another_order_never_draws_a_token_of_weight_0():
+    """A GPU sums in parallel, and may round a cumulative weight up where nothing is added, or down."""
+    generator = torch.Generator().manual_seed(0)
+    weights = torch.rand(64, 500, generator=generator) * (torch.rand(64, 500, generator=generator) < 0.1)
+    exact = weights.cumsum(dim=-1)
+    for uniforms in (torch.rand(64, 1, generator=generator), torch.zeros(64, 1), torch.ones(64, 1)):
+        assert torch.equal(_first(exact, weights, uniforms), _invert(weights, uniforms))
+        for rounding in (1e-3, 1e-1):  # far more than any sum's, to be met at all
+            rounded = exact * (1 + rounding * torch.randn(exact.shape, generator=generator))
+            drawn = _first(rounded, weights, uniforms)
+            assert (weights.gather(-1, drawn[:, None]) > 0).all()
 
 
 def test_a_token_does_not_depend_on_the_rows_beside_it():

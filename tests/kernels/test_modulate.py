@@ -81,18 +81,13 @@ def test_a_large_mean_leaves_the_variance_exact():
 
 
 @needs_triton
-def test_the_sum_overwrites_x_and_out_may_be_the_branch():
+def test_the_sum_overwrites_x_alone():
     x, branch, gate, scale, shift = inputs((2, 3, 48), torch.bfloat16)
-    again, before = x.clone(), branch.clone()
-    total, y = add_modulate_triton(again, branch, gate, scale, shift)
-    assert total is again
-    assert torch.equal(branch, before)
-    assert not torch.equal(again, x)
-    in_place = add_modulate_triton(x, branch, gate, scale, shift, out=branch)
-    assert in_place[0] is x
-    assert in_place[1] is branch
-    assert torch.equal(x, total)
-    assert torch.equal(branch, y)
+    before = x.clone(), branch.clone()
+    total, _ = add_modulate_triton(x, branch, gate, scale, shift)
+    assert total is x
+    assert not torch.equal(x, before[0])
+    assert torch.equal(branch, before[1])
 
 
 @needs_triton

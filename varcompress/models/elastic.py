@@ -324,9 +324,12 @@ class ElasticVAR(nn.Module):
         return torch.cat(parts) if len(parts) > 1 else parts[0]
 
     def _decode_few(self, f_hat: Tensor) -> Tensor:
-        if not self._graphed:
-            return self.tokenizer.decode_features(f_hat)
-        (images,) = self._graphs.run(("decode", len(f_hat)), lambda f: (self.tokenizer.decode_features(f),), f_hat)
+        kernels = choose(self.kernels, self.device)
+
+        def body(f_hat: Tensor) -> tuple[Tensor]:
+            return (self.tokenizer.decode_features(f_hat, kernels),)
+
+        (images,) = self._graphs.run(("decode", len(f_hat)), body, f_hat) if self._graphed else body(f_hat)
         return images
 
     @torch.inference_mode()

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from varcompress.kernels.backend import TORCH, Kernels
 from varcompress.models import strips
 
 NORM_GROUPS = 32
@@ -67,10 +68,10 @@ class ResBlock(nn.Module):
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
         self.nin_shortcut = nn.Identity() if channels == out_channels else nn.Conv2d(channels, out_channels, 1)
 
-    def forward(self, x: Tensor) -> Tensor:
-        h = F.silu(self.norm1(x), inplace=True)
+    def forward(self, x: Tensor, kernels: Kernels = TORCH) -> Tensor:
+        h = kernels.group_norm(self.norm1, x, silu=True)
         h = self.conv1(h)
-        h = F.silu(self.norm2(h), inplace=True)  # one name: no map outlives its use
+        h = kernels.group_norm(self.norm2, h, silu=True)  # one name: no map outlives its use
         h = self.conv2(h)
         return h.add_(self.nin_shortcut(x))
 
@@ -84,8 +85,8 @@ class AttentionBlock(nn.Module):
         self.qkv = nn.Conv2d(channels, 3 * channels, 1)
         self.proj_out = nn.Conv2d(channels, channels, 1)
 
-    def forward(self, x: Tensor) -> Tensor:
-        q, k, v = self.qkv(self.norm(x)).flatten(2).transpose(1, 2).chunk(3, dim=-1)
+    def forward(self, x: Tensor, kernels: Kernels = TORCH) -> Tensor:
+        q, k, v = self.qkv(kernels.group_norm(self.norm, x)).flatten(2).transpose(1, 2).chunk(3, dim=-1)
         h = F.scaled_dot_product_attention(q[:, None], k[:, None], v[:, None])[:, 0]
         return x + self.proj_out(h.transpose(1, 2).unflatten(2, x.shape[2:]))
 
@@ -110,11 +111,11 @@ class Level(nn.Module):
         self.block = nn.ModuleList(ResBlock(channels if i == 0 else out_channels, out_channels) for i in range(blocks))
         self.attn = nn.ModuleList(AttentionBlock(out_channels) for _ in range(blocks if attention else 0))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, kernels: Kernels = TORCH) -> Tensor:
         for i, block in enumerate(self.block):
-            x = block(x)
+            x = block(x, kernels)
             if self.attn:
-                x = self.attn[i](x)
+                x = self.attn[i](x, kernels)
         return x
 
 
@@ -127,8 +128,8 @@ class Middle(nn.Module):
         self.attn_1 = AttentionBlock(channels)
         self.block_2 = ResBlock(channels, channels)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.block_2(self.attn_1(self.block_1(x)))
+    def forward(self, x: Tensor, kernels: Kernels = TORCH) -> Tensor:
+        return self.block_2(self.attn_1(self.block_1(x, kernels), kernels), kernels)
 
 
 class Encoder(nn.Module):
@@ -155,7 +156,7 @@ class Encoder(nn.Module):
             h = level(h)
             if hasattr(level, "downsample"):
                 h = level.downsample(h)
-        return self.conv_out(F.silu(self.norm_out(self.mid(h)), inplace=True))
+        return self.conv_out(TORCH.group_norm(self.norm_out, self.mid(h), silu=True))
 
 
 class Decoder(nn.Module):
@@ -176,13 +177,13 @@ class Decoder(nn.Module):
         self.norm_out = _norm(widths[0])
         self.conv_out = nn.Conv2d(widths[0], 3, 3, padding=1)
 
-    def forward(self, z: Tensor) -> Tensor:
-        h = self.mid(self.conv_in(z))
+    def forward(self, z: Tensor, kernels: Kernels = TORCH) -> Tensor:
+        h = self.mid(self.conv_in(z), kernels)
         for level in reversed(self.up):
-            h = level(h)
+            h = level(h, kernels)
             if hasattr(level, "upsample"):
                 h = level.upsample(h)
-        return self.conv_out(F.silu(self.norm_out(h), inplace=True))
+        return self.conv_out(kernels.group_norm(self.norm_out, h, silu=True))
 
 
 class Phi(nn.Conv2d):
@@ -291,11 +292,11 @@ class VQVAE(nn.Module):
         sums = zip(range(1, len(self.config.patch_nums)), self.quantize.partial_sums(tokens), strict=False)
         return torch.cat([self.quantize.next_input(scale, f_hat) for scale, f_hat in sums], dim=1)
 
-    def decode_features(self, f_hat: Tensor) -> Tensor:
+    def decode_features(self, f_hat: Tensor, kernels: Kernels = TORCH) -> Tensor:
         """f_hat (B, C, P, P) to images (B, 3, H, W) in [0, 1], float32."""
         z = self.post_quant_conv(f_hat.to(self.post_quant_conv.weight.dtype))
         on_cpu = z.device.type == "cpu" and not torch.is_grad_enabled()
-        images = strips.decode(self.decoder, z) if on_cpu else self.decoder(z)
+        images = strips.decode(self.decoder, z) if on_cpu else self.decoder(z, kernels)
         return images.float().clamp_(-1, 1).add_(1).mul_(0.5)
 
     @property
