@@ -123,6 +123,10 @@ def test_embedded_digits_whatever_lies_in_the_working_directory(tmp_path, monkey
         ("digits", {"device": "gpu"}, "use cpu, cuda or cuda:1"),
         ("digits", {"device": "meta"}, "use cpu or cuda"),
         ("digits", {"device": "cuda:99"}, "CUDA devices here"),
+        ("gone.pth", {"kernels": "cuda"}, "use auto, torch, triton"),  # before a model is looked for
+        ("gone.pth", {"cache_dtype": "int4"}, "use int8 or float8"),
+        ("gone.pth", {"device": "cpu", "offload": "all"}, "offload 'all' is unknown: use bridge"),
+        ("gone.pth", {"device": "cpu", "offload": "bridge"}, "spares the memory of a GPU"),
     ],
 )
 def test_what_cannot_be_loaded(source, options, told, tmp_path, monkeypatch):

@@ -40,7 +40,7 @@ from varcompress.checkpoint import (
 from varcompress.data.digits import FOLDER as DIGITS_FOLDER
 from varcompress.errors import InputError
 from varcompress.hardware import bfloat16_wins
-from varcompress.models.elastic import ElasticVAR
+from varcompress.models.elastic import ElasticVAR, check_placement
 
 OFFICIAL_REPO, OFFICIAL_LICENSE = "FoundationVision/var", "mit"
 OFFICIAL_VAE = "vae_ch160v4096z32.pth"
@@ -80,6 +80,7 @@ def load(
     """
     place = _device(device)
     kind = _dtype(dtype, place)
+    check_placement(place, kernels=kernels, cache_dtype=cache_dtype, offload=offload)  # before a download, not after
     if offload and place.type != "cuda":
         raise InputError(f"offload {offload!r} spares the memory of a GPU, and the device is {place}: leave it out")
     model = _open(str(source), vae, revision)

@@ -36,6 +36,20 @@ class Provenance:
     recipe: dict | None = None  # the recipe that made it elastic, None for an untouched checkpoint
 
 
+def check_placement(device: torch.device, *, kernels: str, cache_dtype: str | None, offload: str | None) -> None:
+    """Raises InputError for what `ElasticVAR.place` cannot do."""
+    if kernels not in CHOICES:
+        raise InputError(f"kernels {kernels!r} are unknown: use {', '.join(CHOICES)}")
+    if cache_dtype not in (None, *CACHE_DTYPES):
+        raise InputError(f"cache dtype {cache_dtype!r} is unknown: use {' or '.join(CACHE_DTYPES)}, or leave it out")
+    if offload not in (None, *OFFLOADS):
+        raise InputError(f"offload {offload!r} is unknown: use {OFFLOADS[0]}, or leave it out")
+    try:
+        choose(kernels, device)
+    except ValueError as error:
+        raise InputError(f"kernels {kernels!r}: {error}: use auto or torch") from error
+
+
 def default_bridge(scales: int) -> int:
     """Six scales of ten, as in VARiant's main table, and in that proportion for other models."""
     return max(1, round(0.6 * scales))
@@ -112,18 +126,7 @@ class ElasticVAR(nn.Module):
         a schedule's last scale does not run in host memory (then there is no `forward` and no training).
         Raises InputError for anything else.
         """
-        if kernels not in CHOICES:
-            raise InputError(f"kernels {kernels!r} are unknown: use {', '.join(CHOICES)}")
-        if cache_dtype not in (None, *CACHE_DTYPES):
-            raise InputError(
-                f"cache dtype {cache_dtype!r} is unknown: use {' or '.join(CACHE_DTYPES)}, or leave it out"
-            )
-        if offload not in (None, *OFFLOADS):
-            raise InputError(f"offload {offload!r} is unknown: use {OFFLOADS[0]}, or leave it out")
-        try:
-            choose(kernels, device)
-        except ValueError as error:
-            raise InputError(f"kernels {kernels!r}: {error}: use auto or torch") from error
+        check_placement(device, kernels=kernels, cache_dtype=cache_dtype, offload=offload)
         self._graphs.clear()
         self._streamed = None
         self.kernels, self.cache_dtype = kernels, CACHE_DTYPES.get(cache_dtype)
