@@ -74,8 +74,8 @@ def _sum_slab(
     near = tl.load(x_pointer + first * CHANNELS + channel, mask=channel < CHANNELS, other=0.0).to(tl.float32)
     sums = tl.zeros((ROWS, BLOCK), tl.float32)
     squares = tl.zeros((ROWS, BLOCK), tl.float32)
-    for start in range(first, first + SLAB, ROWS):
-        here, inside = _tile(start, pixels, channel, CHANNELS, ROWS)
+    for start in range(0, SLAB, ROWS):
+        here, inside = _tile(first + start, pixels, channel, CHANNELS, ROWS)
         x = tl.load(x_pointer + here, mask=inside, other=0.0).to(tl.float32)
         distance = tl.where(inside, x - near[None, :], 0.0)
         sums += distance
@@ -143,8 +143,8 @@ def _apply(
     affine_pointer += image * 2 * CHANNELS
     factor = tl.load(affine_pointer + channel, mask=channel < CHANNELS, other=0.0)[None, :]
     summand = tl.load(affine_pointer + CHANNELS + channel, mask=channel < CHANNELS, other=0.0)[None, :]
-    for start in range(first, first + SLAB, ROWS):
-        here, inside = _tile(start, pixels, channel, CHANNELS, ROWS)
+    for start in range(0, SLAB, ROWS):
+        here, inside = _tile(first + start, pixels, channel, CHANNELS, ROWS)
         y = tl.load(x_pointer + here, mask=inside, other=0.0).to(tl.float32) * factor + summand
         if SILU:
             y = y * tl.sigmoid(y)
