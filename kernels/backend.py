@@ -20,7 +20,6 @@ CHOICES = ("auto", "torch", "triton")
 class Kernels(NamedTuple):
     """One version of every operation, each with the arguments and results of its plain torch function."""
 
-    name: str
     adds_bias: bool  # whether split_heads is to add the bias; if not, the matrix product before it has
     modulate: Callable[..., Tensor]
     add_modulate: Callable[..., tuple[Tensor, Tensor]]
@@ -42,10 +41,8 @@ def _draw(
     return draw(conditional, unconditional, weight, uniform(seed, images, scale, conditional.shape[1]), **filters)
 
 
-TORCH = Kernels("torch", False, modulate, add_modulate, split_heads, _draw, group_norm)
-TRITON = Kernels(
-    "triton", True, modulate_triton, add_modulate_triton, split_heads_triton, draw_triton, group_norm_triton
-)
+TORCH = Kernels(False, modulate, add_modulate, split_heads, _draw, group_norm)
+TRITON = Kernels(True, modulate_triton, add_modulate_triton, split_heads_triton, draw_triton, group_norm_triton)
 
 
 def choose(name: str, device: torch.device) -> Kernels:

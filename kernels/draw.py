@@ -20,7 +20,8 @@ _ROUNDS = 10
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
 _WORD = 0xFFFFFFFF
-CHUNK = 1 << 18  # logits filtered at a time, at up to 28 bytes of temporaries each: few enough for a CPU's cache
+CPU_CHUNK, GPU_CHUNK = 1 << 18, 1 << 22  # logits filtered at a time: few enough for a cache, enough to fill a GPU
+BYTES_PER_LOGIT = 28  # of temporaries, at most, for each of them
 
 
 def _multiply(a: Tensor, b: int) -> tuple[Tensor, Tensor]:
@@ -70,10 +71,10 @@ def draw(
     (FoundationVision/VAR, models/helpers.py, but for ties). The token is the first, by index, at
     which the cumulative probability of what is kept exceeds the uniform number; top_k 1 takes the
     first of the largest instead. A largest logit that is NaN or infinite has no distribution: its
-    token is -1. Temporaries stay below 8 MiB for V up to 2^18.
+    token is -1. Temporaries stay within BYTES_PER_LOGIT for `chunk` logits, or for V where that is more.
     """
     tokens = torch.empty(uniforms.numel(), dtype=torch.int64, device=conditional.device)
-    rows = max(1, CHUNK // conditional.shape[-1])
+    rows = max(1, chunk(conditional.device) // conditional.shape[-1])
     arguments = (conditional.flatten(0, 1), None if unconditional is None else unconditional.flatten(0, 1))
     for start in range(0, len(tokens), rows):
         part = slice(start, start + rows)
@@ -85,6 +86,11 @@ def draw(
             drawn = _invert(_filter(top - logits, top_k, top_p), uniforms.flatten()[part, None])
         tokens[part] = drawn.masked_fill_(~top.squeeze(-1).isfinite(), -1)
     return tokens.view(uniforms.shape)
+
+
+def chunk(device: torch.device) -> int:
+    """Logits that `draw` filters at a time on a device."""
+    return CPU_CHUNK if device.type == "cpu" else GPU_CHUNK
 
 
 def _guide(conditional: Tensor, unconditional: Tensor | None, weight: float) -> Tensor:

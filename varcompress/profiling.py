@@ -27,7 +27,8 @@ from varcompress.cache import KVCache
 from varcompress.checkpoint import fingerprint
 from varcompress.errors import InputError
 from varcompress.hardware import device_name, fitting_memory
-from varcompress.kernels.draw import CHUNK
+from varcompress.kernels import draw
+from varcompress.kernels.backend import TRITON, choose
 from varcompress.models.elastic import ElasticVAR
 from varcompress.models.linear import Linear
 from varcompress.models.strips import STRIP_ELEMENTS, largest_map
@@ -36,7 +37,6 @@ from varcompress.sampling import images_at_a_time
 from varcompress.schedule import Schedule
 
 PHASES = ("transformer", "sampling", "decoder")
-DRAW_BYTES_PER_LOGIT = 28  # what drawing in plain torch holds for each of the CHUNK logits that it filters at a time
 
 Progress = Callable[[int, int, str], None]
 
@@ -96,6 +96,9 @@ def profile(
     splits = {schedule: [] for schedule in schedules}
     order = random.Random(seed)
     with fitting_memory(model.device, batch_size):
+        if model.device.type == "cuda":
+            with model.eager():  # libraries take their workspace at the first call, which belongs to no schedule
+                model.generate(labels, schedules[0], seed=seed, **sampling)
         counts = {schedule: _counts(model, call, schedule) for schedule in schedules}
         for _ in range(warmup):
             for schedule in schedules:
@@ -160,12 +163,13 @@ def cache_effect(model: ElasticVAR, schedule: str | Schedule, labels: Tensor) ->
     if model.cache_dtype is None:
         return {}
     stored, collected = model.cache_dtype, []
-    tokens, _ = model.generate_tokens(labels, schedule)
     try:
-        for model.cache_dtype in (None, stored):
-            logits: list[Tensor] = []
-            model.generate_tokens(labels, schedule, forced=tokens, logits_out=logits)
-            collected.append(torch.cat(logits, dim=1))
+        with model.eager():
+            tokens, _ = model.generate_tokens(labels, schedule)
+            for model.cache_dtype in (None, stored):
+                logits: list[Tensor] = []
+                model.generate_tokens(labels, schedule, forced=tokens, logits_out=logits)
+                collected.append(torch.cat(logits, dim=1))
     finally:
         model.cache_dtype = stored
     exact, rounded = collected
@@ -343,7 +347,7 @@ def timed(device: torch.device, call: Callable[[], Tensor]) -> tuple[Tensor, flo
 
 
 def _phases_ms(model: ElasticVAR, call: Callable[[], Tensor]) -> dict[str, float]:
-    """One call split into PHASES by the device's own clock.
+    """One call split into PHASES by the device's own clock; on a GPU a call without graphs, which a small batch slows.
 
     Sampling (guidance, top-k, top-p, draw) lies between the head and the codebook's look-up, the decoder begins with
     its first convolution, and the rest is the transformer, the quantiser's small sums included.
@@ -367,12 +371,12 @@ def _phases_ms(model: ElasticVAR, call: Callable[[], Tensor]) -> dict[str, float
         model.tokenizer.post_quant_conv.register_forward_pre_hook(begins("decoder")),
     ]
     try:
-        _synchronize(device)
-        begins("transformer")()
         with model.eager():
+            _synchronize(device)
+            begins("transformer")()
             call()
-        begins("end")()
-        _synchronize(device)
+            begins("end")()
+            _synchronize(device)
     finally:
         for hook in hooks:
             hook.remove()
@@ -448,7 +452,7 @@ def _predicted_peak_bytes(model: ElasticVAR, schedule: Schedule, batch_size: int
     width, rows = config.width, 2 * batch_size
     cache = schedule.cache_bytes(batch=batch_size, token_bytes=model.cache_token_bytes)
     f_hat = batch_size * config.z_channels * config.patch_nums[-1] ** 2 * 4
-    packed = bool(model.packed_layers())
+    fused = choose(model.kernels, model.device) is TRITON
     fullest = 0
     for side, end, layers in zip(config.patch_nums, schedule.ends, schedule.layers, strict=True):
         once = (rows * 6 + 3) * len(layers) * width + rows * 3 * width
@@ -457,12 +461,12 @@ def _predicted_peak_bytes(model: ElasticVAR, schedule: Schedule, batch_size: int
         attention = token * (1 + 1 + 3 + 1 + 1) * width
         if model.cache_dtype:  # this scale's keys and values, and the layer's turned back
             attention += token * 2 * width + rows * 2 * end * width
-        # the stream, what was read from it, the hidden layer, which an activation of its own has twice
-        mlp = token * (2 * width + (config.hidden + width if packed else 2 * config.hidden))
+        # the stream, what was read from it, the hidden layer, the result
+        mlp = token * (3 * width + config.hidden)
         few = min(batch_size, images_at_a_time(side**2, config.vocab, element_bytes))
         logits = 2 * few * side**2 * config.vocab
         sampling = token * 2 * width + logits
-        drawing = DRAW_BYTES_PER_LOGIT * min(logits // 2, CHUNK)
+        drawing = 0 if fused else draw.BYTES_PER_LOGIT * min(logits // 2, draw.chunk(model.device))
         fullest = max(
             fullest,
             once * element_bytes
@@ -478,8 +482,9 @@ def _decoder_elements(model: ElasticVAR, images: int) -> int:
     """Elements of the decoder's feature maps at their fullest, for the images that it decodes together.
 
     On a GPU that is the last convolution of a residual block: the level's input, the block's input, and two maps of
-    its own. On a CPU it is two buffers of the largest map, two strips, twice the map before the last doubling, and in
-    half precision a copy of the map in float32, for its mean and variance.
+    its own, three where plain torch has normalised it into another layout. On a CPU it is two buffers of the largest
+    map, two strips, twice the map before the last doubling, and in half precision a copy of the map in float32, for its
+    mean and variance.
     """
     config = model.tokenizer.config
     widths = [config.channels * m for m in config.channel_multipliers]
@@ -489,4 +494,7 @@ def _decoder_elements(model: ElasticVAR, images: int) -> int:
         largest = images * largest_map(model.tokenizer.decoder, config.patch_nums[-1])
         exact = 0 if model.dtype is torch.float32 else 2 * largest
         return 2 * largest + 2 * min(largest, STRIP_ELEMENTS) + 2 * (largest // 4) + exact
-    return images * max(side**2 * (given + 3 * width) for side, given, width in zip(sides, inputs, widths, strict=True))
+    own = 3 if choose(model.kernels, model.device) is TRITON else 4
+    return images * max(
+        side**2 * (given + own * width) for side, given, width in zip(sides, inputs, widths, strict=True)
+    )

@@ -167,10 +167,6 @@ class Schedule:
         """
         return 2 * (2 * batch) * self.peak_rows * token_bytes
 
-    def layer_calls(self) -> int:
-        """Blocks run for one image: the sum over scales of the layers in use."""
-        return sum(map(len, self.layers))
-
     def flops(self, *, width: int, vocab: int, mlp_ratio: float = 4.0) -> int:
         """FLOPs of the transformer for one guided image: linear layers, attention and head.
 

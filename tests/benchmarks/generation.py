@@ -16,7 +16,7 @@ import json
 import random
 import statistics
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -24,11 +24,11 @@ import torch
 from torch import Tensor, nn
 
 from tests.benchmarks.tables import write_tables
-from varcompress.checkpoint import build_tokenizer, build_var, cast
 from varcompress.hardware import device_name, fastest_s
+from varcompress.kernels.backend import CHOICES
 from varcompress.models.elastic import ElasticVAR
 from varcompress.models.linear import Linear, packing_wins
-from varcompress.models.tokenizer import VQVAE, TokenizerConfig, decoder_flops
+from varcompress.models.tokenizer import VQVAE, TokenizerConfig, decoder_flops, exact_convolutions
 from varcompress.models.transformer import VAR, VARConfig
 from varcompress.profiling import LiveTensors, PeakMemory, predict, timed
 from varcompress.schedule import Schedule
@@ -37,6 +37,7 @@ FOLDER = Path(__file__).parents[2] / "docs" / "benchmarks"
 PATCH_NUMS = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
 SAMPLING = {"cfg": 1.5, "top_k": 900, "top_p": 0.96}
 REFERENCE = "reference"
+COMPARED = 8  # images, at most, that are compared with the reference's
 
 
 # -- models ---------------------------------------------------------------------------------------
@@ -89,22 +90,24 @@ class Reference:
         hits = {"quantize.ema_vocab_hit_SV": torch.zeros(len(PATCH_NUMS), 4096)}
         self.vae.load_state_dict({**model.tokenizer.state_dict(), **hits}, assign=True)
         self.device = device
-        self.var.to(device).eval().requires_grad_(False)
-        self.vae.to(device).eval().requires_grad_(False)
+        self.half = device.type == "cuda"  # float16 autocast, its own best setting there
+        self.var.to(device).eval()
+        self.vae.to(device).eval()
+        self.attention = "flash_attn" if self.var.blocks[0].attn.using_flash else "torch"
         self.var.rng = torch.Generator(device=device)
         self.decode_features, self.vae.fhat_to_img = self.vae.fhat_to_img, lambda f_hat: f_hat
 
     def _autocast(self) -> torch.autocast:
-        """Its own best setting on a GPU is float16 autocast; on a CPU it runs in float32."""
-        return torch.autocast("cuda", torch.float16, enabled=self.device.type == "cuda", cache_enabled=True)
+        """Keeps what it has cast for the whole call, as it does not in inference mode or of weights that are frozen."""
+        return torch.autocast("cuda", torch.float16, enabled=self.half, cache_enabled=True)
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def features(self, labels: Tensor, **settings: float) -> Tensor:
         """f_hat, halved and shifted as it shifts images."""
         with self._autocast():
             return self.var.autoregressive_infer_cfg(len(labels), labels.to(self.device), g_seed=0, **settings)
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def decode(self, shifted: Tensor) -> Tensor:
         with self._autocast():
             return self.decode_features(shifted * 2 - 1).add_(1).mul_(0.5)
@@ -132,6 +135,7 @@ def rates(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
     side = 8192 if device.type == "cuda" else 1024
     x = torch.randn(side, side, device=device).to(dtype)
     layer = Linear(side, side, bias=False, device=device, dtype=dtype)
+    nn.init.normal_(layer.weight, std=side**-0.5)  # the reference stops torch from initialising
     if device.type == "cpu" and packing_wins(dtype):
         layer.pack()
     source = torch.empty(1 << 30 if device.type == "cuda" else 1 << 28, dtype=torch.uint8, device=device)
@@ -178,22 +182,23 @@ def measure(
     times: dict[str, list[float]] = {name: [] for name in ways}
     decoder_times: dict[str, list[float]] = {name: [] for name in decoders}
     order = random.Random(0)
-    for run in range(runs + 1):
-        for name in order.sample(list(ways), len(ways)):
+    warmups = 2 if device.type == "cuda" else 1  # kernels compile and graphs are recorded; then memory is taken anew
+    for run in range(1 - warmups, runs + 1):
+        # recorded from the largest to the smallest, graphs share the memory of the first
+        for name in order.sample(list(ways), len(ways)) if run > 0 else ways:
             output, elapsed_ms = timed(device, ways[name])
             print(f"batch {batch} run {run}/{runs} {name}: {elapsed_ms:.0f} ms", flush=True)
-            if run:  # the first warms up, compiles and records
+            if run > 0:
                 times[name].append(elapsed_ms)
             if name in decoders:
                 elapsed_ms = timed(device, partial(decoders[name], output))[1]
                 print(f"batch {batch} run {run}/{runs} {name}, decoder: {elapsed_ms:.0f} ms", flush=True)
-                if run:
+                if run > 0:
                     decoder_times[name].append(elapsed_ms)
     return {
         "rows": [
             _row(name, batch, times[name], decoder_times.get(name, decoder_times[str(schedules[0])])) for name in ways
         ],
-        "images": _images(model, reference, labels) if reference else None,
         "switch": _switch(model, schedules, labels),
     }
 
@@ -212,11 +217,18 @@ def _row(name: str, batch: int, tokens: list[float], decoder: list[float]) -> di
     }
 
 
-def _images(model: ElasticVAR, reference: Reference, labels: Tensor) -> dict[str, float]:
-    """The difference of the images of both under top_k = 1, where nothing is left to chance."""
-    theirs = reference.decode(reference.features(labels, cfg=1.5, top_k=1, top_p=0.0)).float()
-    apart = (model.generate(labels, cfg=1.5, top_k=1) - theirs).abs()
-    return {"largest_difference": apart.max().item(), "mean_difference": apart.mean().item()}
+def compare(model: ElasticVAR, reference: Reference, images: int) -> dict[str, float]:
+    """The difference of the images of both under top_k = 1, where nothing is left to chance.
+
+    Both in float32: in less, a near tie soon goes another way, and from then on the images are others.
+    """
+    labels, half = torch.arange(images), reference.half
+    reference.half = False
+    with exact_convolutions():
+        theirs = reference.decode(reference.features(labels, cfg=1.5, top_k=1, top_p=0.0))
+        apart = (model.generate(labels, cfg=1.5, top_k=1) - theirs).abs()
+    reference.half = half
+    return {"images": images, "largest_difference": apart.max().item(), "mean_difference": apart.mean().item()}
 
 
 def _switch(model: ElasticVAR, schedules: list[Schedule], labels: Tensor) -> dict[str, float]:
@@ -265,19 +277,17 @@ def _growth(call: Callable[[], Tensor], device: torch.device) -> int:
 
 
 def benchmark(
-    depth: int, batches: list[int], runs: int, reference_path: str | None, device: torch.device
-) -> list[dict]:
+    depth: int, batches: list[int], runs: int, reference_path: str | None, device: torch.device, kernels: str
+) -> Iterator[dict]:
     """All batch sizes of one model size."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    model = random_weights(depth)
+    model = random_weights(depth).place(device, kernels=kernels)
     reference = Reference(reference_path, model, device) if reference_path else None
-    if device.type == "cuda":  # the reference keeps float32
-        model = ElasticVAR(
-            build_var(model.var.state_dict(), PATCH_NUMS), build_tokenizer(model.tokenizer.state_dict(), PATCH_NUMS)
-        )
-    model = cast(model, dtype).place(device)
+    sizes = sorted({min(batch, COMPARED) for batch in batches}) if reference else []
+    images = {size: compare(model, reference, size) for size in sizes}
+    model.cast(dtype)  # the reference keeps float32
     schedules = [model.schedule("full"), *(model.schedule(f"d{d}@6") for d in (16, 8, 4, 2) if d < depth)]
-    rate, results = rates(device, dtype), []
+    rate = rates(device, dtype)
     for batch in batches:
         result = measure(model, reference, schedules, batch, runs)
         memory = peaks(model, reference, schedules, batch)
@@ -287,8 +297,14 @@ def benchmark(
             if row["way"] != REFERENCE:
                 row["floor_ms"] = floor_ms(model, model.schedule(row["way"]), batch, rate)
                 row["decoder_floor_ms"] = flops / rate["flops_per_second"] * 1e3
-        results.append({"size": f"d{depth}", "batch_size": batch, **rate, **result})
-    return results
+        result["images"] = images.get(min(batch, COMPARED))
+        yield {
+            "size": f"d{depth}",
+            "batch_size": batch,
+            "reference_attention": reference.attention if reference else None,
+            **rate,
+            **result,
+        }
 
 
 def main() -> None:
@@ -297,26 +313,30 @@ def main() -> None:
     parser.add_argument("--sizes", nargs="+", default=["d16", "d30"])
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 8, 64])
     parser.add_argument("--runs", type=int, default=7)
+    parser.add_argument("--kernels", default="auto", choices=CHOICES, help="of ours")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--name", help="of the JSON file; by default the device's and the sizes'")
     options = parser.parse_args()
     device = torch.device(options.device)
-    results = []
-    for size in options.sizes:
-        results += benchmark(int(size[1:]), options.batches, options.runs, options.reference, device)
     content = {
         "device": device_name(device),
         "kind": device.type,
         "torch": torch.__version__,
         "dtype": "bfloat16" if device.type == "cuda" else "float32",
         "reference_dtype": "float16 autocast" if device.type == "cuda" else "float32",
+        "kernels": options.kernels,
         "runs": options.runs,
         "settings": SAMPLING,
-        "results": results,
+        "results": [],
     }
     FOLDER.mkdir(parents=True, exist_ok=True)
     name = options.name or f"{device.type}-{'-'.join(options.sizes)}"
-    (FOLDER / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    for size in options.sizes:
+        for result in benchmark(
+            int(size[1:]), options.batches, options.runs, options.reference, device, options.kernels
+        ):
+            content["results"].append(result)  # written at once: a larger batch may not fit
+            (FOLDER / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     print(write_tables())
 
 

@@ -32,7 +32,7 @@ def _section(path: Path) -> str:
     head = (
         f"### {content['device']}, {content['dtype']}\n\nTorch {content['torch']}, medians of {content['runs']} "
         f"interleaved runs, smallest and largest in brackets ([{path.name}](benchmarks/{path.name})). "
-        f"The reference runs in {content['reference_dtype']}."
+        f"Kernels: {content['kernels']}. The reference runs in {content['reference_dtype']}."
     )
     return "\n\n".join([head, *(_result(result) for result in content["results"])])
 
@@ -79,8 +79,8 @@ def _remarks(result: dict, reference: dict | None, full: dict) -> list[str]:
     if result["images"]:
         apart = result["images"]
         remarks.append(
-            f"Under top_k = 1 the images of `full` and of the reference differ by at most "
-            f"{apart['largest_difference']:.1e} of 1, on average {apart['mean_difference']:.1e}."
+            f"Under top_k = 1 in float32 the images of `full` and of the reference ({apart['images']} compared) differ "
+            f"by at most {apart['largest_difference']:.1e} of 1, on average {apart['mean_difference']:.1e}."
         )
     return remarks
 

@@ -37,13 +37,16 @@ class Compiler:
     def compile(self, *arguments, **options):
         named = {parameter.name: argument for parameter, argument in zip(self.kernel.params, arguments, strict=True)}
         constexprs = {parameter.name for parameter in self.kernel.params if parameter.is_constexpr}
+        general = {parameter.name for parameter in self.kernel.params if parameter.do_not_specialize}
         constants = {name: value for name, value in named.items() if name in constexprs or value is None}
         signature = {name: "constexpr" if name in constants else mangle_type(value) for name, value in named.items()}
         # what a launch finds out too: allocations are aligned, and so are strides that are multiples of 16
         aligned = {
             (index,): [["tt.divisibility", 16]]
             for index, (name, value) in enumerate(named.items())
-            if name not in constants and (torch.is_tensor(value) or (isinstance(value, int) and value % 16 == 0))
+            if name not in constants
+            and name not in general
+            and (torch.is_tensor(value) or (isinstance(value, int) and value % 16 == 0))
         }
         for capability in CAPABILITIES:
             source = ASTSource(self.kernel, signature, constants, aligned)

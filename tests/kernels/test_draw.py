@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.kernels import DEVICE, DTYPES, needs_gpu, needs_triton
 from varcompress.kernels import available
-from varcompress.kernels.draw import _first, _invert, draw, draw_triton, philox, uniform
+from varcompress.kernels.draw import CPU_CHUNK, _first, _invert, draw, draw_triton, philox, uniform
 
 WORD = 0xFFFFFFFF
 # Known answers of philox4x32-10 in Random123 (D. E. Shaw Research), kat_vectors: counter, key, output
@@ -323,7 +323,8 @@ class LargestStorage(TorchDispatchMode):
 
 
 @pytest.mark.parametrize(("top_k", "top_p"), [(0, 0.0), (900, 0.96), (0, 0.9)])
-def test_temporaries_do_not_grow_with_the_batch(top_k, top_p):
+def test_temporaries_do_not_grow_with_the_batch(top_k, top_p, monkeypatch):
+    monkeypatch.setattr("varcompress.kernels.draw.GPU_CHUNK", CPU_CHUNK)
     logits = torch.randn(4, 150, 4096, device=DEVICE).bfloat16()
     numbers = torch.rand(4, 150, device=DEVICE)
     with LargestStorage(logits) as largest:

@@ -70,7 +70,7 @@ def test_kernel_equals_plain(groups, shape, dtype, silu):
     seed=st.integers(0, 99),
 )
 def test_kernel_equals_plain_at_any_size(groups, per_group, images, side, dtype, silu, seed):
-    if images * per_group * side[0] * side[1] > 1:  # of a single value nothing is left but the bias
+    if per_group * side[0] * side[1] >= 8:  # of few values the variance may be so small that its rounding is all
         assert_equals_plain(groups, (images, groups * per_group, *side), dtype, silu, seed)
 
 

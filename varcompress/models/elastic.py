@@ -303,7 +303,7 @@ class ElasticVAR(nn.Module):
 
         inputs = (
             labels,
-            torch.tensor(seed, device=self.device),
+            torch.full((), seed, dtype=torch.int64, device=self.device),  # no copy from the host to wait for
             torch.arange(first_index, first_index + len(labels), device=self.device),
         )
         with self._current_device():

@@ -21,8 +21,9 @@ class _Recorded(NamedTuple):
 class Graphs:
     """Recorded calls by key, all on the current device.
 
-    They take turns in one pool of memory, which stays as large as the largest needs, and on one stream, since libraries
-    keep a workspace for every stream that they have seen.
+    They take turns in one pool of memory, which never shrinks and which a larger call extends rather than reuses: it is
+    smallest when the largest is recorded first. And on one stream, since libraries keep a workspace for every stream
+    that they have seen.
     """
 
     def __init__(self) -> None:

@@ -62,7 +62,10 @@ class Linear(nn.Linear):
             activation = ("gelu", [], "tanh") if gelu else ("none", [], "")
             return torch.ops.mkldnn._linear_pointwise(x, self._packed[1], bias, *activation)
         y = F.linear(x, self.weight, bias)
-        return F.gelu(y, approximate="tanh") if gelu else y
+        if not gelu:
+            return y
+        # in place where nothing asks for a gradient: the hidden layer is the largest map of a transformer
+        return F.gelu(y, approximate="tanh") if y.requires_grad else torch.ops.aten.gelu_(y, approximate="tanh")
 
 
 class ConditionLinear(nn.Linear):

@@ -21,7 +21,8 @@ from varcompress.models import strips
 NORM_GROUPS = 32
 NORM_EPS = 1e-6
 PHI_RATIO = 0.5
-# Elements of the decoder's map at full resolution, of all images decoded together: beyond these no device is faster.
+# Elements of the decoder's map at full resolution, of all images decoded together: beyond it a CPU is not faster; a
+# GPU's is chosen by memory.
 CPU_MAP_ELEMENTS, GPU_MAP_ELEMENTS = 1 << 22, 1 << 27
 
 
