@@ -195,12 +195,23 @@ def in_place(weight):
         weight.mul_(1.5)
 
 
+def in_all_columns_but_one(weight):
+    with torch.no_grad():
+        weight[:, 1:] *= -3
+
+
+def in_all_columns_but_one_through_data(weight):
+    weight.data[:, 1:] *= -3
+
+
 def through_data(weight):
     weight.data.mul_(1.5)
 
 
 @needs_packing
-@pytest.mark.parametrize("change", [by_fused_optimiser, in_place, through_data])
+@pytest.mark.parametrize(
+    "change", [in_all_columns_but_one, in_all_columns_but_one_through_data, by_fused_optimiser, in_place, through_data]
+)
 def test_a_packed_copy_is_never_older_than_its_weight(change):
     model, labels = random_model(), [1, 2]
     before = model.generate_tokens(labels)[1]
@@ -318,5 +329,5 @@ def test_settings_of_other_whole_types_are_taken():
     model = random_model(depth=2, patch_nums=(1, 2))
     plain = model.generate_tokens([1], top_k=5, seed=1, first_index=2)[0]
     assert torch.equal(model.generate_tokens([1], top_k=np.int64(5), seed=True, first_index=np.int32(2))[0], plain)
-    with pytest.raises(InputError, match="first_index must be a whole number, 0 or more"):
+    with pytest.raises(InputError, match="first_index must be a whole number from 0 to"):
         model.generate([1], first_index=0.5)

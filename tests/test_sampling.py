@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from varcompress import sampling
+from varcompress.errors import InputError
 
 
 @pytest.mark.parametrize("schedule", ["full", "d2@2", "6x1,4x1,2x2"])
@@ -41,3 +42,9 @@ def test_logits_that_exist_at_a_time_stay_below_their_limit():
     for tokens, vocab, element_bytes in ((256, 4096, 4), (1024, 4096, 2), (1, 40, 4)):
         count = sampling.images_at_a_time(tokens, vocab, element_bytes)
         assert 2 * count * tokens * vocab * element_bytes <= sampling.LOGITS_BYTES
+
+
+@pytest.mark.parametrize("settings", [{"cfg": 1e39}, {"cfg": float("nan")}, {"first_index": 2**63 - 1}])
+def test_settings_beyond_what_a_device_can_hold_are_refused(tiny, settings):
+    with pytest.raises(InputError, match=f"{next(iter(settings))} must be a"):
+        tiny.generate([1], **settings)

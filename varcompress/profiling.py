@@ -70,7 +70,8 @@ def profile(
         raise InputError(f"batch size {batch_size}, runs {runs}, warm-up {warmup}: at least 1, 1 and 0 are needed")
     schedules = [model.schedule(s) for s in schedules] if schedules else model.default_schedules()
     schedules = list(dict.fromkeys((model.schedule("full"), *schedules)))
-    labels = torch.arange(batch_size) % model.var.config.classes
+    with fitting_memory(model.device, batch_size):
+        labels = torch.arange(batch_size) % model.var.config.classes
     total, done = len(schedules) * (warmup + 2 + 2 * runs), 0
 
     def step(schedule: Schedule) -> None:

@@ -5,7 +5,6 @@ Guidance, filters and the draw itself are one operation in `kernels/draw.py`.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from operator import index
 
@@ -16,16 +15,23 @@ from varcompress.errors import InputError
 from varcompress.kernels.backend import Kernels
 
 MAX_SEED = 2**63 - 1
+MAX_INDEX = 2**62  # leaves room for the images of a call
+MAX_CFG = 1000  # beyond any use, and far from float32's end
 LOGITS_BYTES = 1 << 25  # of logits that exist at a time: the largest tensor of a big batch, if they all did
 
 
 def check_settings(*, cfg: float, top_k: int, top_p: float, seed: int, first_index: int = 0) -> None:
     """Raises InputError for a setting of generation that means nothing."""
     checks = (
-        ("cfg", cfg, math.isfinite, "a finite number"),
+        ("cfg", cfg, lambda value: abs(value) <= MAX_CFG, f"a number from -{MAX_CFG} to {MAX_CFG}"),
         ("top_k", top_k, lambda value: index(value) >= 0, "a whole number, 0 or more"),
         ("top_p", top_p, lambda value: 0 <= value <= 1, "from 0 to 1"),
-        ("first_index", first_index, lambda value: index(value) >= 0, "a whole number, 0 or more"),
+        (
+            "first_index",
+            first_index,
+            lambda value: 0 <= index(value) <= MAX_INDEX,
+            f"a whole number from 0 to {MAX_INDEX}",
+        ),
         ("seed", seed, lambda value: 0 <= index(value) <= MAX_SEED, f"a whole number from 0 to {MAX_SEED}"),
     )
     for name, value, holds, expected in checks:

@@ -46,12 +46,14 @@ class Linear(nn.Linear):
         return {name: value for name, value in self.__dict__.items() if name != "_packed"}
 
     def _state(self) -> tuple[float, ...]:
-        """Where the weight is, and a few of its numbers.
+        """Where the weight is, its version, and a few of its numbers.
 
-        Not its version: a fused optimiser, or a write through `.data`, changes a weight and leaves the version.
+        The version tells of any edit but a fused optimiser's and one through `.data`: the numbers tell of those. Their
+        stride is odd, so that they are of many rows and columns.
         """
         numbers = self.weight.detach().flatten()
-        return self.weight.data_ptr(), *numbers[:: max(1, len(numbers) // STATE_SAMPLES)].tolist()
+        version = 0 if self.weight.is_inference() else self.weight._version  # inference tensors have none
+        return self.weight.data_ptr(), version, *numbers[:: len(numbers) // STATE_SAMPLES | 1].tolist()
 
     def forward(self, x: Tensor, bias: Tensor | None = None, *, gelu: bool = False) -> Tensor:
         """x (..., in) -> (..., out), with `bias` where the layer has none of its own, then tanh-GELU if asked."""
