@@ -20,7 +20,7 @@ _ROUNDS = 10
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
 _WORD = 0xFFFFFFFF
-CPU_CHUNK, GPU_CHUNK = 1 << 18, 1 << 22  # logits filtered at a time: few enough for a cache, enough to fill a GPU
+CPU_CHUNK, GPU_CHUNK = 1 << 18, 1 << 22  # logits filtered at a time: a CPU's cache holds few; not measured on a GPU
 BYTES_PER_LOGIT = 28  # of temporaries, at most, for each of them
 
 

@@ -13,7 +13,8 @@ import torch
 
 from varcompress.errors import InputError
 
-TRIAL_WIDTH, TRIAL_RUNS = 512, 5  # a matrix product of some milliseconds
+TRIAL_WIDTH, TRIAL_RUNS = 512, 9  # a matrix product of some milliseconds
+MARGIN = 0.9  # of the other's time, below which a call counts as faster: less is noise
 
 
 def device_name(device: torch.device | str) -> str:
@@ -40,17 +41,19 @@ def bfloat16_wins(device: str) -> bool:
     with torch.inference_mode():
         plain = torch.randn(TRIAL_WIDTH, TRIAL_WIDTH)
         half = plain.bfloat16()
-        return fastest_s(lambda: half @ half) < fastest_s(lambda: plain @ plain)
+        return is_faster(lambda: half @ half, lambda: plain @ plain)
 
 
-def fastest_s(call: Callable[[], object]) -> float:
-    """Seconds of the fastest of a few calls, after one to warm up: what the hardware can do, whatever else runs."""
-    times = []
+def is_faster(call: Callable[[], object], other: Callable[[], object]) -> bool:
+    """Whether a call is clearly faster than another: the fastest of a few, in turns, so that other work slows both."""
+    times: tuple[list[float], list[float]] = ([], [])
     for _ in range(1 + TRIAL_RUNS):
-        start = time.perf_counter()
-        call()
-        times.append(time.perf_counter() - start)
-    return min(times[1:])
+        for run, spent in zip((call, other), times, strict=True):
+            start = time.perf_counter()
+            run()
+            spent.append(time.perf_counter() - start)
+    fastest, fastest_other = (min(spent[1:]) for spent in times)  # the first warms up
+    return fastest < MARGIN * fastest_other
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from varcompress.cache import token_bytes
 from varcompress.errors import InputError
 from varcompress.kernels.backend import CHOICES, choose
-from varcompress.models import generation
+from varcompress.models import generation, transformer
 from varcompress.models.graphs import Graphs
 from varcompress.models.linear import Linear, packable
 from varcompress.models.offload import StreamedBlocks, device_blocks, move_all_but_blocks
@@ -94,15 +94,12 @@ class ElasticVAR(nn.Module):
     def cast(self, dtype: torch.dtype) -> ElasticVAR:
         """Transformer and decoder to `dtype`.
 
-        Encoder and quantiser stay float32, because tokens must be exact, and so do the temperatures of attention,
-        whose exponential would carry their rounding into every logit of a head. Raises InputError when offloaded.
+        Encoder and quantiser stay float32, because tokens must be exact, and so do the temperatures of attention.
+        Raises InputError when offloaded.
         """
         self._refuse_when_offloaded()
         self._graphs.clear()
-        temperatures = [block.attn.scale_mul_1H11.data.float() for block in self.var.blocks]
-        self.var.to(dtype)
-        for block, temperature in zip(self.var.blocks, temperatures, strict=True):
-            block.attn.scale_mul_1H11.data = temperature
+        transformer.cast(self.var, dtype)
         self.tokenizer.decoder.to(dtype)
         self.tokenizer.post_quant_conv.to(dtype)
         return self
@@ -250,7 +247,7 @@ class ElasticVAR(nn.Module):
         Image i of the call has the random stream (seed, first_index + i), whatever the batch size.
         The defaults are the published settings of VAR's FID. An image whose logits overflow the dtype
         is NaN throughout. Raises InputError for an unknown class, a schedule that does not fit, cfg
-        that is not finite, a negative top_k, top_p outside 0 to 1, and a seed outside 0 to 2^63 - 1.
+        beyond MAX_CFG either way, a negative top_k, top_p outside 0 to 1, and a seed outside 0 to 2^63 - 1.
         """
         tokens_f_hat = self.generate_tokens(
             labels, schedule, cfg=cfg, top_k=top_k, top_p=top_p, seed=seed, first_index=first_index

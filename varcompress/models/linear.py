@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from varcompress.hardware import fastest_s
+from varcompress.hardware import is_faster
 
-TRIAL_ROWS, TRIAL_WIDTH = 32, 1024  # a matrix product of an early scale: a millisecond
+TRIAL_ROWS = 32  # of a matrix product of an early scale: some milliseconds
 STATE_SAMPLES = 32  # numbers by which a packed copy knows its weight
 
 
@@ -48,8 +48,8 @@ class Linear(nn.Linear):
     def _state(self) -> tuple[float, ...]:
         """Where the weight is, its version, and a few of its numbers.
 
-        The version tells of any edit but a fused optimiser's and one through `.data`: the numbers tell of those. Their
-        stride is odd, so that they are of many rows and columns.
+        The version tells of any edit but a fused optimiser's and one through `.data`: the numbers tell of those, unless
+        the edit is of few numbers. Their stride is odd, so that they are of many rows and columns.
         """
         numbers = self.weight.detach().flatten()
         version = 0 if self.weight.is_inference() else self.weight._version  # inference tensors have none
@@ -87,19 +87,19 @@ def packable(module: nn.Module) -> list[Linear]:
     """The linear layers of a module that are to be packed: all on a CPU where that is faster, else none."""
     layers = [layer for layer in module.modules() if isinstance(layer, Linear)]
     on_cpu = all(layer.weight.device.type == "cpu" for layer in layers)
-    return layers if on_cpu and packing_wins(layers[0].weight.dtype) else []
+    return layers if on_cpu and packing_wins(layers[0].weight.dtype, layers[0].in_features) else []
 
 
 @lru_cache
-def packing_wins(dtype: torch.dtype) -> bool:
-    """Whether a packed product in `dtype` is faster on this processor than torch's own. Measured: some milliseconds."""
+def packing_wins(dtype: torch.dtype, width: int) -> bool:
+    """Whether a packed product of `width` x `width` weights is faster on this processor than torch's own: measured."""
     if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
         return False
     with torch.inference_mode():
-        x = torch.randn(TRIAL_ROWS, TRIAL_WIDTH).to(dtype)
-        plain, packed = (Linear(TRIAL_WIDTH, TRIAL_WIDTH, dtype=dtype) for _ in range(2))
+        x = torch.randn(TRIAL_ROWS, width).to(dtype)
+        plain, packed = (Linear(width, width, dtype=dtype) for _ in range(2))
         try:
             packed.pack()
-            return fastest_s(lambda: packed(x)) < fastest_s(lambda: plain(x))
+            return is_faster(lambda: packed(x), lambda: plain(x))
         except RuntimeError:  # oneDNN has no such product for this type or processor
             return False

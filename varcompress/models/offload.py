@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from varcompress.models.transformer import VAR, Block
+from varcompress.models.transformer import VAR, Block, cast
 from varcompress.schedule import Schedule
 
 SLOTS = 2
@@ -77,8 +77,7 @@ class StreamedBlocks:
     def _empty(self) -> Block:
         with torch.device("meta"):
             block = Block(self.config)
-        block.to(self.dtype)
-        block.attn.scale_mul_1H11.data = block.attn.scale_mul_1H11.data.float()  # as `ElasticVAR.cast` leaves it
+        cast(block, self.dtype)
         return block.to_empty(device=self.device)
 
 

@@ -120,6 +120,18 @@ class Attention(nn.Module):
         return self.proj(out.transpose(1, 2).flatten(2))
 
 
+def cast(module: nn.Module, dtype: torch.dtype) -> None:
+    """Blocks, or a whole transformer, to `dtype`, but for the temperatures of attention.
+
+    Their exponential multiplies every logit of a head, and would carry a rounding into all of them.
+    """
+    attentions = [part for part in module.modules() if isinstance(part, Attention)]
+    temperatures = [attention.scale_mul_1H11.data.float() for attention in attentions]
+    module.to(dtype)
+    for attention, temperature in zip(attentions, temperatures, strict=True):
+        attention.scale_mul_1H11.data = temperature
+
+
 class FeedForward(nn.Module):
     """The MLP of a layer: (B, n, C) -> (B, n, C)."""
 
