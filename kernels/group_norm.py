@@ -1,8 +1,8 @@
 """GroupNorm of a channels-last map, with the SiLU that follows it.
 
-What stands before every convolution of the tokenizer's decoder. Torch's own group norm on a GPU turns a channels-last
-map around and leaves the result so, for the next convolution to turn it back; here the map keeps its layout, is read
-twice and written once.
+What stands before the convolutions of the decoder's residual blocks. Torch's own group norm on a GPU turns a
+channels-last map around and leaves the result so, for the next convolution to turn it back; here the map keeps its
+layout, is read twice and written once.
 """
 
 from __future__ import annotations
