@@ -40,6 +40,7 @@ def sample(
 ) -> None:
     """Draw images of given classes under one schedule: a grid to look at, or arrays to score."""
     from varcompress.images import check_image_output, draw_images, save_images
+    from varcompress.profiling import conditions
 
     check_image_output(out)
     loaded = open_model(model, vae, device, dtype, revision, kernels=kernels, cache_dtype=cache_dtype, offload=offload)
@@ -50,8 +51,16 @@ def sample(
     save_images(out, images, labels, columns=count if count > 1 else math.ceil(len(labels) ** 0.5))
     chosen = str(loaded.schedule(schedule))
     if as_json:
-        name = loaded.provenance.name
-        print_json({"kind": "sample", "model": name, "schedule": chosen, **settings, "labels": labels, "out": str(out)})
+        print_json(
+            {
+                "kind": "sample",
+                **conditions(loaded),
+                "schedule": chosen,
+                **settings,
+                "labels": labels,
+                "out": str(out),
+            }
+        )
         return
     plural = "" if len(labels) == 1 else "s"
     stdout.print(f"{len(labels)} image{plural} under {chosen} in {out}", highlight=False, markup=False, soft_wrap=True)

@@ -10,13 +10,11 @@ import torch
 
 from varcompress.checkpoint import fingerprint
 from varcompress.errors import InputError
-from varcompress.hardware import device_name, fitting_memory
+from varcompress.hardware import device_name
 from varcompress.models import elastic, strips
-from varcompress.models.linear import packable
 from varcompress.models.tokenizer import decoder_flops
 from varcompress.profiling import (
     PHASES,
-    PeakMemory,
     _phases_ms,
     describe,
     predict,
@@ -63,27 +61,6 @@ def test_cache_and_weights_are_exactly_as_predicted(result):
     for row in result["schedules"]:
         assert row["cache_bytes"] == row["cache_bytes_predicted"] > 0
         assert row["weight_bytes"] == row["weight_bytes_predicted"] > 0
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("shared_aln", [False, True])
-def test_peak_is_near_its_prediction(dtype, shared_aln):
-    """The activations, without the weights that both sides count alike, to a seventh."""
-    model = random_model(depth=6, width=64, heads=2, patch_nums=(1, 2, 4, 6), vocab=64, shared_aln=shared_aln)
-    model.cast(dtype)
-    weights = PeakMemory(model, model.schedule()).weight_bytes
-    for row in profile(model, ["d2@2"], batch_size=4, runs=1, warmup=0)["schedules"]:
-        measured, predicted = row["peak_bytes"] - weights, row["peak_bytes_predicted"] - weights
-        assert measured == pytest.approx(predicted, rel=1 / 7)
-        assert measured > row["cache_bytes"]
-
-
-def test_peak_is_the_decoders_where_that_is_larger():
-    model = random_model(depth=2, width=16, heads=1, patch_nums=(1, 2, 8), vocab=8)
-    (full,) = profile(model, ["full"], batch_size=4, runs=1, warmup=0)["schedules"]
-    weights = PeakMemory(model, model.schedule()).weight_bytes
-    assert full["peak_bytes"] - weights > 4 * full["cache_bytes"]
-    assert full["peak_bytes"] - weights == pytest.approx(full["peak_bytes_predicted"] - weights, rel=1 / 7)
 
 
 def test_flops_are_the_prediction_and_the_small_extras(model, result):
@@ -169,31 +146,6 @@ def random_shapes_of_d30():
     return ElasticVAR(var, VQVAE(TokenizerConfig(160, (1, 1, 2, 2, 4), 2, 32, 4096, 4, 3, patch_nums)))
 
 
-# -- PeakMemory -----------------------------------------------------------------------------------
-
-
-def test_peak_memory_counts_what_lives_at_once(tiny):
-    with PeakMemory(tiny, tiny.schedule()) as memory:
-        for _ in range(3):
-            block = torch.zeros(1000, 256)  # 1,024,000 bytes, dropped before the next is made
-            view = block[10:].t()
-            del block, view
-        first = torch.zeros(250)
-        second = first + 1
-    assert memory.bytes - memory.weight_bytes == 1_024_000
-    assert second.sum() == 250
-    with PeakMemory(tiny, tiny.schedule()) as memory:
-        kept = [torch.ones(250) for _ in range(3)]
-        kept[0].add_(1)  # in place: nothing new
-    assert memory.bytes - memory.weight_bytes == 3 * 1000
-
-
-def test_peak_memory_counts_every_weight_once_and_packed_ones_twice(tiny):
-    parameters = sum(p.numel() for p in tiny.parameters())
-    packed = sum(layer.weight.numel() for layer in packable(tiny.var))
-    assert PeakMemory(tiny, tiny.schedule()).weight_bytes == 4 * (parameters + packed)
-
-
 def test_the_effect_of_an_eight_bit_cache_is_measured(model):
     assert "logit_error" not in profile(model, ["d2"], batch_size=1, runs=1, warmup=0)["schedules"][0]
     small = random_model(depth=6, width=64, heads=2, patch_nums=(1, 2, 4, 6), vocab=64)
@@ -204,20 +156,6 @@ def test_the_effect_of_an_eight_bit_cache_is_measured(model):
         assert row["cache_bytes"] == row["cache_bytes_predicted"]
         assert 0 < row["logit_error"] < 0.05
         assert row["same_top_token"] > 0.9
-        weights = small.weight_bytes(small.schedule(row["schedule"]))
-        assert row["peak_bytes"] - weights == pytest.approx(row["peak_bytes_predicted"] - weights, rel=1 / 7)
-
-
-def test_offloading_is_held_to_its_prediction():
-    model = random_model(depth=8, width=64, heads=2, patch_nums=(1, 2, 4, 6), vocab=64)
-    model.place(torch.device("cpu"), offload="bridge")
-    for row in profile(model, ["d2@1", "d4@2"], batch_size=1, runs=1, warmup=0)["schedules"]:
-        weights = model.weight_bytes(model.schedule(row["schedule"]))
-        assert row["peak_bytes"] - weights == pytest.approx(row["peak_bytes_predicted"] - weights, rel=1 / 7)
-        assert row["weight_bytes"] == row["weight_bytes_predicted"]
-    block = sum(p.nbytes for p in model.var.blocks[0].parameters())
-    full, subnet = (model.weight_bytes(model.schedule(s)) for s in ("full", "d2@1"))
-    assert full - subnet == (8 - 4) * block  # two layers stay, two pass through
 
 
 # -- describe, and refusals -----------------------------------------------------------------------
@@ -251,12 +189,3 @@ def test_describe(model):
 def test_refusals(model, arguments, message):
     with pytest.raises(InputError, match=message):
         profile(model, **arguments)
-
-
-def test_too_large_a_batch_is_named():
-    with pytest.raises(InputError, match="a batch of 64 images does not fit"), fitting_memory("cpu", 64):
-        raise torch.OutOfMemoryError("CUDA out of memory")
-    with pytest.raises(InputError, match="choose a smaller one"), fitting_memory("cpu", 64):
-        torch.empty(2**60)  # the CPU's allocator refuses
-    with pytest.raises(RuntimeError, match="another"), fitting_memory("cpu", 64):
-        raise RuntimeError("another")

@@ -195,9 +195,9 @@ def test_a_profile_says_how_it_ran_and_what_an_eight_bit_cache_does():
     plain = big_profile(NAMES[:2])
     assert "logits" not in text_of(profile_table(plain), 100)
     assert "NVIDIA H100 80GB HBM3, bfloat16, batch" in text_of(profile_table(plain), 100)
-    rounded = plain | {"kernels": "auto", "cache_dtype": "int8", "offload": "bridge"}
+    rounded = plain | {"kernels": "triton", "packed_weights": True, "cache_dtype": "int8", "offload": "bridge"}
     for row in rounded["schedules"]:
         row |= {"logit_error": 0.0123, "same_top_token": 0.987}
     text = text_of(profile_table(rounded), 100)
-    assert "bfloat16, cache dtype int8, offload bridge, batch" in text
+    assert "bfloat16, kernels triton, cache dtype int8, offload bridge, packed weights, batch" in " ".join(text.split())
     assert text.count("1.23%") == text.count("98.7%") == 2

@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
+from varcompress.checkpoint import fingerprint
 from varcompress.errors import InputError
 from varcompress.images import GAP_PIXELS, draw_images, grid, save_images, to_uint8
 
@@ -96,6 +97,8 @@ def test_sample_writes_arrays_and_replaces_them(run, model_arguments, tiny, tmp_
     result = json.loads(outcome.stdout)
     assert result["labels"] == [1, 1, 2, 2, 9, 9]
     assert (result["cfg"], result["seed"], result["out"]) == (2, 5, str(out))
+    assert (result["dtype"], result["kernels"], result["cache_dtype"]) == ("float32", "torch", "float32")
+    assert result["weights"] == fingerprint(tiny)
     with np.load(out, allow_pickle=False) as file:
         images, labels = file["arr_0"], file["arr_1"]
     assert (images.shape, images.dtype) == ((6, 8, 8, 3), np.uint8)

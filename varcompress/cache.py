@@ -83,7 +83,10 @@ class KVCache:
         return torch.empty(shape, dtype=self.dtype, device=self.rows.device)
 
     def read(self, layer: int, new: Tensor) -> Tensor:
-        """All keys and values of a layer, once `new` is written: (2, batch, heads, tokens so far, head_dim)."""
+        """All keys and values of a layer, once `new` is written: (2, batch, heads, tokens so far, head_dim).
+
+        `new` is what `new` gave, and is written over.
+        """
         end = self._start + new.shape[3]
         rows = self._of(self.rows, layer, 0, end)
         if self.scales is None:
@@ -93,8 +96,8 @@ class KVCache:
         scale = (new.abs().amax(dim=-1, keepdim=True) / largest).clamp_min(torch.finfo(SCALE_DTYPE).tiny)
         scales[:, :, :, self._start :] = scale
         # divided by the scale as it is stored, whose rounding may put the largest value a little past the type's end
-        scaled = (new / scales[:, :, :, self._start :]).clamp_(-largest, largest)
-        rows[:, :, :, self._start :] = scaled if rows.dtype.is_floating_point else scaled.round_()
+        new.div_(scales[:, :, :, self._start :]).clamp_(-largest, largest)
+        rows[:, :, :, self._start :] = new if rows.dtype.is_floating_point else new.round_()
         return rows.to(self.dtype).mul_(scales)
 
     def _of(self, part: Tensor, layer: int, start: int, end: int) -> Tensor:

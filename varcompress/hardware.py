@@ -56,6 +56,22 @@ def is_faster(call: Callable[[], object], other: Callable[[], object]) -> bool:
     return fastest < MARGIN * fastest_other
 
 
+def free_bytes() -> int | None:
+    """Memory that the processor's processes may still take, or this one's container where that is less; None if untold.
+
+    It is promised freely and taken as it is written to, so that no allocation fails: a process that takes too much is
+    killed.
+    """
+    found = []
+    info, limit, used = Path("/proc/meminfo"), Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
+    if info.is_file():
+        lines = dict(line.split(":", 1) for line in info.read_text().splitlines())
+        found.append(int(lines["MemAvailable"].split()[0]) * 1024)
+    if limit.is_file() and limit.read_text().strip() != "max":
+        found.append(int(limit.read_text()) - int(used.read_text()))
+    return min(found, default=None)
+
+
 @contextmanager
 def fitting_memory(device: torch.device | str, images: int, remedy: str = "choose a smaller one") -> Iterator[None]:
     """Turns running out of memory, a GPU's or the processor's, into an InputError that names the batch and a remedy."""

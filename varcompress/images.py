@@ -15,7 +15,7 @@ from torch import Tensor
 
 from varcompress.checkpoint import disk_errors, replacing
 from varcompress.errors import InputError
-from varcompress.hardware import fitting_memory
+from varcompress.memory import fitting_batch
 from varcompress.schedule import Schedule
 
 if TYPE_CHECKING:
@@ -99,7 +99,7 @@ def draw_images(
     parts = []
     for first in range(0, len(labels), batch_size):
         batch = labels[first : first + batch_size]
-        with fitting_memory(model.device, len(batch)):
+        with fitting_batch(model, [schedule], len(batch)):
             images = model.generate(batch, schedule, first_index=first, **sampling)
             check_finite(images, schedule, model.dtype)
             parts.append(to_uint8(images).cpu())

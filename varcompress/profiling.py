@@ -12,28 +12,23 @@ import itertools
 import math
 import random
 import time
-import weakref
 from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.modules.module import register_module_forward_pre_hook
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from varcompress.cache import KVCache
 from varcompress.checkpoint import fingerprint
 from varcompress.errors import InputError
 from varcompress.hardware import device_name, fitting_memory
-from varcompress.kernels import draw
 from varcompress.kernels.backend import TRITON, choose
-from varcompress.models.elastic import ElasticVAR
+from varcompress.memory import PeakMemory, fitting_batch, predicted_peak_bytes
+from varcompress.models.elastic import CACHE_DTYPES, ElasticVAR
 from varcompress.models.linear import Linear
-from varcompress.models.strips import STRIP_ELEMENTS, largest_map
 from varcompress.models.tokenizer import decoder_flops
-from varcompress.sampling import images_at_a_time
 from varcompress.schedule import Schedule
 
 PHASES = ("transformer", "sampling", "decoder")
@@ -70,7 +65,7 @@ def profile(
         raise InputError(f"batch size {batch_size}, runs {runs}, warm-up {warmup}: at least 1, 1 and 0 are needed")
     schedules = [model.schedule(s) for s in schedules] if schedules else model.default_schedules()
     schedules = list(dict.fromkeys((model.schedule("full"), *schedules)))
-    with fitting_memory(model.device, batch_size):
+    with fitting_batch(model, schedules, batch_size):
         labels = torch.arange(batch_size) % model.var.config.classes
     total, done = len(schedules) * (warmup + 2 + 2 * runs), 0
 
@@ -114,12 +109,7 @@ def profile(
     rows = [_row(model, s, batch_size, times[s], splits[s], counts[s]) | effects[s] for s in schedules]
     return {
         "kind": "profile",
-        "model": model.provenance.name,
-        "weights": fingerprint(model),
-        "device": device_name(model.device),
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "torch": torch.__version__,
-        **runtime(model),
+        **conditions(model),
         "batch_size": batch_size,
         "runs": runs,
         "schedules": [_beside_full(row, rows[0]) for row in rows],
@@ -138,18 +128,28 @@ def predict(model: ElasticVAR, schedule: str | Schedule, batch_size: int = 1) ->
     return {
         "cache_bytes": schedule.cache_bytes(batch=batch_size, token_bytes=model.cache_token_bytes),
         "weight_bytes": sum(schedule.weights(**shape)) * element_bytes,
-        "peak_bytes": _predicted_peak_bytes(model, schedule, batch_size),
+        "peak_bytes": predicted_peak_bytes(model, schedule, batch_size),
         "flops": transformer + batch_size * decoder_flops(model.tokenizer.config, in_strips=model.device.type == "cpu"),
         "flops_without_decoder": transformer,
     }
 
 
-def runtime(model: ElasticVAR) -> dict[str, str | None]:
-    """How a model generates: kernels, the dtype of its cache, and what is offloaded."""
-    stored = model.cache_dtype or model.dtype
+def conditions(model: ElasticVAR) -> dict[str, str | bool | None]:
+    """Under what a result was had: model, weights (their fingerprint), hardware, torch, dtype, and how it generates.
+
+    That is the kernels (torch or triton), whether weights are packed, the cache's dtype, and what is offloaded.
+    """
+    dtype = str(model.dtype).removeprefix("torch.")
+    stored = {dtype: name for name, dtype in CACHE_DTYPES.items()}
     return {
-        "kernels": model.kernels,
-        "cache_dtype": str(stored).removeprefix("torch."),
+        "model": model.provenance.name,
+        "weights": fingerprint(model),
+        "device": device_name(model.device),
+        "torch": torch.__version__,
+        "dtype": dtype,
+        "kernels": "triton" if choose(model.kernels, model.device) is TRITON else "torch",
+        "packed_weights": bool(model.packed_layers()),
+        "cache_dtype": stored.get(model.cache_dtype, dtype),
         "offload": "bridge" if model.offloaded else None,
     }
 
@@ -216,81 +216,6 @@ def describe(model: ElasticVAR, schedules: Sequence[str | Schedule] | None = Non
 
 
 # -- measuring ----------------------------------------------------------------------------------
-
-
-class PeakMemory:
-    """Peak memory of a block that calls `model` under `schedule`: its weights and the most that was allocated on top.
-
-    On a GPU the block's growth is what torch's allocator reports. On a CPU, where torch keeps no such count, every
-    tensor made in the block is followed from its birth to its end; scratch inside an operator (a sort, a convolution's
-    packing) is not seen. Following slows small operators down on a CPU: never time inside. `bytes` holds the result
-    after the block.
-    """
-
-    def __init__(self, model: ElasticVAR, schedule: Schedule) -> None:
-        model.prepare(schedule)  # packed copies are weights, not growth
-        self.device = model.device
-        self.bytes = self.weight_bytes = model.weight_bytes(schedule)
-        self._tensors = LiveTensors()
-
-    def __enter__(self) -> PeakMemory:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-            torch.cuda.reset_peak_memory_stats(self.device)
-            self._before = torch.cuda.memory_allocated(self.device)
-        else:
-            self._tensors.__enter__()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-            growth = torch.cuda.max_memory_allocated(self.device) - self._before
-        else:
-            self._tensors.__exit__(*error)
-            growth = self._tensors.peak_bytes
-        self.bytes = self.weight_bytes + growth
-
-
-class LiveTensors(TorchDispatchMode):
-    """Bytes of the storages that operators made and nobody has dropped yet."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.peak_bytes = self._now = 0
-        self._alive: dict[int, weakref.ref] = {}
-        self._elementary = set()  # operators known to have no parts
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None) -> object:  # noqa: ANN001
-        kwargs = kwargs or {}
-        if func not in self._elementary:
-            with self:  # inference mode hands composite operators over whole: follow their parts instead
-                result = func.decompose(*args, **kwargs)
-            if result is not NotImplemented:
-                return result
-            self._elementary.add(func)
-        result = func(*args, **kwargs)
-        given = {id(t.untyped_storage()) for t in tree_leaves((args, kwargs)) if _has_storage(t)}
-        for tensor in tree_leaves(result):
-            if _has_storage(tensor) and id(tensor.untyped_storage()) not in given | self._alive.keys():
-                self._born(tensor.untyped_storage())
-        return result
-
-    def _born(self, storage: torch.UntypedStorage) -> None:
-        key, size = id(storage), storage.nbytes()
-
-        def dropped(_: weakref.ref) -> None:
-            del self._alive[key]
-            self._now -= size
-
-        self._alive[key] = weakref.ref(storage, dropped)
-        self._now += size
-        self.peak_bytes = max(self.peak_bytes, self._now)
-
-
-def _has_storage(value: object) -> bool:
-    """Whether it is a tensor, and not one in a layout of oneDNN's."""
-    return isinstance(value, Tensor) and value.layout is torch.strided
 
 
 def _counts(model: ElasticVAR, call: Callable[[Schedule], Tensor], schedule: Schedule) -> dict[str, int]:
@@ -441,61 +366,3 @@ def _description(model: ElasticVAR, schedule: Schedule, full: dict[str, int]) ->
         "speedup_predicted": full["flops"] / cost["flops"],
         "speedup_without_decoder_predicted": full["flops_without_decoder"] / cost["flops_without_decoder"],
     }
-
-
-def _predicted_peak_bytes(model: ElasticVAR, schedule: Schedule, batch_size: int) -> int:
-    """Weights, plus the larger of the transformer's and the decoder's fullest moment.
-
-    Transformer, over the scales: cache + what layers compute once per call + f_hat + the fullest of attention, MLP
-    and sampling. Decoder: f_hat + images + `_decoder_elements`. What a kernel needs inside is not in it.
-    """
-    config, element_bytes = model.var.config, model.dtype.itemsize
-    width, rows = config.width, 2 * batch_size
-    cache = schedule.cache_bytes(batch=batch_size, token_bytes=model.cache_token_bytes)
-    f_hat = batch_size * config.z_channels * config.patch_nums[-1] ** 2 * 4
-    fused = choose(model.kernels, model.device) is TRITON
-    fullest = 0
-    for side, end, layers in zip(config.patch_nums, schedule.ends, schedule.layers, strict=True):
-        once = (rows * 6 + 3) * len(layers) * width + rows * 3 * width
-        token = rows * side**2
-        # the stream, what was read from it, queries, keys and values, the queries and what attends
-        attention = token * (1 + 1 + 3 + 1 + 1) * width
-        if model.cache_dtype:  # this scale's keys and values, and the layer's turned back
-            attention += token * 2 * width + rows * 2 * end * width
-        # the stream, what was read from it, the hidden layer, the result
-        mlp = token * (3 * width + config.hidden)
-        few = min(batch_size, images_at_a_time(side**2, config.vocab, element_bytes))
-        logits = 2 * few * side**2 * config.vocab
-        sampling = token * 2 * width + logits
-        drawing = 0 if fused else draw.BYTES_PER_LOGIT * min(logits // 2, draw.chunk(model.device))
-        fullest = max(
-            fullest,
-            once * element_bytes
-            + max(attention * element_bytes, mlp * element_bytes, sampling * element_bytes + drawing),
-        )
-    few = min(batch_size, model.tokenizer.images_at_a_time)
-    images = batch_size * 3 * model.tokenizer.config.image_size**2 * 4 * (1 if few == batch_size else 2)
-    decoder = images + _decoder_elements(model, few) * element_bytes
-    return model.weight_bytes(schedule) + f_hat + max(cache + fullest, decoder)
-
-
-def _decoder_elements(model: ElasticVAR, images: int) -> int:
-    """Elements of the decoder's feature maps at their fullest, for the images that it decodes together.
-
-    On a GPU that is the last convolution of a residual block: the level's input, the block's input, and two maps of
-    its own, three where plain torch has normalised it into another layout. On a CPU it is two buffers of the largest
-    map, two strips, twice the map before the last doubling, and in half precision a copy of the map in float32, for its
-    mean and variance.
-    """
-    config = model.tokenizer.config
-    widths = [config.channels * m for m in config.channel_multipliers]
-    inputs = [*widths[1:], widths[-1]]
-    sides = [config.image_size // 2**level for level in range(len(widths))]
-    if model.device.type == "cpu":
-        largest = images * largest_map(model.tokenizer.decoder, config.patch_nums[-1])
-        exact = 0 if model.dtype is torch.float32 else 2 * largest
-        return 2 * largest + 2 * min(largest, STRIP_ELEMENTS) + 2 * (largest // 4) + exact
-    own = 3 if choose(model.kernels, model.device) is TRITON else 4
-    return images * max(
-        side**2 * (given + own * width) for side, given, width in zip(sides, inputs, widths, strict=True)
-    )

@@ -210,10 +210,12 @@ def _stacked(head: str, *parts: RenderableType) -> Group:
 
 
 def _where(result: dict) -> str:
-    ways = {"kernels": "auto", "cache_dtype": result["dtype"], "offload": None}  # what goes without saying
+    ways = {"kernels": "torch", "cache_dtype": result["dtype"], "offload": None}  # what goes without saying
     said = [
         f"{name.replace('_', ' ')} {result[name]}" for name, usual in ways.items() if result.get(name, usual) != usual
     ]
+    if result.get("packed_weights"):
+        said.append("packed weights")
     return ", ".join([f"{result['model']} on {result['device']}", result["dtype"], *said])
 
 

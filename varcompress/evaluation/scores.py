@@ -14,15 +14,14 @@ from torch_fidelity.metric_isc import KEY_METRIC_ISC_MEAN, KEY_METRIC_ISC_STD, i
 from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, KEY_METRIC_KID_STD, kid_features_to_metric
 from torch_fidelity.metric_prc import KEY_METRIC_PRECISION, KEY_METRIC_RECALL, prc_features_to_metric
 
-from varcompress.checkpoint import fingerprint
 from varcompress.data import digits
 from varcompress.errors import InputError
 from varcompress.evaluation.features import DIGITS, EXTRACTORS, INCEPTION, Extractor, Features
 from varcompress.evaluation.reference import MIN_IMAGES, Progress, Reference, read_reference
-from varcompress.hardware import device_name, fitting_memory
 from varcompress.images import check_finite, to_uint8
+from varcompress.memory import PeakMemory, fitting_batch
 from varcompress.models.elastic import ElasticVAR
-from varcompress.profiling import PeakMemory, runtime, timed
+from varcompress.profiling import conditions, timed
 from varcompress.sampling import check_settings
 from varcompress.schedule import Schedule
 
@@ -85,20 +84,16 @@ def evaluate(
     check_settings(**settings)  # now, not after a reference of 50,000 images was read
     extractor = Extractor(kind, Path(feature_weights) if feature_weights else None, model.device)
     size = model.tokenizer.config.image_size
-    known = read_reference(reference, extractor, size=size, batch_size=batch_size, progress=progress)
     batch_size = min(batch_size, images)
-    with fitting_memory(model.device, batch_size):
+    with fitting_batch(model, chosen, batch_size):
+        known = read_reference(reference, extractor, size=size, batch_size=batch_size, progress=progress)
         rows = [
             _evaluate_schedule(model, schedule, known, extractor, images, batch_size, settings, progress)
             for schedule in chosen
         ]
     return {
         "kind": "eval",
-        "model": model.provenance.name,
-        "weights": fingerprint(model),
-        "device": device_name(model.device),
-        "dtype": str(model.dtype).removeprefix("torch."),
-        **runtime(model),
+        **conditions(model),
         "batch_size": batch_size,
         "reference": known.name,
         "features": FEATURE_NAMES[kind],

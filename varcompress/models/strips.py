@@ -8,6 +8,7 @@ of 2 x 2 on the small map, one for each place of a pixel in its block: 4 / 9 of 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -61,6 +62,7 @@ def _norm_conv(norm: nn.GroupNorm, conv: nn.Conv2d, x: Tensor, out: Tensor, *, a
     """Write, or add, conv(silu(norm(x))) to `out`. The convolution is 3 x 3 with padding 1."""
     scale, shift = _affine(norm, x)
     height, weight, bias = x.shape[2], conv.weight, conv.bias
+    write = Tensor.add_ if add else Tensor.copy_
     if (missing := MIN_OUTPUTS - len(weight)) > 0:
         weight, bias = F.pad(weight, (0, 0, 0, 0, 0, 0, 0, missing)), F.pad(bias, (0, missing))
     for first, last in _strips(x, len(weight)):
@@ -69,8 +71,7 @@ def _norm_conv(norm: nn.GroupNorm, conv: nn.Conv2d, x: Tensor, out: Tensor, *, a
         rows = F.silu(torch.addcmul(shift, rows, scale), inplace=True)
         if above or below:
             rows = F.pad(rows, (0, 0, int(above), int(below)))
-        strip = F.conv2d(rows, weight, bias, padding=(0, 1))[:, : out.shape[1]]
-        out[:, :, first:last] = out[:, :, first:last].add_(strip) if add else strip
+        write(out[:, :, first:last], F.conv2d(rows, weight, bias, padding=(0, 1))[:, : out.shape[1]])
     return out
 
 
@@ -95,27 +96,80 @@ def _upsample(conv: nn.Conv2d, x: Tensor, buffer: Tensor) -> Tensor:
     height, width = x.shape[2:]
     out = _in(buffer, (len(x), conv.out_channels, 2 * height, 2 * width))
     padded = F.pad(x, (1, 1, 1, 1))
-    for row, rows in enumerate(_halves(conv.weight, dim=2)):
-        for column, weight in enumerate(_halves(rows, dim=3)):
-            for first, last in _strips(x, conv.out_channels):
-                seen = padded[:, :, first + row : last + row + 1, column : column + width + 1]
-                out[:, :, 2 * first + row : 2 * last : 2, column::2] = F.conv2d(seen, weight, conv.bias)
+    for row, column in itertools.product(range(2), repeat=2):
+        weight = _half(_half(conv.weight, 2, row), 3, column)
+        for first, last in _strips(x, conv.out_channels):
+            seen = padded[:, :, first + row : last + row + 1, column : column + width + 1]
+            out[:, :, 2 * first + row : 2 * last : 2, column::2] = F.conv2d(seen, weight, conv.bias)
+        del weight  # before the next is made
     return out
 
 
-def _halves(weight: Tensor, dim: int) -> tuple[Tensor, Tensor]:
-    """A kernel of 3 seen from the first and from the second pixel of a doubled pair, as kernels of 2."""
+def _half(weight: Tensor, dim: int, pixel: int) -> Tensor:
+    """A kernel of 3 as the first (0) or the second (1) pixel of a doubled pair sees it: a kernel of 2."""
     before, here, after = weight.unbind(dim)
-    return torch.stack((before, here + after), dim), torch.stack((before + here, after), dim)
+    return torch.stack((before + here, after) if pixel else (before, here + after), dim)
 
 
 def _strips(x: Tensor, channels: int) -> Iterator[tuple[int, int]]:
     """First and last row (exclusive) of each strip of x (B, C, H, W) that is convolved to `channels`."""
     height = x.shape[2]
-    rows = max(1, STRIP_ELEMENTS // (len(x) * max(x.shape[1], channels) * x.shape[3]))
+    rows = _strip_rows(len(x), x.shape[3], max(x.shape[1], channels))
     return ((first, min(first + rows, height)) for first in range(0, height, rows))
+
+
+def _strip_rows(images: int, width: int, channels: int) -> int:
+    return max(1, STRIP_ELEMENTS // (images * width * channels))
 
 
 def _in(buffer: Tensor, shape: tuple[int, ...]) -> Tensor:
     """The beginning of a buffer as a map."""
     return buffer[: torch.Size(shape).numel()].view(shape)
+
+
+# -- memory -------------------------------------------------------------------------------------
+
+
+def peak_elements(decoder: Decoder, images: int, side: int, element_bytes: int) -> int:
+    """Elements that `decode` holds at its fullest for features of side x side, its result left out.
+
+    The two buffers, the map where it is in neither of them, and the fullest of what runs on it.
+    """
+    buffers = 2 * images * largest_map(decoder, side)
+    x, fullest = images * side**2 * decoder.conv_in.out_channels, 0
+    for level in reversed(decoder.up):
+        pixels = images * side**2
+        for block in level.block:
+            wide, narrow = block.conv1.in_channels, block.conv1.out_channels
+            shortcut = 0 if wide == narrow else pixels * narrow
+            first = _norm_conv_elements(images, side, wide, narrow, element_bytes)
+            second = shortcut + _norm_conv_elements(images, side, narrow, narrow, element_bytes)
+            fullest, x = max(fullest, x + first, x + second), shortcut or x
+            if level.attn:  # queries, keys and values, and three results
+                fullest, x = max(fullest, x + 6 * pixels * narrow), pixels * narrow
+        if hasattr(level, "upsample"):
+            fullest, x, side = max(fullest, x + _upsample_elements(images, side, level.upsample.conv)), 0, 2 * side
+    channels = decoder.conv_out.in_channels
+    last = 9 * MIN_OUTPUTS * channels + _norm_conv_elements(images, side, channels, MIN_OUTPUTS, element_bytes)
+    return buffers + max(fullest, x + last)
+
+
+def _norm_conv_elements(images: int, side: int, channels: int, out_channels: int, element_bytes: int) -> int:
+    """Of `_norm_conv` beyond its two maps: a strip while it is padded, or beside its result.
+
+    Or, in half precision, a copy of the map in float32, for its mean and variance.
+    """
+    rows, line = min(side, _strip_rows(images, side, max(channels, out_channels))), images * side
+    padding = line * channels * (min(rows + 1, side) + rows + 2)
+    convolving = line * (channels * (rows + 2) + out_channels * rows)
+    exact = 0 if element_bytes == 4 else line * side * channels * 4 // element_bytes
+    return max(padding, convolving, exact)
+
+
+def _upsample_elements(images: int, side: int, conv: nn.Conv2d) -> int:
+    """Of `_upsample` beyond its two maps: the padded map, beside a kernel in the making or at work."""
+    rows = min(side, _strip_rows(images, side, max(conv.in_channels, conv.out_channels)))
+    ninth = conv.weight.numel() // 9
+    making = 12 * ninth  # the kernel of 2 x 3, the sum of two of its parts, and the one of 2 x 2
+    at_work = 4 * ninth + images * rows * side * conv.out_channels
+    return images * (side + 2) ** 2 * conv.in_channels + max(making, at_work)

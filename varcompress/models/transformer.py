@@ -186,7 +186,9 @@ class Block(nn.Module):
         new = cache.new(layer, qkv.shape[1])
         q = kernels.split_heads(qkv, after, constants.temperature, *new)
         del qkv
-        return self.attn.attend(q, *cache.read(layer, new))
+        k, v = cache.read(layer, new)
+        del new
+        return self.attn.attend(q, k, v)
 
 
 class HeadNorm(nn.Module):
