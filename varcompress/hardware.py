@@ -17,6 +17,22 @@ TRIAL_WIDTH, TRIAL_RUNS = 512, 9  # a matrix product of some milliseconds
 MARGIN = 0.9  # of the other's time, below which a call counts as faster: less is noise
 
 
+def choose_device(device: str | torch.device | None) -> torch.device:
+    """The device called so; None is a GPU when there is one. Raises InputError for one that is not there."""
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        place = torch.device(device)
+    except RuntimeError as error:
+        raise InputError(f"device {device!r} is unknown: use cpu, cuda or cuda:1") from error
+    if place.type not in ("cpu", "cuda"):
+        raise InputError(f"device {device!r} is not supported: use cpu or cuda")
+    count = torch.cuda.device_count()
+    if place.type == "cuda" and (place.index or 0) >= count:
+        raise InputError(f"device {device!r}: torch sees {count or 'no'} CUDA devices here: use cpu")
+    return place
+
+
 def device_name(device: torch.device | str) -> str:
     """The hardware behind a device: the GPU's name, or the processor's with the threads torch uses."""
     device = torch.device(device)

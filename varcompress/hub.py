@@ -39,7 +39,7 @@ from varcompress.checkpoint import (
 )
 from varcompress.data.digits import FOLDER as DIGITS_FOLDER
 from varcompress.errors import InputError
-from varcompress.hardware import bfloat16_wins
+from varcompress.hardware import bfloat16_wins, choose_device
 from varcompress.models.elastic import ElasticVAR, check_placement
 
 OFFICIAL_REPO, OFFICIAL_LICENSE = "FoundationVision/var", "mit"
@@ -78,7 +78,7 @@ def load(
     revision: branch, tag or commit on the Hub; kernels, cache_dtype, offload: see `ElasticVAR.place`.
     Raises InputError for whatever cannot be opened, saying what is accepted.
     """
-    place = _device(device)
+    place = choose_device(device)
     kind = _dtype(dtype, place)
     check_placement(place, kernels=kernels, cache_dtype=cache_dtype, offload=offload)  # before a download, not after
     if offload and place.type != "cuda":
@@ -128,21 +128,6 @@ def _unknown(source: str) -> str:
     near = difflib.get_close_matches(source, [*OFFICIAL, DIGITS], n=1)
     hint = f"did you mean {near[0]}? " if near else ""
     return f"{source}: no such model: {hint}A model is {ACCEPTED}"
-
-
-def _device(device: str | torch.device | None) -> torch.device:
-    if device is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        place = torch.device(device)
-    except RuntimeError as error:
-        raise InputError(f"device {device!r} is unknown: use cpu, cuda or cuda:1") from error
-    if place.type not in ("cpu", "cuda"):
-        raise InputError(f"device {device!r} is not supported: use cpu or cuda")
-    count = torch.cuda.device_count()
-    if place.type == "cuda" and (place.index or 0) >= count:
-        raise InputError(f"device {device!r}: torch sees {count or 'no'} CUDA devices here: use cpu")
-    return place
 
 
 def _dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:

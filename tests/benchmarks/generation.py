@@ -4,33 +4,40 @@
 
 PATH is a checkout of FoundationVision/VAR, whose code is imported from there; without it only ours is timed. Weights
 are random: they change no time. Writes docs/benchmarks/NAME.json, and the tables of all such files into
-docs/performance.md.
+docs/performance.md; with --out another folder, where the page stays as it is.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import datetime
 import io
 import json
+import os
 import random
+import re
 import statistics
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from tests.benchmarks.tables import write_tables
-from varcompress.hardware import device_name
+from tests.benchmarks.tables import section, write_tables
+from varcompress.errors import InputError
+from varcompress.hardware import choose_device, device_name
 from varcompress.kernels.backend import CHOICES
-from varcompress.models.elastic import ElasticVAR
+from varcompress.memory import LiveTensors, PeakMemory, fitting_batch
+from varcompress.models.elastic import ElasticVAR, check_placement
 from varcompress.models.linear import Linear, packing_wins
 from varcompress.models.tokenizer import VQVAE, TokenizerConfig, decoder_flops, exact_convolutions
 from varcompress.models.transformer import VAR, VARConfig
-from varcompress.profiling import LiveTensors, PeakMemory, predict, timed
+from varcompress.profiling import conditions, predict, timed
 from varcompress.schedule import Schedule
 
 FOLDER = Path(__file__).parents[2] / "docs" / "benchmarks"
@@ -72,8 +79,8 @@ def random_weights(depth: int) -> ElasticVAR:
 class Reference:
     """The public implementation, its weights those of `model` (the very same tensors, until ours are cast)."""
 
-    def __init__(self, path: str, model: ElasticVAR, device: torch.device) -> None:
-        sys.path.insert(0, path)
+    def __init__(self, path: Path, model: ElasticVAR, device: torch.device) -> None:
+        sys.path.insert(0, str(path))
         with contextlib.redirect_stdout(io.StringIO()):
             from models import build_vae_var
 
@@ -167,54 +174,80 @@ def floor_ms(model: ElasticVAR, schedule: Schedule, batch: int, rate: dict[str, 
     return total * 1e3
 
 
-def measure(
-    model: ElasticVAR,
-    reference: Reference | None,
-    schedules: list[Schedule],
-    batch: int,
-    runs: int,
-) -> dict:
-    """One batch size: every way once per run, in an order shuffled anew."""
-    device, labels = model.device, torch.arange(batch) % 1000
-    ways = {str(s): partial(model.generate_tokens, labels, s, **SAMPLING) for s in schedules}
-    decoders = {str(schedules[0]): lambda output: model.decode_features(output[1])}  # the same for all schedules
+@dataclass(frozen=True)
+class Way:
+    """One way to generate: ours under a schedule with some kernels, or the reference's (without either)."""
+
+    name: str
+    tokens: Callable[[], object]
+    decode: Callable[[object], Tensor]
+    begin: Callable[[], None] = lambda: None  # untimed: packs weights or frees them
+    schedule: Schedule | None = None
+    kernels: str | None = None
+
+
+def ways_of(
+    model: ElasticVAR, reference: Reference | None, schedules: list[Schedule], kernels: list[str], batch: int
+) -> list[Way]:
+    """All ways to generate a batch: every schedule with the first kernels, then with the others, then the reference."""
+    labels = torch.arange(batch) % 1000
+
+    def begin(schedule: Schedule, choice: str) -> None:
+        model.kernels = choice
+        model.prepare(schedule)
+
+    ways = [
+        Way(
+            str(schedule) if choice == kernels[0] else f"{schedule}, kernels {choice}",
+            partial(model.generate_tokens, labels, schedule, **SAMPLING),
+            lambda output: model.decode_features(output[1]),
+            partial(begin, schedule, choice),
+            schedule,
+            choice,
+        )
+        for choice in kernels
+        for schedule in schedules
+    ]
     if reference:
-        ways[REFERENCE], decoders[REFERENCE] = partial(reference.features, labels, **SAMPLING), reference.decode
-    times: dict[str, list[float]] = {name: [] for name in ways}
-    decoder_times: dict[str, list[float]] = {name: [] for name in decoders}
+        ways.append(Way(REFERENCE, partial(reference.features, labels, **SAMPLING), reference.decode))
+    return ways
+
+
+def measure(model: ElasticVAR, ways: list[Way], batch: int, runs: int) -> dict[str, dict]:
+    """Times of one batch size: every way once per run, in an order shuffled anew.
+
+    The decoder does not depend on the schedule: it is timed after `full`, once for each kernels, and added to the
+    tokens of the same run.
+    """
+    device, full = model.device, str(model.schedule("full"))
+    tokens_ms: dict[str, list[float]] = {way.name: [] for way in ways}
+    decoder_ms: dict[str | None, list[float]] = {way.kernels: [] for way in ways}
     order = random.Random(0)
     warmups = 2 if device.type == "cuda" else 1  # kernels compile and graphs are recorded; then memory is taken anew
     for run in range(1 - warmups, runs + 1):
         # recorded from the largest to the smallest, graphs share the memory of the first
-        for name in order.sample(list(ways), len(ways)) if run > 0 else ways:
-            output, elapsed_ms = timed(device, ways[name])
-            print(f"batch {batch} run {run}/{runs} {name}: {elapsed_ms:.0f} ms", flush=True)
+        for way in order.sample(ways, len(ways)) if run > 0 else ways:
+            way.begin()
+            output, elapsed_ms = timed(device, way.tokens)
+            print(f"batch {batch} run {run}/{runs} {way.name}: {elapsed_ms:.0f} ms", flush=True)
             if run > 0:
-                times[name].append(elapsed_ms)
-            if name in decoders:
-                elapsed_ms = timed(device, partial(decoders[name], output))[1]
-                print(f"batch {batch} run {run}/{runs} {name}, decoder: {elapsed_ms:.0f} ms", flush=True)
+                tokens_ms[way.name].append(elapsed_ms)
+            if way.schedule is None or str(way.schedule) == full:
+                elapsed_ms = timed(device, partial(way.decode, output))[1]
+                print(f"batch {batch} run {run}/{runs} {way.name}, decoder: {elapsed_ms:.0f} ms", flush=True)
                 if run > 0:
-                    decoder_times[name].append(elapsed_ms)
-    return {
-        "rows": [
-            _row(name, batch, times[name], decoder_times.get(name, decoder_times[str(schedules[0])])) for name in ways
-        ],
-        "switch": _switch(model, schedules, labels),
-    }
+                    decoder_ms[way.kernels].append(elapsed_ms)
+    return {way.name: _row(way, batch, tokens_ms[way.name], decoder_ms[way.kernels]) for way in ways}
 
 
-def _row(name: str, batch: int, tokens: list[float], decoder: list[float]) -> dict:
-    tokens_ms, decoder_ms = statistics.median(tokens), statistics.median(decoder)
-    return {
-        "way": name,
-        "tokens_ms": tokens_ms,
-        "tokens_spread_ms": [min(tokens), max(tokens)],
-        "decoder_ms": decoder_ms,
-        "decoder_spread_ms": [min(decoder), max(decoder)],
-        "whole_ms": tokens_ms + decoder_ms,
-        "images_per_second": batch / (tokens_ms + decoder_ms) * 1e3,
-        "images_per_second_without_decoder": batch / tokens_ms * 1e3,
+def _row(way: Way, batch: int, tokens: list[float], decoder: list[float]) -> dict:
+    row: dict = {"way": way.name, "kernels": way.kernels}
+    whole = [sum(both) for both in zip(tokens, decoder, strict=True)]
+    for name, times in (("tokens", tokens), ("decoder", decoder), ("whole", whole)):
+        row |= {f"{name}_ms": statistics.median(times), f"{name}_spread_ms": [min(times), max(times)]}
+    return row | {
+        "images_per_second": batch / row["whole_ms"] * 1e3,
+        "images_per_second_without_decoder": batch / row["tokens_ms"] * 1e3,
     }
 
 
@@ -232,34 +265,34 @@ def compare(model: ElasticVAR, reference: Reference, images: int) -> dict[str, f
     return {"images": images, "largest_difference": apart.max().item(), "mean_difference": apart.mean().item()}
 
 
-def _switch(model: ElasticVAR, schedules: list[Schedule], labels: Tensor) -> dict[str, float]:
+def switch(model: ElasticVAR, first: Way, last: Way) -> dict[str, float]:
     """Time of the last schedule after itself, and after another that ran in between (medians of three)."""
-    first, last = schedules[0], schedules[-1]
-    run = {s: (lambda s=s: model.generate_tokens(labels, s, **SAMPLING)) for s in (first, last)}
+    first.begin()
     times: dict[str, list[float]] = {"after_itself_ms": [], "after_another_ms": []}
     for _ in range(3):
-        run[last]()
-        times["after_itself_ms"].append(timed(model.device, run[last])[1])
-        run[first]()
-        times["after_another_ms"].append(timed(model.device, run[last])[1])
-    return {"schedule": str(last), "other": str(first)} | {name: statistics.median(v) for name, v in times.items()}
+        last.tokens()
+        times["after_itself_ms"].append(timed(model.device, last.tokens)[1])
+        first.tokens()
+        times["after_another_ms"].append(timed(model.device, last.tokens)[1])
+    return {"schedule": last.name, "other": first.name} | {name: statistics.median(v) for name, v in times.items()}
 
 
-def peaks(model: ElasticVAR, reference: Reference | None, schedules: list[Schedule], batch: int) -> dict[str, dict]:
-    """Peak bytes of a call, weights included, and ours beside the prediction."""
-    labels, found = torch.arange(batch) % 1000, {}
-    if reference:
-        call = lambda: reference.decode(reference.features(labels, **SAMPLING))  # noqa: E731
+def peak(model: ElasticVAR, reference: Reference | None, way: Way, batch: int) -> dict[str, int | bool | str]:
+    """Peak bytes of a call, weights included; ours, beside the prediction, and with what it ran."""
+    if way.schedule is None:
         weights = sum(t.nbytes for m in (reference.var, reference.vae) for t in (*m.parameters(), *m.buffers()))
-        found[REFERENCE] = {"peak_bytes": weights + _growth(call, reference.device)}
-    for schedule in schedules:
-        with model.eager(), PeakMemory(model, schedule) as memory:
-            model.generate(labels, schedule, **SAMPLING)
-        cost = predict(model, schedule, batch)
-        found[str(schedule)] = {
-            "peak_bytes": memory.bytes, "peak_bytes_predicted": cost["peak_bytes"], "cache_bytes": cost["cache_bytes"],
-        }  # fmt: skip
-    return found
+        return {"peak_bytes": weights + _growth(lambda: way.decode(way.tokens()), reference.device)}
+    way.begin()
+    with model.eager(), PeakMemory(model, way.schedule) as memory:
+        way.decode(way.tokens())
+    cost, ran = predict(model, way.schedule, batch), conditions(model)
+    return {
+        "peak_bytes": memory.bytes,
+        "peak_bytes_predicted": cost["peak_bytes"],
+        "cache_bytes": cost["cache_bytes"],
+        "kernels": ran["kernels"],
+        "packed_weights": ran["packed_weights"],
+    }
 
 
 def _growth(call: Callable[[], Tensor], device: torch.device) -> int:
@@ -278,11 +311,11 @@ def _growth(call: Callable[[], Tensor], device: torch.device) -> int:
 
 
 def benchmark(
-    depth: int, batches: list[int], runs: int, reference_path: str | None, device: torch.device, kernels: str
+    depth: int, batches: list[int], runs: int, reference_path: Path | None, device: torch.device, kernels: list[str]
 ) -> Iterator[dict]:
     """All batch sizes of one model size."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    model = random_weights(depth).place(device, kernels=kernels)
+    model = random_weights(depth).place(device, kernels=kernels[0])
     reference = Reference(reference_path, model, device) if reference_path else None
     sizes = sorted({min(batch, COMPARED) for batch in batches}) if reference else []
     images = {size: compare(model, reference, size) for size in sizes}
@@ -290,55 +323,111 @@ def benchmark(
     schedules = [model.schedule("full"), *(model.schedule(f"d{d}@6") for d in (16, 8, 4, 2) if d < depth)]
     rate = rates(device, dtype)
     for batch in batches:
-        result = measure(model, reference, schedules, batch, runs)
-        memory = peaks(model, reference, schedules, batch)
-        flops = batch * decoder_flops(model.tokenizer.config, in_strips=device.type == "cpu")
-        for row in result["rows"]:
-            row |= memory[row["way"]]
-            if row["way"] != REFERENCE:
-                row["floor_ms"] = floor_ms(model, model.schedule(row["way"]), batch, rate)
-                row["decoder_floor_ms"] = flops / rate["flops_per_second"] * 1e3
-        result["images"] = images.get(min(batch, COMPARED))
+        ways = ways_of(model, reference, schedules, kernels, batch)
+        with fitting_batch(model, schedules, batch):
+            rows = measure(model, ways, batch, runs)
+            switching = switch(model, ways[0], ways[len(schedules) - 1])
+            for way in ways:
+                rows[way.name] |= peak(model, reference, way, batch)
+        decoder_floor_ms = (
+            batch * decoder_flops(model.tokenizer.config, in_strips=device.type == "cpu") / rate["flops_per_second"]
+        ) * 1e3
+        for way in ways:
+            if way.schedule:
+                floor = floor_ms(model, way.schedule, batch, rate)
+                rows[way.name] |= {"floor_ms": floor, "whole_floor_ms": floor + decoder_floor_ms}
         yield {
             "size": f"d{depth}",
             "batch_size": batch,
             "reference_attention": reference.attention if reference else None,
             **rate,
-            **result,
+            "decoder_floor_ms": decoder_floor_ms,
+            "rows": list(rows.values()),
+            "switch": switching,
+            "images": images.get(min(batch, COMPARED)),
         }
 
 
-def main() -> None:
+def _options() -> argparse.Namespace:
+    """What was asked for; stops with one line for what cannot be."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--reference", help="checkout of FoundationVision/VAR")
-    parser.add_argument("--sizes", nargs="+", default=["d16", "d30"])
+    parser.add_argument("--reference", metavar="PATH", type=Path, help="checkout of FoundationVision/VAR")
+    parser.add_argument("--sizes", nargs="+", default=["d16", "d30"], help="such as d16")
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 8, 64])
     parser.add_argument("--runs", type=int, default=7)
-    parser.add_argument("--kernels", default="auto", choices=CHOICES, help="of ours")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--kernels", nargs="+", default=["auto"], choices=CHOICES, help="of ours, side by side")
+    parser.add_argument("--device", help="cuda, cuda:1 or cpu; by default cuda when there is one")
     parser.add_argument("--name", help="of the JSON file; by default the device's and the sizes'")
+    parser.add_argument("--out", type=Path, default=FOLDER, help="folder of the JSON file; by default that of the docs")
     options = parser.parse_args()
-    device = torch.device(options.device)
+    wrong = [size for size in options.sizes if not re.fullmatch(r"d[1-9]\d?", size)]
+    if wrong:
+        parser.error(f"size {wrong[0]!r}: write d16 or d30")
+    if options.runs < 1 or min(options.batches) < 1:
+        parser.error("batches and runs: at least 1 is needed")
+    if options.reference and not (options.reference / "models" / "var.py").is_file():
+        parser.error(f"{options.reference}: is no checkout of FoundationVision/VAR, which has models/var.py")
+    try:
+        options.device = choose_device(options.device)
+        for kernels in options.kernels:
+            check_placement(options.device, kernels=kernels, cache_dtype=None, offload=None)
+    except InputError as error:
+        parser.error(str(error))
+    options.name = options.name or f"{options.device.type}-{'-'.join(options.sizes)}"
+    return options
+
+
+def _command(options: argparse.Namespace) -> str:
+    """The command line of a run, without what depends on the machine."""
+    command = ["python -m tests.benchmarks.generation"]
+    if options.reference:
+        command.append("--reference PATH")
+    lists = {"sizes": options.sizes, "batches": options.batches, "kernels": options.kernels}
+    command += [f"--{name} {' '.join(map(str, values))}" for name, values in lists.items()]
+    return " ".join([*command, f"--runs {options.runs}", f"--name {options.name}"])
+
+
+def _commit() -> str | None:
+    """The commit that ran, with a plus where files had changed since; None outside a repository."""
+    git = partial(subprocess.run, cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
+    try:
+        commit = git(["git", "rev-parse", "--short", "HEAD"]).stdout.strip()
+        return commit + ("+" if git(["git", "status", "--porcelain", "--untracked-files=no"]).stdout else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def main() -> None:
+    options = _options()
+    on_gpu = options.device.type == "cuda"
     content = {
-        "device": device_name(device),
-        "kind": device.type,
+        "device": device_name(options.device),
+        "kind": options.device.type,
         "torch": torch.__version__,
-        "dtype": "bfloat16" if device.type == "cuda" else "float32",
-        "reference_dtype": "float16 autocast" if device.type == "cuda" else "float32",
-        "kernels": options.kernels,
+        "date": datetime.date.today().isoformat(),
+        "commit": _commit(),
+        "command": _command(options),
+        "load_average_before": os.getloadavg()[0],
+        "dtype": "bfloat16" if on_gpu else "float32",
+        "reference_dtype": "float16 autocast" if on_gpu else "float32",
         "runs": options.runs,
         "settings": SAMPLING,
         "results": [],
     }
-    FOLDER.mkdir(parents=True, exist_ok=True)
-    name = options.name or f"{device.type}-{'-'.join(options.sizes)}"
-    for size in options.sizes:
-        for result in benchmark(
-            int(size[1:]), options.batches, options.runs, options.reference, device, options.kernels
-        ):
-            content["results"].append(result)  # written at once: a larger batch may not fit
-            (FOLDER / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    print(write_tables())
+    options.out.mkdir(parents=True, exist_ok=True)
+    path = options.out / f"{options.name}.json"
+    try:
+        for size in options.sizes:
+            for result in benchmark(
+                int(size[1:]), options.batches, options.runs, options.reference, options.device, options.kernels
+            ):
+                content["results"].append(result)  # written at once: a larger batch may not fit
+                path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    except InputError as error:
+        kept = f" ({path} holds what was measured before)" if content["results"] else ""
+        print(f"error: {error}{kept}", file=sys.stderr)
+        sys.exit(2)
+    print(write_tables() if options.out.resolve() == FOLDER else section(path))
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ MIB = 2**20
 
 def tables() -> str:
     """The tables of all results, in the order of their files' names."""
-    return "\n\n".join(filter(None, [*map(_section, sorted((DOCS / "benchmarks").glob("*.json"))), _gpu()]))
+    return "\n\n".join(filter(None, [*map(section, sorted((DOCS / "benchmarks").glob("*.json"))), _gpu()]))
 
 
 def write_tables() -> str:
@@ -27,55 +27,66 @@ def write_tables() -> str:
     return text
 
 
-def _section(path: Path) -> str:
+def section(path: Path) -> str:
+    """The tables of one file of results."""
     content = json.loads(path.read_text(encoding="utf-8"))
-    head = (
-        f"### {content['device']}, {content['dtype']}\n\nTorch {content['torch']}, medians of {content['runs']} "
-        f"interleaved runs, smallest and largest in brackets ([{path.name}](benchmarks/{path.name})). "
-        f"Kernels: {content['kernels']}. The reference runs in {content['reference_dtype']}."
-    )
-    return "\n\n".join([head, *(_result(result) for result in content["results"])])
+    return "\n\n".join(_result(content, result, path.name) for result in content["results"])
 
 
-def _result(result: dict) -> str:
+def _result(content: dict, result: dict, file: str) -> str:
     rows = {row["way"]: row for row in result["rows"]}
     reference, full = rows.get("reference"), rows["full"]
     lines = [
-        f"**{result['size']}, batch of {result['batch_size']}.** A matrix product reaches "
+        f"### {result['size']}, batch of {result['batch_size']}, {content['dtype']}: {content['device']}\n",
+        f"`{content['command']}` ([{file}](benchmarks/{file}), {content['date']}, commit {content['commit']}, torch "
+        f"{content['torch']}). Medians of {content['runs']} interleaved runs, smallest and largest in brackets; load "
+        f"average before {content['load_average_before']:.2f}. A matrix product reaches "
         f"{result['flops_per_second'] / 1e9:,.0f} GFLOP/s, a copy {result['bytes_per_second'] / 1e9:,.1f} GB/s.\n",
-        "| | tokens, ms | of `full` | of the reference | tokens + decoder, ms | of `full` | of the reference "
-        "| floor of the tokens, ms | its part of the time | peak, MiB (predicted) | of the reference |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
+        "| | tokens, ms | of `full` | of the reference | floor, ms | tokens + decoder, ms | images/s | of `full` "
+        "| of the reference | floor, ms | peak, MiB (predicted) | of the reference |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for name, row in rows.items():
         ours = name != "reference"
-        low, high = row["tokens_spread_ms"]
-        cells = [
-            f"`{name}`" if ours else name,
-            f"{row['tokens_ms']:,.0f} ({low:,.0f}-{high:,.0f})",
-            f"{full['tokens_ms'] / row['tokens_ms']:.2f} x" if ours else "",
-            f"{reference['tokens_ms'] / row['tokens_ms']:.2f} x" if ours and reference else "",
-            f"{row['whole_ms']:,.0f}",
-            f"{full['whole_ms'] / row['whole_ms']:.2f} x" if ours else "",
-            f"{reference['whole_ms'] / row['whole_ms']:.2f} x" if ours and reference else "",
-            f"{row['floor_ms']:,.0f}" if ours else "",
-            f"{row['floor_ms'] / row['tokens_ms']:.0%}" if ours else "",
-            f"{row['peak_bytes'] / MIB:,.0f}" + (f" ({row['peak_bytes_predicted'] / MIB:,.0f})" if ours else ""),
-            f"{row['peak_bytes'] / reference['peak_bytes']:.2f}" if ours and reference else "",
-        ]
+        cells = [f"`{name}`" if ours else name]
+        for part, floor in (("tokens", "floor_ms"), ("whole", "whole_floor_ms")):
+            time = f"{part}_ms"
+            cells.append(_time(row, part))
+            cells += [f"{row['images_per_second']:.3g}"] if part == "whole" else []
+            cells.append(f"{full[time] / row[time]:.2f} x" if ours else "")
+            cells.append(f"{reference[time] / row[time]:.2f} x" if ours and reference else "")
+            cells.append(f"{_ms(row[floor])}: {row[floor] / row[time]:.0%}" if ours else "")
+        cells.append(
+            f"{row['peak_bytes'] / MIB:,.0f}" + (f" ({row['peak_bytes_predicted'] / MIB:,.0f})" if ours else "")
+        )
+        cells.append(f"{row['peak_bytes'] / reference['peak_bytes']:.2f}" if ours and reference else "")
         lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n\n" + " ".join(_remarks(result, reference, full))
+    return "\n".join(lines) + "\n\n" + " ".join(_remarks(content, result, reference, full))
 
 
-def _remarks(result: dict, reference: dict | None, full: dict) -> list[str]:
+def _time(row: dict, part: str) -> str:
+    low, high = row[f"{part}_spread_ms"]
+    return f"{_ms(row[f'{part}_ms'])} ({_ms(low)}-{_ms(high)})"
+
+
+def _ms(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def _remarks(content: dict, result: dict, reference: dict | None, full: dict) -> list[str]:
     switch = result["switch"]
     remarks = [
-        f"The decoder alone takes {full['decoder_ms']:,.0f} ms, {full['decoder_floor_ms'] / full['decoder_ms']:.0%} of "
-        "its floor's speed" + (f", and the reference's {reference['decoder_ms']:,.0f} ms "
+        f"{_ways(result)} The decoder alone takes {_time(full, 'decoder')} ms, "
+        f"{result['decoder_floor_ms'] / full['decoder_ms']:.0%} of its floor's speed"
+        + (f", and the reference's {_time(reference, 'decoder')} ms "
         f"({reference['decoder_ms'] / full['decoder_ms']:.2f} x)." if reference else "."),
-        f"`{switch['schedule']}` takes {switch['after_itself_ms']:,.0f} ms after itself and "
-        f"{switch['after_another_ms']:,.0f} ms after `{switch['other']}`.",
+        f"`{switch['schedule']}` takes {_ms(switch['after_itself_ms'])} ms after itself and "
+        f"{_ms(switch['after_another_ms'])} ms after `{switch['other']}`.",
     ]  # fmt: skip
+    if reference:
+        remarks.append(
+            f"The reference runs in {content['reference_dtype']}, attention: {result['reference_attention']}."
+        )
     if result["images"]:
         apart = result["images"]
         remarks.append(
@@ -83,6 +94,16 @@ def _remarks(result: dict, reference: dict | None, full: dict) -> list[str]:
             f"by at most {apart['largest_difference']:.1e} of 1, on average {apart['mean_difference']:.1e}."
         )
     return remarks
+
+
+def _ways(result: dict) -> str:
+    """What our rows ran with."""
+    ran = {row["way"].partition(", ")[2]: row for row in result["rows"] if row["kernels"]}
+    said = []
+    for choice, row in ran.items():
+        weights = "packed weights" if row["packed_weights"] else "weights as they are"
+        said.append(f"{f'`{choice}`' if choice else 'Ours'}: {row['kernels']} kernels, {weights}.")
+    return " ".join(said)
 
 
 def _gpu() -> str:
