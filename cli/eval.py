@@ -9,6 +9,7 @@ import typer
 
 from varcompress.cli.options import (
     CacheDtype,
+    Cfg,
     Device,
     Dtype,
     Json,
@@ -17,6 +18,8 @@ from varcompress.cli.options import (
     Offload,
     Revision,
     Schedules,
+    TopK,
+    TopP,
     Vae,
     open_model,
 )
@@ -43,9 +46,9 @@ def evaluate(
         ),
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Images generated at a time; latency is per batch.")] = 64,
-    cfg: Annotated[float, typer.Option(help="Guidance weight.")] = 1.5,
-    top_k: Annotated[int, typer.Option(min=0, help="Most probable tokens to draw from; 0 for all.")] = 900,
-    top_p: Annotated[float, typer.Option(min=0, max=1, help="Probability mass to draw from; 0 for all.")] = 0.96,
+    cfg: Cfg = 1.5,
+    top_k: TopK = 900,
+    top_p: TopP = 0.96,
     seed: Annotated[int, typer.Option(help="Seed of all images; the batch size changes none of them.")] = 0,
     features: Annotated[
         str | None, typer.Option(help="inception or digits.", show_default="what fits the model")

@@ -44,6 +44,9 @@ Offload = Annotated[
         help="bridge: on a GPU, stream the layers that only the bridge runs from host memory.", show_default=False
     ),
 ]
+Cfg = Annotated[float, typer.Option(help="Guidance weight.")]
+TopK = Annotated[int, typer.Option(min=0, help="Most probable tokens to draw from; 0 for all.")]
+TopP = Annotated[float, typer.Option(min=0, max=1, help="Probability mass to draw from; 0 for all.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")]
 
 

@@ -9,6 +9,7 @@ import typer
 
 from varcompress.cli.options import (
     CacheDtype,
+    Cfg,
     Device,
     Dtype,
     Json,
@@ -17,6 +18,8 @@ from varcompress.cli.options import (
     Offload,
     Revision,
     Schedules,
+    TopK,
+    TopP,
     Vae,
     open_model,
 )
@@ -28,6 +31,9 @@ def profile(
     schedules: Schedules = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Images per call.")] = 8,
     runs: Annotated[int, typer.Option(min=1, help="Timed calls per schedule.")] = 5,
+    cfg: Cfg = 1.5,
+    top_k: TopK = 900,
+    top_p: TopP = 0.96,
     directory: Annotated[
         Path | None,
         typer.Option(
@@ -56,7 +62,16 @@ def profile(
         report.check_results(directory, "profile")
     loaded = open_model(model, vae, device, dtype, revision, kernels=kernels, cache_dtype=cache_dtype, offload=offload)
     with progress_bar() as progress:
-        result = profile(loaded, schedules, batch_size=batch_size, runs=runs, progress=progress)
+        result = profile(
+            loaded,
+            schedules,
+            batch_size=batch_size,
+            runs=runs,
+            cfg=cfg,
+            top_k=top_k,
+            top_p=top_p,
+            progress=progress,
+        )
     if as_json:
         print_json(result)
     else:

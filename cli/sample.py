@@ -9,7 +9,21 @@ from typing import Annotated
 
 import typer
 
-from varcompress.cli.options import CacheDtype, Device, Dtype, Json, Kernels, Model, Offload, Revision, Vae, open_model
+from varcompress.cli.options import (
+    CacheDtype,
+    Cfg,
+    Device,
+    Dtype,
+    Json,
+    Kernels,
+    Model,
+    Offload,
+    Revision,
+    TopK,
+    TopP,
+    Vae,
+    open_model,
+)
 from varcompress.cli.output import out as stdout
 from varcompress.cli.output import print_json, progress_bar
 from varcompress.errors import InputError
@@ -24,9 +38,9 @@ def sample(
     ],
     schedule: Annotated[str, typer.Option("--schedule", "-s", help="full, d8, d8@6 or 30x6,8x4.")] = "full",
     count: Annotated[int, typer.Option(min=1, help="Images per class.")] = 1,
-    cfg: Annotated[float, typer.Option(help="Guidance weight.")] = 1.5,
-    top_k: Annotated[int, typer.Option(min=0, help="Most probable tokens to draw from; 0 for all.")] = 900,
-    top_p: Annotated[float, typer.Option(min=0, max=1, help="Probability mass to draw from; 0 for all.")] = 0.96,
+    cfg: Cfg = 1.5,
+    top_k: TopK = 900,
+    top_p: TopP = 0.96,
     seed: Annotated[int, typer.Option(help="Seed of all images; the batch size changes none of them.")] = 0,
     batch_size: Annotated[int, typer.Option(min=1, help="Images generated at a time.")] = 16,
     vae: Vae = None,

@@ -39,11 +39,14 @@ def test_profile_of_files_writes_where_it_is_told(quick, tiny_files, tmp_path):
 
 
 def test_profile_json_is_one_object(quick, elastic, tiny):
-    result = quick(elastic, "-s", "d2", "--json", "--dtype", "bfloat16")
+    settings = {"cfg": 2.0, "top_k": 5, "top_p": 0.9}
+    options = [f"--{name.replace('_', '-')}={value}" for name, value in settings.items()]
+    result = quick(elastic, "-s", "d2", "--json", "--dtype", "bfloat16", *options)
     content = json.loads(result.stdout)
     assert content == json.loads((elastic / "profile.json").read_text())
     assert (content["dtype"], content["batch_size"], content["runs"]) == ("bfloat16", 2, 1)
     assert content["weights"] == fingerprint(tiny)
+    assert content["settings"] == settings | {"seed": 0}
 
 
 def test_profile_refuses_before_it_measures(quick, elastic, tmp_path):

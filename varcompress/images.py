@@ -111,7 +111,8 @@ def draw_images(
 def check_finite(images: Tensor, schedule: Schedule, dtype: torch.dtype) -> None:
     """Raises InputError when generated images are not finite: their numbers grew beyond what `dtype` holds."""
     if not torch.isfinite(images).all():
-        raise InputError(f"schedule {schedule} draws images that are not finite in {dtype}: use float32")
+        remedy = "are these trained weights?" if dtype is torch.float32 else "use float32"
+        raise InputError(f"schedule {schedule} draws images that are not finite in {dtype}: {remedy}")
 
 
 # -- out ----------------------------------------------------------------------------------------

@@ -29,6 +29,7 @@ from varcompress.memory import PeakMemory, fitting_batch, predicted_peak_bytes
 from varcompress.models.elastic import CACHE_DTYPES, ElasticVAR
 from varcompress.models.linear import Linear
 from varcompress.models.tokenizer import decoder_flops
+from varcompress.sampling import check_settings
 from varcompress.schedule import Schedule
 
 PHASES = ("transformer", "sampling", "decoder")
@@ -43,15 +44,17 @@ def profile(
     batch_size: int = 8,
     runs: int = 5,
     warmup: int = 2,
+    cfg: float = 1.5,
+    top_k: int = 900,
+    top_p: float = 0.96,
     seed: int = 0,
     progress: Progress | None = None,
-    **sampling: float,
 ) -> dict:
     """Measure schedules side by side. Each run times every schedule once, in an order shuffled anew.
 
     schedules: `full` is the baseline, always measured and shown first; default model.default_schedules().
     batch_size: images per call (guidance doubles the rows); runs: timed calls per schedule, after `warmup` more;
-    sampling: cfg, top_k, top_p of `ElasticVAR.generate`.
+    cfg, top_k, top_p, seed: as in `ElasticVAR.generate`.
 
     Returns a JSON-able dict with kind "profile", the weights' fingerprint, the hardware, and per schedule: latency_ms
     (median, end to end), latency_spread_ms (quartiles), without_decoder_ms (median of the same runs without the
@@ -63,6 +66,8 @@ def profile(
     """
     if batch_size < 1 or runs < 1 or warmup < 0:
         raise InputError(f"batch size {batch_size}, runs {runs}, warm-up {warmup}: at least 1, 1 and 0 are needed")
+    settings = {"cfg": cfg, "top_k": top_k, "top_p": top_p, "seed": seed}
+    check_settings(**settings)
     schedules = [model.schedule(s) for s in schedules] if schedules else model.default_schedules()
     schedules = list(dict.fromkeys((model.schedule("full"), *schedules)))
     with fitting_batch(model, schedules, batch_size):
@@ -76,13 +81,13 @@ def profile(
             progress(done, total, f"profile: {schedule}")
 
     def call(schedule: Schedule) -> Tensor:
-        images = model.generate(labels, schedule, seed=seed, **sampling)
+        images = model.generate(labels, schedule, **settings)
         step(schedule)
         return images
 
     def time_ms(schedule: Schedule) -> tuple[float, float]:
         """Until the tokens are there, and until the images are."""
-        tokens = lambda: model.generate_tokens(labels, schedule, seed=seed, **sampling)  # noqa: E731
+        tokens = lambda: model.generate_tokens(labels, schedule, **settings)  # noqa: E731
         (_, f_hat), tokens_ms = timed(model.device, tokens)
         decoder_ms = timed(model.device, lambda: model.decode_features(f_hat))[1]
         step(schedule)
@@ -94,7 +99,7 @@ def profile(
     with fitting_memory(model.device, batch_size):
         if model.device.type == "cuda":
             with model.eager():  # libraries take their workspace at the first call, which belongs to no schedule
-                model.generate(labels, schedules[0], seed=seed, **sampling)
+                model.generate(labels, schedules[0], **settings)
         counts = {schedule: _counts(model, call, schedule) for schedule in schedules}
         for _ in range(warmup):
             for schedule in schedules:
@@ -105,12 +110,13 @@ def profile(
         for _ in range(runs):
             for schedule in order.sample(schedules, len(schedules)):
                 splits[schedule].append(_phases_ms(model, lambda s=schedule: call(s)))
-        effects = {schedule: cache_effect(model, schedule, labels) for schedule in schedules}
+        effects = {schedule: cache_effect(model, schedule, labels, **settings) for schedule in schedules}
     rows = [_row(model, s, batch_size, times[s], splits[s], counts[s]) | effects[s] for s in schedules]
     return {
         "kind": "profile",
         **conditions(model),
         "batch_size": batch_size,
+        "settings": settings,
         "runs": runs,
         "schedules": [_beside_full(row, rows[0]) for row in rows],
     }
@@ -155,9 +161,10 @@ def conditions(model: ElasticVAR) -> dict[str, str | bool | None]:
 
 
 @torch.inference_mode()
-def cache_effect(model: ElasticVAR, schedule: str | Schedule, labels: Tensor) -> dict[str, float]:
+def cache_effect(model: ElasticVAR, schedule: str | Schedule, labels: Tensor, **settings: float) -> dict[str, float]:
     """What storing keys and values in eight bits does to the logits of the same tokens; empty where they are not.
 
+    settings: those of `ElasticVAR.generate`, with which the tokens are drawn.
     logit_error: root mean square of the difference over that of the logits; same_top_token: share of tokens whose
     largest logit stays the largest.
     """
@@ -166,7 +173,7 @@ def cache_effect(model: ElasticVAR, schedule: str | Schedule, labels: Tensor) ->
     stored, collected = model.cache_dtype, []
     try:
         with model.eager():
-            tokens, _ = model.generate_tokens(labels, schedule)
+            tokens, _ = model.generate_tokens(labels, schedule, **settings)
             for model.cache_dtype in (None, stored):
                 logits: list[Tensor] = []
                 model.generate_tokens(labels, schedule, forced=tokens, logits_out=logits)

@@ -1,0 +1,70 @@
+"""The generation benchmark: what it writes, and what it refuses. No time is asserted."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from tests.benchmarks import generation
+from tests.benchmarks.tables import section
+
+
+@pytest.fixture
+def benchmark(monkeypatch):
+    """Run it with the given arguments."""
+
+    def run(*arguments):
+        monkeypatch.setattr("sys.argv", ["generation", *map(str, arguments)])
+        generation.main()
+
+    return run
+
+
+def test_it_writes_what_ran_and_prints_its_table(benchmark, tmp_path, capsys):
+    page = generation.FOLDER.parent / "performance.md"
+    before = page.read_bytes()
+    benchmark("--sizes", "d1", "--batches", 1, "--runs", 1, "--device", "cpu", "--out", tmp_path, "--name", "small")
+    assert page.read_bytes() == before
+    content = json.loads((tmp_path / "small.json").read_text(encoding="utf-8"))
+    assert content["command"].endswith("--sizes d1 --batches 1 --kernels auto --runs 1 --name small")
+    (result,) = content["results"]
+    assert (result["size"], result["batch_size"], result["images"]) == ("d1", 1, None)
+    (row,) = result["rows"]
+    assert (row["way"], row["kernels"]) == ("full", "torch")
+    assert row["whole_ms"] == row["tokens_ms"] + row["decoder_ms"]
+    assert row["images_per_second"] == pytest.approx(1e3 / row["whole_ms"])
+    assert row["peak_bytes"] == pytest.approx(row["peak_bytes_predicted"], rel=0.01)
+    assert 0 < row["floor_ms"] < row["whole_floor_ms"]
+    printed = capsys.readouterr().out
+    assert section(tmp_path / "small.json") in printed
+    assert "| `full` |" in printed
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--reference", "nowhere"], "nowhere: is no checkout of FoundationVision/VAR"),
+        (["--sizes", "big"], "size 'big': write d16 or d30"),
+        (["--batches", "8", "0"], "at least 1 is needed"),
+        (["--runs", "0"], "at least 1 is needed"),
+        (["--device", "tpu"], "device 'tpu' is unknown"),
+    ],
+)
+def test_wrong_options_are_one_line(benchmark, arguments, message, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        benchmark(*arguments)
+    assert message in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_batch_that_does_not_fit_loses_nothing(benchmark, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(generation, "benchmark", too_large)
+    with pytest.raises(SystemExit, match="2"):
+        benchmark("--sizes", "d1", "--device", "cpu", "--out", tmp_path, "--name", "cut")
+    assert "choose a smaller one" in capsys.readouterr().err
+    assert json.loads((tmp_path / "cut.json").read_text(encoding="utf-8"))["results"] == [{"size": "d1"}]
+
+
+def too_large(*_):
+    yield {"size": "d1"}
+    raise generation.InputError("a batch of 64 images does not fit: choose a smaller one")
