@@ -98,12 +98,14 @@ def _remarks(content: dict, result: dict, reference: dict | None, full: dict) ->
 
 def _ways(result: dict) -> str:
     """What our rows ran with."""
+    names = {"torch": "plain torch", "triton": "Triton kernels"}
     ran = {row["way"].partition(", ")[2]: row for row in result["rows"] if row["kernels"]}
-    said = []
-    for choice, row in ran.items():
-        weights = "packed weights" if row["packed_weights"] else "weights as they are"
-        said.append(f"{f'`{choice}`' if choice else 'Ours'}: {row['kernels']} kernels, {weights}.")
-    return " ".join(said)
+    said = [
+        f"{f'those with `{choice}`' if choice else 'Ours run'} {names[row['kernels']]}, "
+        f"{'packed weights' if row['packed_weights'] else 'weights as they are'}"
+        for choice, row in ran.items()
+    ]
+    return "; ".join(said) + "."
 
 
 def _gpu() -> str:
