@@ -40,7 +40,8 @@ from varcompress.models.transformer import VAR, VARConfig
 from varcompress.profiling import conditions, predict, timed
 from varcompress.schedule import Schedule
 
-FOLDER = Path(__file__).parents[2] / "docs" / "benchmarks"
+ROOT = Path(__file__).parents[2]
+FOLDER, CODE = ROOT / "docs" / "benchmarks", ("varcompress", "kernels", "tests/benchmarks")
 PATCH_NUMS = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
 SAMPLING = {"cfg": 1.5, "top_k": 900, "top_p": 0.96}
 REFERENCE = "reference"
@@ -388,11 +389,11 @@ def _command(options: argparse.Namespace) -> str:
 
 
 def _commit() -> str | None:
-    """The commit that ran, with a plus where files had changed since; None outside a repository."""
-    git = partial(subprocess.run, cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
+    """The commit that ran, with a plus where code had changed since; None outside a repository."""
+    git = partial(subprocess.run, cwd=ROOT, capture_output=True, text=True, check=True)
     try:
         commit = git(["git", "rev-parse", "--short", "HEAD"]).stdout.strip()
-        return commit + ("+" if git(["git", "status", "--porcelain", "--untracked-files=no"]).stdout else "")
+        return commit + ("+" if git(["git", "status", "--porcelain", "--", *CODE]).stdout else "")
     except (OSError, subprocess.CalledProcessError):
         return None
 
