@@ -25,17 +25,18 @@ def schedules(draw):
     return Schedule(depth, patch_nums, tuple(layers))
 
 
-def new_cache(schedule: Schedule, dtype=torch.float32) -> KVCache:
-    return KVCache(schedule, batch=BATCH, heads=HEADS, head_dim=HEAD_DIM, dtype=dtype, device=torch.device("cpu"))
+def new_cache(schedule: Schedule, dtype=torch.float32, batch=BATCH) -> KVCache:
+    return KVCache(schedule, batch=batch, heads=HEADS, head_dim=HEAD_DIM, dtype=dtype, device=torch.device("cpu"))
 
 
 def decode(schedule: Schedule, cache: KVCache):
     """Write random keys and values as generation does; yields (read, written so far), each a pair, for every write."""
-    written = {layer: torch.empty(2, BATCH, HEADS, 0, HEAD_DIM) for layer in range(schedule.depth)}
+    batch = cache.rows.shape[1]
+    written = {layer: torch.empty(2, batch, HEADS, 0, HEAD_DIM) for layer in range(schedule.depth)}
     for scale, layers in enumerate(schedule.layers):
         cache.begin(scale)
         for layer in layers:
-            new = torch.randn(2, BATCH, HEADS, schedule.patch_nums[scale] ** 2, HEAD_DIM)
+            new = torch.randn(2, batch, HEADS, schedule.patch_nums[scale] ** 2, HEAD_DIM)
             written[layer] = torch.cat((written[layer], new), dim=3)
             room = cache.new(layer, new.shape[3])
             room.copy_(new)
@@ -69,12 +70,12 @@ def test_layers_do_not_overwrite_each_other(schedule):
             assert equal(views[layer], held[layer])
 
 
-@given(schedules(), st.sampled_from([torch.float32, torch.bfloat16, torch.float16]))
+@given(schedules(), st.sampled_from([torch.float32, torch.bfloat16, torch.float16]), st.integers(1, 5))
 @settings(deadline=None)
-def test_bytes_are_the_schedules(schedule, dtype):
-    cache = new_cache(schedule, dtype)
-    assert cache.rows.shape == (2, BATCH, HEADS, schedule.peak_rows, HEAD_DIM)
-    expected = schedule.cache_bytes(batch=BATCH // 2, token_bytes=HEADS * HEAD_DIM * dtype.itemsize)
+def test_bytes_are_the_schedules(schedule, dtype, images):
+    cache = new_cache(schedule, dtype, 2 * images)
+    assert cache.rows.shape == (2, 2 * images, HEADS, schedule.peak_rows, HEAD_DIM)
+    expected = schedule.cache_bytes(batch=images, token_bytes=HEADS * HEAD_DIM * dtype.itemsize)
     assert cache.nbytes == cache.rows.untyped_storage().nbytes() == expected
     storage = cache.rows.data_ptr()
     for _ in decode(schedule, cache):

@@ -17,6 +17,8 @@ from tests.test_models import random_tokens, schedules
 from varcompress.errors import InputError
 from varcompress.kernels.backend import TORCH, TRITON, choose
 from varcompress.models import generation
+from varcompress.models.elastic import ElasticVAR
+from varcompress.models.graphs import Graphs, _Recorded
 from varcompress.models.linear import ConditionLinear, Linear
 from varcompress.models.strips import STRIP_ELEMENTS, largest_map
 from varcompress.models.tokenizer import VQVAE, TokenizerConfig, exact_convolutions
@@ -88,6 +90,26 @@ def test_unknown_ways_are_refused(arguments, message):
         random_model().place(CPU, **arguments)
 
 
+# -- nothing is computed twice --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shared_aln", [False, True])
+def test_what_no_scale_changes_is_computed_once_per_call(shared_aln):
+    model = random_model(shared_aln=shared_aln)
+    once = [part for name, part in model.var.named_modules() if name.endswith("ada_lin")]
+    assert len(once) == (2 if shared_aln else model.var.config.depth + 1)
+    once.append(model.var.class_emb)
+    calls = dict.fromkeys(once, 0)
+
+    def count(part, *_):
+        calls[part] += 1
+
+    for part in once:
+        part.register_forward_hook(count)
+    model.generate([1, 2], "d2@2")
+    assert set(calls.values()) == {1}
+
+
 # -- nothing waits for the device -----------------------------------------------------------------
 
 
@@ -121,7 +143,93 @@ def test_graphs_give_what_operators_give(schedule):
             torch.testing.assert_close(model.generate(labels, schedule, seed=seed), images)
 
 
+class Replayed:
+    """Stands in for a CUDA graph: runs again what it was recorded with, whatever is asked for now."""
+
+    def __init__(self, body, inputs):
+        self.body, self.inputs, self.outputs = body, inputs, body(*inputs)
+
+    def replay(self):
+        for output, value in zip(self.outputs, self.body(*self.inputs), strict=True):
+            output.copy_(value)
+
+
+@pytest.fixture
+def replaying(monkeypatch):
+    """Models that keep calls as on a GPU, their graphs being Replayed."""
+
+    def record(self, body, inputs):
+        graph = Replayed(body, tuple(value.clone() for value in inputs))
+        return _Recorded(graph, graph.inputs, graph.outputs)
+
+    monkeypatch.setattr(Graphs, "_record", record)
+    monkeypatch.setattr(ElasticVAR, "_graphed", property(lambda self: self._use_graphs))
+
+
+def test_a_call_is_replayed_with_other_inputs(replaying):
+    model, plain = random_model(), random_model()
+    for labels, seed in (([1, 2], 0), ([3, 4], 5), ([1, 2], 0)):
+        with plain.eager():
+            expected = plain.generate(labels, "d2@2", seed=seed)
+        torch.testing.assert_close(model.generate(labels, "d2@2", seed=seed), expected)
+    assert len(model._graphs._recorded) == 2  # tokens and decoder
+
+
+@needs_triton
+def test_whatever_a_graph_depends_on_is_in_its_key(replaying, monkeypatch):
+    model, keys = random_model(), set()
+
+    def run(self, key, body, *inputs):
+        keys.add(key)
+        return body(*inputs)
+
+    monkeypatch.setattr(Graphs, "run", run)
+    ways = [{}, {"schedule": "d2@2"}, {"cfg": 2}, {"top_k": 5}, {"top_p": 0.5}, {"labels": [1]}]
+    for way in ways:
+        f_hat = model.generate_tokens(**{"labels": [1, 2]} | way)[1]
+    assert len(keys) == len(ways)
+    keys.clear()
+    for model.kernels in ("torch", "triton"):
+        for images in (1, 2):
+            model.decode_features(f_hat.expand(images, -1, -1, -1))
+    assert len(keys) == 4
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda model: model.var.load_state_dict(random_model(seed=1).var.state_dict(), assign=True),
+        lambda model: model.var.double().float(),
+        lambda model: setattr(model.var.head.weight, "data", model.var.head.weight.data.clone()),
+        lambda model: model.tokenizer.to(torch.float64).float(),
+    ],
+)
+def test_graphs_are_forgotten_when_weights_have_moved(replaying, change):
+    model = random_model()
+    model.generate([1, 2])
+    before = dict(model._graphs._recorded)
+    model.generate([1, 2])
+    assert model._graphs._recorded == before
+    change(model)
+    model.generate([1, 2])
+    assert not set(map(id, before.values())) & set(map(id, model._graphs._recorded.values()))
+
+
 # -- the cache in eight bits ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("cache_dtype", ["int8", "float8"])
+def test_a_head_of_zeros_stays_zero_in_eight_bits(dtype, cache_dtype):
+    model = random_model(depth=2, patch_nums=(1, 2)).cast(dtype)
+    attention, width = model.var.blocks[1].attn, model.var.config.width
+    with torch.no_grad():
+        attention.mat_qkv.weight[2 * width : 2 * width + attention.head_dim] = 0
+        attention.v_bias[: attention.head_dim] = 0
+    tokens = random_tokens(model, 2)
+    exact = logits_of(model, tokens, [1, 2], "full")
+    model.place(CPU, cache_dtype=cache_dtype)
+    assert (logits_of(model, tokens, [1, 2], "full") - exact).norm() / exact.norm() < 0.06
 
 
 @pytest.mark.parametrize("cache_dtype", ["int8", "float8"])
@@ -148,6 +256,15 @@ def test_offloading_changes_nothing(data):
         now_tokens, now = model.generate_tokens([1, 2], schedule, seed=4)
         assert torch.equal(now_tokens, tokens)
         torch.testing.assert_close(now, f_hat, atol=1e-4, rtol=1e-4)
+
+
+def test_an_offloaded_model_generates_from_weights_that_have_changed():
+    """A layer that stayed on the device from the call before is not older than the one in host memory."""
+    model, other = random_model(), random_model(seed=1)
+    model.place(CPU, kernels="torch", offload="bridge").generate([1, 2], "d2@1")
+    model.load_state_dict(other.state_dict())
+    other.place(CPU, kernels="torch")
+    assert torch.equal(model.generate_tokens([1, 2], "d2@1")[0], other.generate_tokens([1, 2], "d2@1")[0])
 
 
 def test_an_offloaded_model_only_generates():

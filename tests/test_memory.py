@@ -159,7 +159,7 @@ def test_too_large_a_batch_is_named():
 
 def test_a_batch_that_arithmetic_says_is_too_large_is_refused_before_it_begins(tiny, monkeypatch):
     schedules = [tiny.schedule("full")]
-    message = r"10,000,000 images needs [\d,.]+ GiB more than the model.* smaller one"
+    message = r"10,000,000 images needs [\d,]+ MiB more than the model.* smaller one"
     with pytest.raises(InputError, match=message), fitting_batch(tiny, schedules, 10_000_000):
         pytest.fail("it began")
     needed = predicted_peak_bytes(tiny, schedules[0], 8) - held_bytes(tiny)
@@ -169,8 +169,23 @@ def test_a_batch_that_arithmetic_says_is_too_large_is_refused_before_it_begins(t
             with fitting_batch(tiny, schedules, 8):
                 pass
         else:
-            with pytest.raises(InputError, match="choose a smaller one"), fitting_batch(tiny, schedules, 8):
+            with pytest.raises(InputError, match="are free: "), fitting_batch(tiny, schedules, 8):
                 pass
+
+
+def test_a_batch_that_only_packed_weights_make_too_large_is_told_so(monkeypatch):
+    model = wide_model()
+    model.kernels = "torch"
+    schedule = model.schedule("full")
+    free = predicted_peak_bytes(model, schedule, 1) - held_bytes(model)
+    model.kernels = "auto"
+    monkeypatch.setattr(memory, "free_bytes", lambda: free)
+    message = r"1 image needs [\d,]+ MiB .* and [\d,]+ are free: use kernels torch, which packs no weights$"
+    with pytest.raises(InputError, match=message), fitting_batch(model, [schedule], 1):
+        pytest.fail("it began")
+    monkeypatch.setattr(memory, "free_bytes", lambda: free - 1)
+    with pytest.raises(InputError, match="free some memory"), fitting_batch(model, [schedule], 1):
+        pytest.fail("it began")
 
 
 def test_free_memory_is_the_systems_or_the_containers(tmp_path, monkeypatch):
@@ -187,3 +202,5 @@ def test_free_memory_is_the_systems_or_the_containers(tmp_path, monkeypatch):
     assert free_bytes() == 20 * 1024
     (tmp_path / "sys/fs/cgroup/memory.max").write_text("6144\n")
     assert free_bytes() == 2048
+    (tmp_path / "sys/fs/cgroup/memory.stat").write_text("anon 1000\ninactive_file 3000\n")
+    assert free_bytes() == 2048 + 3000  # files that were read, and whose copies in memory can go

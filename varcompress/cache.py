@@ -93,7 +93,8 @@ class KVCache:
             return rows
         scales = self._of(self.scales, layer, 0, end)
         largest = QUANTISED[rows.dtype]
-        scale = (new.abs().amax(dim=-1, keepdim=True) / largest).clamp_min(torch.finfo(SCALE_DTYPE).tiny)
+        # in float32, because float16 has no number as small as the least scale
+        scale = (new.abs().amax(dim=-1, keepdim=True).float() / largest).clamp_min(torch.finfo(SCALE_DTYPE).tiny)
         scales[:, :, :, self._start :] = scale
         # divided by the scale as it is stored, whose rounding may put the largest value a little past the type's end
         new.div_(scales[:, :, :, self._start :]).clamp_(-largest, largest)

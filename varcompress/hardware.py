@@ -73,19 +73,25 @@ def is_faster(call: Callable[[], object], other: Callable[[], object]) -> bool:
 
 
 def free_bytes() -> int | None:
-    """Memory that the processor's processes may still take, or this one's container where that is less; None if untold.
+    """Memory that processes may still take, or this one's container (cgroup v2) where that is less; None if untold.
 
     It is promised freely and taken as it is written to, so that no allocation fails: a process that takes too much is
     killed.
     """
     found = []
-    info, limit, used = Path("/proc/meminfo"), Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
+    info, container = Path("/proc/meminfo"), Path("/sys/fs/cgroup")
     if info.is_file():
-        lines = dict(line.split(":", 1) for line in info.read_text().splitlines())
-        found.append(int(lines["MemAvailable"].split()[0]) * 1024)
-    if limit.is_file() and limit.read_text().strip() != "max":
-        found.append(int(limit.read_text()) - int(used.read_text()))
+        found.append(1024 * int(_lines(info)["MemAvailable:"].split()[0]))
+    limit, usage = container / "memory.max", container / "memory.stat"
+    if limit.is_file() and (most := limit.read_text().strip()) != "max":
+        files = int(_lines(usage)["inactive_file"]) if usage.is_file() else 0  # copies of what was read, which can go
+        found.append(int(most) - int((container / "memory.current").read_text()) + files)
     return min(found, default=None)
+
+
+def _lines(path: Path) -> dict[str, str]:
+    """A file of names and values."""
+    return dict(line.split(maxsplit=1) for line in path.read_text().splitlines())
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import weakref
 from collections.abc import Iterator, Sequence
 
@@ -27,9 +28,14 @@ def fitting_batch(model: ElasticVAR, schedules: Sequence[Schedule], images: int)
     free = free_bytes() if model.device.type == "cpu" else None
     needed = max(predicted_peak_bytes(model, schedule, images) for schedule in schedules) - held_bytes(model)
     if free is not None and needed > free:
+        packed = sum(layer.weight.nbytes for layer in model.packed_layers())
+        if needed - packed <= free:
+            remedy = "use kernels torch, which packs no weights"
+        else:
+            remedy = "choose a smaller one" if images > 1 else "free some memory"
         raise InputError(
-            f"a batch of {images:,} images needs {needed / 2**30:,.1f} GiB more than the model, by arithmetic, "
-            f"and {free / 2**30:,.1f} are free: choose a smaller one"
+            f"a batch of {images:,} image{'' if images == 1 else 's'} needs {math.ceil(needed / 2**20):,} MiB more "
+            f"than the model, by arithmetic, and {free // 2**20:,} are free: {remedy}"
         )
     with fitting_memory(model.device, images):
         yield

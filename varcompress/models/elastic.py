@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -81,6 +81,7 @@ class ElasticVAR(nn.Module):
         self._streamed: StreamedBlocks | None = None
         self._graphs = Graphs()
         self._use_graphs = True
+        self._weights = [w for module in self.modules() for w in (module._parameters, module._buffers) if w]
         self.eval()
 
     @property
@@ -139,7 +140,6 @@ class ElasticVAR(nn.Module):
 
     def _apply(self, *args: object, **kwargs: object) -> ElasticVAR:
         self._refuse_when_offloaded()
-        self._graphs.clear()  # they hold addresses of weights
         return super()._apply(*args, **kwargs)
 
     @property
@@ -305,8 +305,15 @@ class ElasticVAR(nn.Module):
         )
         with self._current_device():
             if self._graphed and forced is None and logits_out is None and not self.offloaded:
-                return self._graphs.run(call, body, *inputs)
+                return self._replay(call, body, *inputs)
             return body(*inputs)
+
+    def _replay(self, key: Hashable, body: Callable[..., tuple[Tensor, ...]], *inputs: Tensor) -> tuple[Tensor, ...]:
+        """body(*inputs) as a graph of weights that are where they were when it was recorded."""
+        self._graphs.keep_if(
+            tuple(w.data_ptr() for weights in self._weights for w in weights.values() if w is not None)
+        )
+        return self._graphs.run(key, body, *inputs)
 
     def _current_device(self) -> contextlib.AbstractContextManager:
         """Kernels and graphs go to the current GPU, which need not be the model's."""
@@ -329,7 +336,7 @@ class ElasticVAR(nn.Module):
         def body(f_hat: Tensor) -> tuple[Tensor]:
             return (self.tokenizer.decode_features(f_hat, kernels),)
 
-        (images,) = self._graphs.run(("decode", len(f_hat)), body, f_hat) if self._graphed else body(f_hat)
+        (images,) = self._replay(("decode", len(f_hat), kernels), body, f_hat) if self._graphed else body(f_hat)
         return images
 
     @torch.inference_mode()

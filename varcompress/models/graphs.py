@@ -27,6 +27,7 @@ class Graphs:
     """
 
     def __init__(self) -> None:
+        self._weights: Hashable = None
         self.clear()
 
     def __reduce__(self) -> tuple:
@@ -46,6 +47,12 @@ class Graphs:
             static.copy_(value)
         recorded.graph.replay()
         return tuple(output.clone() for output in recorded.outputs)  # the next replay writes over them
+
+    def keep_if(self, weights: Hashable) -> None:
+        """Forget all recordings unless `weights`, the addresses of what they read, are those of the last call."""
+        if self._weights != weights:
+            self._weights = weights
+            self.clear()
 
     def clear(self) -> None:
         """Forget all recordings and their memory: the weights have moved."""

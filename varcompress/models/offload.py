@@ -26,6 +26,7 @@ class StreamedBlocks:
         self.device, self.config, self.host = device, var.config, var.blocks
         self.dtype = var.pos_start.dtype
         self._resident: dict[int, Block] = {}
+        self._copied: dict[int, tuple] = {}  # the state of each resident layer's weights when they were copied
         self._slots: list[Block] = []
         self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._arrived = [torch.cuda.Event() for _ in range(SLOTS)] if self._copies else []
@@ -38,9 +39,13 @@ class StreamedBlocks:
         self._resident = {layer: block for layer, block in self._resident.items() if layer in resident}
         self._slots = (self._slots or [self._empty() for _ in range(SLOTS)]) if streamed else []
         for layer in resident:
+            state = _state(self.host[layer])
             if layer not in self._resident:
                 self._resident[layer] = self._empty()
-                _copy(self.host[layer], self._resident[layer], adaln=True)
+            elif self._copied[layer] == state:
+                continue
+            _copy(self.host[layer], self._resident[layer], adaln=True)
+            self._copied[layer] = state
         self._order = [(scale, i) for scale, layers in enumerate(schedule.layers) for i in layers if i in streamed]
         self._run = self._fetched = 0
         self._fetch()
@@ -101,6 +106,11 @@ def move_all_but_blocks(var: VAR, device: torch.device) -> None:
     if device.type == "cuda":
         for parameter in blocks.parameters():
             parameter.data = parameter.data.pin_memory()
+
+
+def _state(block: Block) -> tuple:
+    """Where a block's weights are, and their versions, which any edit but one through `.data` raises."""
+    return tuple((p.data_ptr(), 0 if p.is_inference() else p._version) for p in block.parameters())
 
 
 def _copy(source: Block, target: Block, *, adaln: bool) -> None:
