@@ -22,8 +22,11 @@ def modulate(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
 
 
 def add_modulate(x: Tensor, branch: Tensor, gate: Tensor, scale: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
-    """Gated residual, then `modulate`: x and branch (R, n, C), the others (R, 1, C) -> the sum and its modulation."""
-    x = torch.addcmul(x, branch, gate)
+    """Gated residual, then `modulate`: x and branch (R, n, C), the others (R, 1, C) -> the sum and its modulation.
+
+    The sum overwrites x.
+    """
+    x.addcmul_(branch, gate)
     return x, modulate(x, scale, shift)
 
 
@@ -36,7 +39,7 @@ def modulate_triton(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
 
 
 def add_modulate_triton(x: Tensor, branch: Tensor, gate: Tensor, scale: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
-    """`add_modulate` in one kernel, float32 inside. The sum overwrites x.
+    """`add_modulate` in one kernel, float32 inside.
 
     Layouts and errors are those of `modulate_triton`, branch as x and gate as scale.
     """

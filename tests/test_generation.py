@@ -243,6 +243,30 @@ def test_an_eight_bit_cache_changes_logits_little(cache_dtype, data):
     assert 0 < error < (0.02 if cache_dtype == "int8" else 0.06)
 
 
+# -- a large batch in parts -----------------------------------------------------------------------
+
+
+@given(batch=st.integers(1, 600), tokens=st.integers(1, 1 << 14))
+def test_parts_are_the_batch_and_small(batch, tokens):
+    found = generation.parts(batch, tokens)
+    assert [row for part in found for row in range(part.start, part.stop)] == list(range(batch))
+    assert all(part.stop - part.start == 1 or (part.stop - part.start) * tokens <= 1 << 13 for part in found)
+
+
+@pytest.mark.parametrize("at_a_time", [1, 12, 40])
+@pytest.mark.parametrize("way", [{}, {"cache_dtype": "int8"}, {"offload": "bridge"}])
+@pytest.mark.parametrize("shared_aln", [False, True])
+def test_parts_of_a_batch_are_the_batch(at_a_time, way, shared_aln, monkeypatch):
+    model, labels = random_model(shared_aln=shared_aln), [1, 2, 3]
+    model.place(CPU, kernels="torch", **way)
+    together = [model.generate_tokens(labels, schedule, seed=3) for schedule in SCHEDULES]
+    monkeypatch.setattr("varcompress.models.generation.TOKENS_AT_A_TIME", at_a_time)
+    for schedule, (tokens, f_hat) in zip(SCHEDULES, together, strict=True):
+        now_tokens, now = model.generate_tokens(labels, schedule, seed=3)
+        assert torch.equal(now_tokens, tokens)
+        torch.testing.assert_close(now, f_hat, atol=1e-4, rtol=1e-4)
+
+
 # -- layers that come and go ----------------------------------------------------------------------
 
 

@@ -53,6 +53,15 @@ def test_peak_is_near_its_prediction(images, dtype, way):
         assert_near_prediction(model, schedule, images)
 
 
+@pytest.mark.parametrize("way", [{}, {"cache_dtype": "int8"}])
+def test_peak_of_a_batch_in_parts_is_near_its_prediction(way, monkeypatch):
+    model = wide_model(depth=2).place(CPU, **way)
+    together = peak_of(model, "full", 12).bytes
+    monkeypatch.setattr("varcompress.models.generation.TOKENS_AT_A_TIME", 200)
+    assert_near_prediction(model, "full", 12)
+    assert peak_of(model, "full", 12).bytes < together
+
+
 def test_peak_of_shared_adaln_is_near_its_prediction():
     assert_near_prediction(wide_model(shared_aln=True), "d2@2", 4)
 

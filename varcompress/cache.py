@@ -75,23 +75,24 @@ class KVCache:
                 for part in self._parts():
                     _move(part, rank * old, rank * segment.tokens, old)
 
-    def new(self, layer: int, tokens: int) -> Tensor:
-        """Where to write this scale's keys and values of a layer: (2, batch, heads, tokens, head_dim)."""
-        if self.scales is None:
-            return self._of(self.rows, layer, self._start, self._start + tokens)
-        shape = (*self.rows.shape[:3], tokens, self.rows.shape[4])
-        return torch.empty(shape, dtype=self.dtype, device=self.rows.device)
+    def new(self, layer: int, tokens: int, batch: slice = slice(None)) -> Tensor:
+        """Where to write this scale's keys and values of a layer, for part of the batch.
 
-    def read(self, layer: int, new: Tensor) -> Tensor:
+        Returns (2, batch, heads, tokens, head_dim).
+        """
+        rows = self._of(self.rows, layer, self._start, self._start + tokens)[:, batch]
+        return rows if self.scales is None else torch.empty(rows.shape, dtype=self.dtype, device=rows.device)
+
+    def read(self, layer: int, new: Tensor, batch: slice = slice(None)) -> Tensor:
         """All keys and values of a layer, once `new` is written: (2, batch, heads, tokens so far, head_dim).
 
-        `new` is what `new` gave, and is written over.
+        `new` is what `new` gave for this part of the batch, and is written over.
         """
         end = self._start + new.shape[3]
-        rows = self._of(self.rows, layer, 0, end)
+        rows = self._of(self.rows, layer, 0, end)[:, batch]
         if self.scales is None:
             return rows
-        scales = self._of(self.scales, layer, 0, end)
+        scales = self._of(self.scales, layer, 0, end)[:, batch]
         largest = QUANTISED[rows.dtype]
         # in float32, because float16 has no number as small as the least scale
         scale = (new.abs().amax(dim=-1, keepdim=True).float() / largest).clamp_min(torch.finfo(SCALE_DTYPE).tiny)

@@ -18,6 +18,7 @@ from varcompress.kernels import draw
 from varcompress.kernels.backend import TRITON, choose
 from varcompress.models import strips
 from varcompress.models.elastic import ElasticVAR
+from varcompress.models.generation import parts
 from varcompress.sampling import images_at_a_time
 from varcompress.schedule import Schedule
 
@@ -58,21 +59,23 @@ def predicted_peak_bytes(model: ElasticVAR, schedule: Schedule, batch_size: int)
     fullest = 0
     for side, end, layers in zip(config.patch_nums, schedule.ends, schedule.layers, strict=True):
         once = (rows * 6 + 3) * len(layers) * width + rows * 3 * width
-        token = rows * side**2
+        batch = rows if model.offloaded else min(rows, parts(rows, side**2)[0].stop)
+        tokens, token = rows * side**2, batch * side**2
         # the stream, queries, keys and values side by side, and the queries again; the others are in the cache
         attention = token * (1 + 3 + 1) * width
         if model.cache_dtype:  # or beside it; and the stream, the queries, the layer's keys and values, three results
-            attention = max(attention + token * 2 * width, token * (1 + 1 + 3) * width + rows * 2 * end * width)
-        # the stream, what was read from it, the hidden layer, the result
-        mlp = token * (1 + 1 + 1) * width + token * config.hidden
+            attention = max(attention + token * 2 * width, token * (1 + 1 + 3) * width + batch * 2 * end * width)
+        # the stream, what was read from it or the result, the hidden layer
+        mlp = token * (1 + 1) * width + token * config.hidden
+        waiting = (tokens - token) * width  # the stream of the other parts of the batch
         few = min(batch_size, images_at_a_time(side**2, config.vocab, element_bytes))
         logits = 2 * few * side**2 * config.vocab
-        sampling = token * width + logits
+        sampling = tokens * width + logits
         drawing = 0 if fused else draw.BYTES_PER_LOGIT * min(logits // 2, draw.chunk(model.device))
         fullest = max(
             fullest,
             once * element_bytes
-            + max(attention * element_bytes, mlp * element_bytes, sampling * element_bytes + drawing),
+            + max((waiting + max(attention, mlp)) * element_bytes, sampling * element_bytes + drawing),
         )
     few = min(batch_size, model.tokenizer.images_at_a_time)
     images = batch_size * 3 * model.tokenizer.config.image_size**2 * 4

@@ -280,7 +280,14 @@ class ElasticVAR(nn.Module):
         schedule, labels = self.schedule(schedule), self.labels(labels)
         forced = None if forced is None else self._tokens(forced, len(labels))
         call = generation.Call(
-            schedule, len(labels), float(cfg), top_k, float(top_p), choose(self.kernels, self.device), self.cache_dtype
+            schedule,
+            len(labels),
+            float(cfg),
+            top_k,
+            float(top_p),
+            choose(self.kernels, self.device),
+            self.cache_dtype,
+            whole=self.offloaded,
         )
         self.prepare(schedule)
         blocks = self._streamed or (lambda scale, layer: self.var.blocks[layer])

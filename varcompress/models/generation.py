@@ -19,12 +19,17 @@ from varcompress.models.transformer import VAR, Block, Constants, Stream
 from varcompress.sampling import sample
 from varcompress.schedule import Schedule
 
+# Of one scale that run through its layers together: more are no faster, and their activations would stand beside the
+# cache when that is fullest.
+TOKENS_AT_A_TIME = 1 << 13
+
 
 @dataclass(frozen=True)
 class Call:
     """What a call fixes before it begins: all but labels, seed and the indices of its images.
 
-    cache_dtype: of the stored keys and values, None for the model's own.
+    cache_dtype: of the stored keys and values, None for the model's own; whole: run each layer of a scale once, for the
+    whole batch, as layers that are streamed want it.
     """
 
     schedule: Schedule
@@ -34,6 +39,13 @@ class Call:
     top_p: float
     kernels: Kernels
     cache_dtype: torch.dtype | None = None
+    whole: bool = False
+
+
+def parts(batch: int, tokens: int) -> list[slice]:
+    """A batch of rows of `tokens` each, in parts of at most TOKENS_AT_A_TIME, at least one row each."""
+    size = max(1, TOKENS_AT_A_TIME // tokens)
+    return [slice(first, min(first + size, batch)) for first in range(0, batch, size)]
 
 
 # The block of a layer, ready to run at a scale (from 0).
@@ -75,17 +87,24 @@ def generate_tokens(
     x, start, drawn = var.first_input(condition), 0, []
     for scale, end in enumerate(schedule.ends):
         cache.begin(scale)
-        stream = Stream(x + var.scale_positions(scale, start, end))
+        hidden = x + var.scale_positions(scale, start, end)
         del x
-        for layer in schedule.layers[scale]:
-            block = blocks(scale, layer)
-            if scale == 0:
-                constants[layer] = block.prepare(condition, shared)
-            block.step(stream, constants[layer], cache, layer, call.kernels)
-            if schedule.layer_tokens[layer] == end:
-                del constants[layer]
-        hidden = stream.read(*head_modulation, call.kernels)
-        del stream
+        batches = [slice(0, len(hidden))] if call.whole else parts(len(hidden), end - start)
+        for batch in batches:
+            stream = Stream(hidden[batch])
+            for layer in schedule.layers[scale]:
+                block = blocks(scale, layer)
+                if layer not in constants:
+                    constants[layer] = block.prepare(condition, shared)
+                block.step(stream, constants[layer].of(batch), cache, layer, batch, call.kernels)
+            result = stream.read(*(vector[batch] for vector in head_modulation), call.kernels)
+            del stream
+            if len(batches) == 1:
+                hidden = result
+            else:
+                hidden[batch] = result
+            del result
+        constants = {i: value for i, value in constants.items() if schedule.layer_tokens[i] > end}
         if logits_out is not None:
             logits_out.append(var.head(hidden[: len(labels)]).float())
         if forced is not None:

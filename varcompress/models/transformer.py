@@ -62,6 +62,10 @@ class Constants(NamedTuple):
     bias: Tensor
     temperature: Tensor
 
+    def of(self, batch: slice) -> Constants:
+        """Those of a part of the batch."""
+        return Constants(*(vector[batch] for vector in self[:6]), self.bias, self.temperature)
+
 
 class Stream:
     """The residual stream x (B, n, C) of one scale, and the last branch, which waits with its gate to be added.
@@ -174,19 +178,24 @@ class Block(nn.Module):
         """What stays the same at every scale of a call, for class embeddings (B, C)."""
         return Constants(*self.modulation(condition, shared), self.attn.bias(), self.attn.temperature())
 
-    def step(self, stream: Stream, constants: Constants, cache: KVCache, layer: int, kernels: Kernels) -> None:
-        """Generation: the stream holds one scale; earlier ones are in the cache. No mask is needed."""
-        stream.add(self._attend(stream, constants, cache, layer, kernels), constants.gamma1)
-        stream.add(self.ffn(stream.read(constants.scale2, constants.shift2, kernels)), constants.gamma2)
+    def step(
+        self, stream: Stream, constants: Constants, cache: KVCache, layer: int, batch: slice, kernels: Kernels
+    ) -> None:
+        """Generation: the stream holds one scale of part of the batch; the cache holds earlier ones. No mask."""
+        stream.add(self._attend(stream, constants, cache, layer, batch, kernels), constants.gamma1)
+        hidden = self.ffn.fc1(stream.read(constants.scale2, constants.shift2, kernels), gelu=True)
+        stream.add(self.ffn.fc2(hidden), constants.gamma2)  # not self.ffn, within which its input would live on
 
-    def _attend(self, stream: Stream, constants: Constants, cache: KVCache, layer: int, kernels: Kernels) -> Tensor:
+    def _attend(
+        self, stream: Stream, constants: Constants, cache: KVCache, layer: int, batch: slice, kernels: Kernels
+    ) -> Tensor:
         # plain torch adds the bias within the matrix product, the fused kernel while it reads
         within, after = (None, constants.bias) if kernels.adds_bias else (constants.bias, None)
         qkv = self.attn.mat_qkv(stream.read(constants.scale1, constants.shift1, kernels), within)
-        new = cache.new(layer, qkv.shape[1])
+        new = cache.new(layer, qkv.shape[1], batch)
         q = kernels.split_heads(qkv, after, constants.temperature, *new)
         del qkv
-        k, v = cache.read(layer, new)
+        k, v = cache.read(layer, new, batch)
         del new
         return self.attn.attend(q, k, v)
 
