@@ -21,7 +21,10 @@ Model = Annotated[
 Vae = Annotated[Path | None, typer.Option(help="Tokenizer file that goes with a transformer .pth.")]
 Device = Annotated[str | None, typer.Option(help="cuda, cuda:1 or cpu.", show_default="cuda when there is one")]
 Dtype = Annotated[
-    str, typer.Option(help="float32, bfloat16 or float16; auto is bfloat16 where the device is faster with it.")
+    str,
+    typer.Option(
+        help="float32, bfloat16 or float16 (slow on most CPUs); auto is bfloat16 where the device is faster with it."
+    ),
 ]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit on the Hub.")]
 Schedules = Annotated[

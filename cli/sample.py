@@ -41,7 +41,7 @@ def sample(
     cfg: Cfg = 1.5,
     top_k: TopK = 900,
     top_p: TopP = 0.96,
-    seed: Annotated[int, typer.Option(help="Seed of all images; the batch size changes none of them.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of all images; image i draws from its stream i, in any batch.")] = 0,
     batch_size: Annotated[int, typer.Option(min=1, help="Images generated at a time.")] = 16,
     vae: Vae = None,
     device: Device = None,

@@ -34,7 +34,7 @@ def peak_of(model, schedule, images) -> PeakMemory:
 
 def assert_near_prediction(model, schedule, images):
     peak, schedule = peak_of(model, schedule, images), model.schedule(schedule)
-    weights = model.weight_bytes(schedule)
+    weights = model.held_weight_bytes(schedule)
     assert peak.held_bytes == weights
     growth, predicted = peak.bytes - weights, predicted_peak_bytes(model, schedule, images) - weights
     assert growth == pytest.approx(predicted, rel=CLOSE)
@@ -127,7 +127,7 @@ def test_packed_copies_that_stay_are_seen():
     packed = sum(layer.weight.nbytes for layer in packable(model.var))
     before = held_bytes(model)
     model.kernels = "torch"  # without `prepare`, which frees the copies
-    assert held_bytes(model) - model.weight_bytes(model.schedule()) == packed
+    assert held_bytes(model) - model.held_weight_bytes(model.schedule()) == packed
     assert before - held_bytes(ready(model, "full")) == packed
 
 
@@ -151,7 +151,7 @@ def test_every_weight_counts_once_and_packed_ones_twice():
     model = ready(wide_model(), "full")
     parameters = sum(p.numel() for p in model.parameters())
     packed = sum(layer.weight.numel() for layer in packable(model.var))
-    assert held_bytes(model) == model.weight_bytes(model.schedule()) == 4 * (parameters + packed)
+    assert held_bytes(model) == model.held_weight_bytes(model.schedule()) == 4 * (parameters + packed)
 
 
 # -- a batch that does not fit --------------------------------------------------------------------

@@ -81,7 +81,7 @@ def predicted_peak_bytes(model: ElasticVAR, schedule: Schedule, batch_size: int)
     images = batch_size * 3 * model.tokenizer.config.image_size**2 * 4
     joining = images if few < batch_size else 0
     decoder = images + max(_decoder_elements(model, few) * element_bytes, joining)
-    return model.weight_bytes(schedule) + f_hat + max(cache + fullest, decoder)
+    return model.held_weight_bytes(schedule) + f_hat + max(cache + fullest, decoder)
 
 
 def _decoder_elements(model: ElasticVAR, images: int) -> int:

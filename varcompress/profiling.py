@@ -23,7 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from varcompress.cache import KVCache
 from varcompress.checkpoint import fingerprint
 from varcompress.errors import InputError
-from varcompress.hardware import device_name, fitting_memory
+from varcompress.hardware import device_name
 from varcompress.kernels.backend import TRITON, choose
 from varcompress.memory import PeakMemory, fitting_batch, predicted_peak_bytes
 from varcompress.models.elastic import CACHE_DTYPES, ElasticVAR
@@ -33,6 +33,7 @@ from varcompress.sampling import check_settings
 from varcompress.schedule import Schedule
 
 PHASES = ("transformer", "sampling", "decoder")
+EFFECT_LOGITS = 1 << 25  # that are compared, at most, when a cache has eight bits: they exist twice
 
 Progress = Callable[[int, int, str], None]
 
@@ -70,8 +71,6 @@ def profile(
     check_settings(**settings)
     schedules = [model.schedule(s) for s in schedules] if schedules else model.default_schedules()
     schedules = list(dict.fromkeys((model.schedule("full"), *schedules)))
-    with fitting_batch(model, schedules, batch_size):
-        labels = torch.arange(batch_size) % model.var.config.classes
     total, done = len(schedules) * (warmup + 2 + 2 * runs), 0
 
     def step(schedule: Schedule) -> None:
@@ -96,7 +95,8 @@ def profile(
     times = {schedule: [] for schedule in schedules}
     splits = {schedule: [] for schedule in schedules}
     order = random.Random(seed)
-    with fitting_memory(model.device, batch_size):
+    with fitting_batch(model, schedules, batch_size):
+        labels = torch.arange(batch_size) % model.var.config.classes
         if model.device.type == "cuda":
             with model.eager():  # libraries take their workspace at the first call, which belongs to no schedule
                 model.generate(labels, schedules[0], **settings)
@@ -164,18 +164,19 @@ def conditions(model: ElasticVAR) -> dict[str, str | bool | None]:
 def cache_effect(model: ElasticVAR, schedule: str | Schedule, labels: Tensor, **settings: float) -> dict[str, float]:
     """What storing keys and values in eight bits does to the logits of the same tokens; empty where they are not.
 
-    settings: those of `ElasticVAR.generate`, with which the tokens are drawn.
+    settings: those of `ElasticVAR.generate`, with which the tokens are drawn; of a large model only the first labels.
     logit_error: root mean square of the difference over that of the logits; same_top_token: share of tokens whose
     largest logit stays the largest.
     """
     if model.cache_dtype is None:
         return {}
-    stored, collected = model.cache_dtype, []
+    config, stored, collected = model.var.config, model.cache_dtype, []
+    labels = labels[: max(1, EFFECT_LOGITS // (config.tokens * config.vocab))]
     try:
         with model.eager():
             tokens, _ = model.generate_tokens(labels, schedule, **settings)
-            for model.cache_dtype in (None, stored):
-                logits: list[Tensor] = []
+            for dtype in (None, stored):
+                model.cache_dtype, logits = dtype, []
                 model.generate_tokens(labels, schedule, forced=tokens, logits_out=logits)
                 collected.append(torch.cat(logits, dim=1))
     finally:

@@ -55,7 +55,7 @@ def profile_table(result: dict) -> RenderableType:
         f"Time of a {batch}, ms",
         {
             "latency": lambda r: _number(r["latency_ms"]),
-            "quartiles": lambda r: _range(*map(_number, r["latency_spread_ms"])),
+            "quartiles": lambda r: "-".join(map(_number, r["latency_spread_ms"])),
             "images/s": lambda r: _number(r["images_per_second"]),
             "trans-\nformer": lambda r: _number(r["transformer_ms"]),
             "sampling": lambda r: _number(r["sampling_ms"]),
@@ -229,11 +229,6 @@ def _number(value: float | None) -> str:
         return NOT_GIVEN
     places = next((places for limit, places in ((100, 0), (10, 1), (1, 2), (0.1, 3)) if abs(value) >= limit), None)
     return f"{value:.3g}" if places is None else f"{value:,.{places}f}"
-
-
-def _range(low: str, high: str) -> str:
-    """Two numbers, on two lines where one would be cut within a number."""
-    return f"{low}-{high}" if len(low + high) < 11 else f"{low}-\n{high}"
 
 
 def _beside(row: dict, key: str, unit: float = 1) -> str:

@@ -163,7 +163,7 @@ class ElasticVAR(nn.Module):
         """The layers of which generation uses packed copies."""
         return [] if self.kernels == "torch" or self.offloaded else packable(self.var)
 
-    def weight_bytes(self, schedule: Schedule) -> int:
+    def held_weight_bytes(self, schedule: Schedule) -> int:
         """Bytes of all weights that the device holds in a call, packed copies and streamed layers included."""
         held = sum(tensor.nbytes for tensor in (*self.parameters(), *self.buffers()))
         if self.offloaded:
