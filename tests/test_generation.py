@@ -22,6 +22,7 @@ from varcompress.models.graphs import Graphs, _Recorded
 from varcompress.models.linear import ConditionLinear, Linear
 from varcompress.models.strips import STRIP_ELEMENTS, largest_map
 from varcompress.models.tokenizer import VQVAE, TokenizerConfig, exact_convolutions
+from varcompress.schedule import Schedule
 
 CPU = torch.device("cpu")
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -215,6 +216,13 @@ def test_graphs_are_forgotten_when_weights_have_moved(replaying, change):
     assert not set(map(id, before.values())) & set(map(id, model._graphs._recorded.values()))
 
 
+def test_a_model_that_moves_leaves_no_graph_behind(replaying):
+    model = random_model()
+    model.generate([1, 2])
+    model.float()
+    assert not model._graphs._recorded
+
+
 # -- the cache in eight bits ----------------------------------------------------------------------
 
 
@@ -246,11 +254,16 @@ def test_an_eight_bit_cache_changes_logits_little(cache_dtype, data):
 # -- a large batch in parts -----------------------------------------------------------------------
 
 
-@given(batch=st.integers(1, 600), tokens=st.integers(1, 1 << 14))
-def test_parts_are_the_batch_and_small(batch, tokens):
-    found = generation.parts(batch, tokens)
+@given(batch=st.integers(1, 600), scale=st.integers(0, 2), streamed=st.booleans())
+def test_parts_are_the_batch_and_small(batch, scale, streamed):
+    schedule = Schedule.parse("d2@1", depth=4, patch_nums=(70, 2, 30), bridge=1)
+    found = generation.parts(schedule, scale, batch, streamed=streamed)
     assert [row for part in found for row in range(part.start, part.stop)] == list(range(batch))
-    assert all(part.stop - part.start == 1 or (part.stop - part.start) * tokens <= 1 << 13 for part in found)
+    if streamed and scale == 0:  # the only one that runs layers which the last does not
+        assert len(found) == 1
+    else:
+        most = max(1, generation.TOKENS_AT_A_TIME // schedule.patch_nums[scale] ** 2)
+        assert all(part.stop - part.start <= most for part in found)
 
 
 @pytest.mark.parametrize("at_a_time", [1, 12, 40])
@@ -265,6 +278,16 @@ def test_parts_of_a_batch_are_the_batch(at_a_time, way, shared_aln, monkeypatch)
         now_tokens, now = model.generate_tokens(labels, schedule, seed=3)
         assert torch.equal(now_tokens, tokens)
         torch.testing.assert_close(now, f_hat, atol=1e-4, rtol=1e-4)
+
+
+@needs_triton
+def test_fused_kernels_take_parts_of_a_batch(monkeypatch):
+    model = random_model(depth=3, patch_nums=(1, 2)).place(torch.device(DEVICE), kernels="triton")
+    together = model.generate_tokens([1, 2, 3], "d2@1", seed=1)
+    monkeypatch.setattr("varcompress.models.generation.TOKENS_AT_A_TIME", 8)
+    tokens, f_hat = model.generate_tokens([1, 2, 3], "d2@1", seed=1)
+    assert torch.equal(tokens, together[0])
+    torch.testing.assert_close(f_hat, together[1], atol=1e-5, rtol=1e-5)
 
 
 # -- layers that come and go ----------------------------------------------------------------------
@@ -282,11 +305,21 @@ def test_offloading_changes_nothing(data):
         torch.testing.assert_close(now, f_hat, atol=1e-4, rtol=1e-4)
 
 
-def test_an_offloaded_model_generates_from_weights_that_have_changed():
+def by_loading(model, other):
+    model.load_state_dict(other.state_dict())
+
+
+def by_copying_through_data(model, other):
+    for weight, value in zip(model.parameters(), other.parameters(), strict=True):
+        weight.data.copy_(value.data)
+
+
+@pytest.mark.parametrize("change", [by_loading, by_copying_through_data])
+def test_an_offloaded_model_generates_from_weights_that_have_changed(change):
     """A layer that stayed on the device from the call before is not older than the one in host memory."""
     model, other = random_model(), random_model(seed=1)
     model.place(CPU, kernels="torch", offload="bridge").generate([1, 2], "d2@1")
-    model.load_state_dict(other.state_dict())
+    change(model, other)
     other.place(CPU, kernels="torch")
     assert torch.equal(model.generate_tokens([1, 2], "d2@1")[0], other.generate_tokens([1, 2], "d2@1")[0])
 

@@ -57,9 +57,10 @@ def test_peak_is_near_its_prediction(images, dtype, way):
 def test_peak_of_a_batch_in_parts_is_near_its_prediction(way, monkeypatch):
     model = wide_model(depth=2).place(CPU, **way)
     together = peak_of(model, "full", 12).bytes
-    monkeypatch.setattr("varcompress.models.generation.TOKENS_AT_A_TIME", 200)
-    assert_near_prediction(model, "full", 12)
-    assert peak_of(model, "full", 12).bytes < together
+    for at_a_time in (200, 40):  # of 864 at the last scale
+        monkeypatch.setattr("varcompress.models.generation.TOKENS_AT_A_TIME", at_a_time)
+        assert_near_prediction(model, "full", 12)
+        assert peak_of(model, "full", 12).bytes < together
 
 
 def test_peak_of_shared_adaln_is_near_its_prediction():
@@ -157,7 +158,10 @@ def test_every_weight_counts_once_and_packed_ones_twice():
 # -- a batch that does not fit --------------------------------------------------------------------
 
 
-def test_too_large_a_batch_is_named():
+def test_too_large_a_batch_is_named(tiny):
+    message = r"a batch of 1 image does not fit.*: free some memory"
+    with pytest.raises(InputError, match=message), fitting_batch(tiny, [tiny.schedule()], 1):
+        raise MemoryError
     with pytest.raises(InputError, match="a batch of 64 images does not fit"), fitting_memory("cpu", 64):
         raise torch.OutOfMemoryError("CUDA out of memory")
     with pytest.raises(InputError, match="choose a smaller one"), fitting_memory("cpu", 64):

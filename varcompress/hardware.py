@@ -104,5 +104,6 @@ def fitting_memory(device: torch.device | str, images: int, remedy: str = "choos
         if not known and "can't allocate memory" not in str(error):
             raise
         raise InputError(
-            f"a batch of {images} images does not fit in the memory of {device_name(device)}: {remedy}"
+            f"a batch of {images:,} image{'' if images == 1 else 's'} does not fit in the memory of "
+            f"{device_name(device)}: {remedy}"
         ) from error

@@ -28,17 +28,16 @@ def fitting_batch(model: ElasticVAR, schedules: Sequence[Schedule], images: int)
     """`fitting_memory` for calls of `images` each, which on a CPU are refused by arithmetic before they begin."""
     free = free_bytes() if model.device.type == "cpu" else None
     needed = max(predicted_peak_bytes(model, schedule, images) for schedule in schedules) - held_bytes(model)
+    remedy = "choose a smaller one" if images > 1 else "free some memory"
     if free is not None and needed > free:
         packed = sum(layer.weight.nbytes for layer in model.packed_layers())
         if needed - packed <= free:
             remedy = "use kernels torch, which packs no weights"
-        else:
-            remedy = "choose a smaller one" if images > 1 else "free some memory"
         raise InputError(
             f"a batch of {images:,} image{'' if images == 1 else 's'} needs {math.ceil(needed / 2**20):,} MiB more "
             f"than the model, by arithmetic, and {free // 2**20:,} are free: {remedy}"
         )
-    with fitting_memory(model.device, images):
+    with fitting_memory(model.device, images, remedy):
         yield
 
 
@@ -57,9 +56,9 @@ def predicted_peak_bytes(model: ElasticVAR, schedule: Schedule, batch_size: int)
     f_hat = batch_size * config.z_channels * config.patch_nums[-1] ** 2 * 4
     fused = choose(model.kernels, model.device) is TRITON
     fullest = 0
-    for side, end, layers in zip(config.patch_nums, schedule.ends, schedule.layers, strict=True):
+    for scale, (side, end, layers) in enumerate(zip(config.patch_nums, schedule.ends, schedule.layers, strict=True)):
         once = (rows * 6 + 3) * len(layers) * width + rows * 3 * width
-        batch = rows if model.offloaded else min(rows, parts(rows, side**2)[0].stop)
+        batch = parts(schedule, scale, rows, streamed=model.offloaded)[0].stop
         tokens, token = rows * side**2, batch * side**2
         # the stream, queries, keys and values side by side, and the queries again; the others are in the cache
         attention = token * (1 + 3 + 1) * width
@@ -68,15 +67,13 @@ def predicted_peak_bytes(model: ElasticVAR, schedule: Schedule, batch_size: int)
         # the stream, what was read from it or the result, the hidden layer
         mlp = token * (1 + 1) * width + token * config.hidden
         waiting = (tokens - token) * width  # the stream of the other parts of the batch
+        joining = tokens * width * 3 // 2  # the input, before its copy for the unguided half
         few = min(batch_size, images_at_a_time(side**2, config.vocab, element_bytes))
         logits = 2 * few * side**2 * config.vocab
         sampling = tokens * width + logits
         drawing = 0 if fused else draw.BYTES_PER_LOGIT * min(logits // 2, draw.chunk(model.device))
-        fullest = max(
-            fullest,
-            once * element_bytes
-            + max((waiting + max(attention, mlp)) * element_bytes, sampling * element_bytes + drawing),
-        )
+        running = max(waiting + max(attention, mlp), joining)
+        fullest = max(fullest, (once + running) * element_bytes, (once + sampling) * element_bytes + drawing)
     few = min(batch_size, model.tokenizer.images_at_a_time)
     images = batch_size * 3 * model.tokenizer.config.image_size**2 * 4
     joining = images if few < batch_size else 0

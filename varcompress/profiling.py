@@ -33,7 +33,7 @@ from varcompress.sampling import check_settings
 from varcompress.schedule import Schedule
 
 PHASES = ("transformer", "sampling", "decoder")
-EFFECT_LOGITS = 1 << 25  # that are compared, at most, when a cache has eight bits: they exist twice
+EFFECT_LOGITS = 1 << 25  # that are compared, at most, when a cache has eight bits
 
 Progress = Callable[[int, int, str], None]
 
@@ -100,6 +100,7 @@ def profile(
         if model.device.type == "cuda":
             with model.eager():  # libraries take their workspace at the first call, which belongs to no schedule
                 model.generate(labels, schedules[0], **settings)
+        effects = {schedule: cache_effect(model, schedule, labels, **settings) for schedule in schedules}
         counts = {schedule: _counts(model, call, schedule) for schedule in schedules}
         for _ in range(warmup):
             for schedule in schedules:
@@ -110,7 +111,6 @@ def profile(
         for _ in range(runs):
             for schedule in order.sample(schedules, len(schedules)):
                 splits[schedule].append(_phases_ms(model, lambda s=schedule: call(s)))
-        effects = {schedule: cache_effect(model, schedule, labels, **settings) for schedule in schedules}
     rows = [_row(model, s, batch_size, times[s], splits[s], counts[s]) | effects[s] for s in schedules]
     return {
         "kind": "profile",
@@ -177,8 +177,10 @@ def cache_effect(model: ElasticVAR, schedule: str | Schedule, labels: Tensor, **
             tokens, _ = model.generate_tokens(labels, schedule, **settings)
             for dtype in (None, stored):
                 model.cache_dtype, logits = dtype, []
-                model.generate_tokens(labels, schedule, forced=tokens, logits_out=logits)
+                with fitting_batch(model, [model.schedule(schedule)], len(labels)):  # the plain cache is the larger
+                    model.generate_tokens(labels, schedule, forced=tokens, logits_out=logits)
                 collected.append(torch.cat(logits, dim=1))
+                del logits
     finally:
         model.cache_dtype = stored
     exact, rounded = collected

@@ -140,6 +140,7 @@ class ElasticVAR(nn.Module):
 
     def _apply(self, *args: object, **kwargs: object) -> ElasticVAR:
         self._refuse_when_offloaded()
+        self._graphs.clear()  # now, not at the next call: a model on its way from a GPU leaves no memory there
         return super()._apply(*args, **kwargs)
 
     @property
@@ -287,7 +288,7 @@ class ElasticVAR(nn.Module):
             float(top_p),
             choose(self.kernels, self.device),
             self.cache_dtype,
-            whole=self.offloaded,
+            streamed=self.offloaded,
         )
         self.prepare(schedule)
         blocks = self._streamed or (lambda scale, layer: self.var.blocks[layer])

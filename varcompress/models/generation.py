@@ -19,17 +19,17 @@ from varcompress.models.transformer import VAR, Block, Constants, Stream
 from varcompress.sampling import sample
 from varcompress.schedule import Schedule
 
-# Of one scale that run through its layers together: more are no faster, and their activations would stand beside the
-# cache when that is fullest.
-TOKENS_AT_A_TIME = 1 << 13
+# Of one scale that run through its layers together. More are no faster on a CPU (not measured on a GPU), and their
+# activations stand beside the cache when that is fullest.
+TOKENS_AT_A_TIME = 1 << 12
 
 
 @dataclass(frozen=True)
 class Call:
     """What a call fixes before it begins: all but labels, seed and the indices of its images.
 
-    cache_dtype: of the stored keys and values, None for the model's own; whole: run each layer of a scale once, for the
-    whole batch, as layers that are streamed want it.
+    cache_dtype: of the stored keys and values, None for the model's own; streamed: whether layers that the last scale
+    does not run are there only once a scale.
     """
 
     schedule: Schedule
@@ -39,12 +39,17 @@ class Call:
     top_p: float
     kernels: Kernels
     cache_dtype: torch.dtype | None = None
-    whole: bool = False
+    streamed: bool = False
 
 
-def parts(batch: int, tokens: int) -> list[slice]:
-    """A batch of rows of `tokens` each, in parts of at most TOKENS_AT_A_TIME, at least one row each."""
-    size = max(1, TOKENS_AT_A_TIME // tokens)
+def parts(schedule: Schedule, scale: int, batch: int, *, streamed: bool) -> list[slice]:
+    """A batch of rows in parts of at most TOKENS_AT_A_TIME at a scale, one row at least.
+
+    All in one where the scale runs layers that are streamed.
+    """
+    if streamed and schedule.layers[scale] != schedule.layers[-1]:
+        return [slice(0, batch)]
+    size = max(1, TOKENS_AT_A_TIME // schedule.patch_nums[scale] ** 2)
     return [slice(first, min(first + size, batch)) for first in range(0, batch, size)]
 
 
@@ -87,9 +92,9 @@ def generate_tokens(
     x, start, drawn = var.first_input(condition), 0, []
     for scale, end in enumerate(schedule.ends):
         cache.begin(scale)
-        hidden = x + var.scale_positions(scale, start, end)
+        hidden = x.add_(var.scale_positions(scale, start, end))
         del x
-        batches = [slice(0, len(hidden))] if call.whole else parts(len(hidden), end - start)
+        batches = parts(schedule, scale, len(hidden), streamed=call.streamed)
         for batch in batches:
             stream = Stream(hidden[batch])
             for layer in schedule.layers[scale]:

@@ -55,7 +55,7 @@ class Graphs:
             self.clear()
 
     def clear(self) -> None:
-        """Forget all recordings and their memory: the weights have moved."""
+        """Forget all recordings, and let go of their memory."""
         self._recorded: dict[Hashable, _Recorded] = {}
         self._pool: tuple[int, int] | None = None
         self._stream: torch.cuda.Stream | None = None

@@ -29,7 +29,7 @@ class Linear(nn.Linear):
 
     def pack(self) -> None:
         """Keep a copy of the weight in oneDNN's layout, unless there is one of this weight as it is now."""
-        state = self._state()
+        state = weight_state(self.weight)
         if self._packed is None or self._packed[0] != state:
             self._packed = (state, torch.ops.mkldnn._reorder_linear_weight(self.weight.detach(), None))
 
@@ -45,16 +45,6 @@ class Linear(nn.Linear):
         """For a copy or a pickle, which cannot hold a tensor in oneDNN's layout."""
         return {name: value for name, value in self.__dict__.items() if name != "_packed"}
 
-    def _state(self) -> tuple[float, ...]:
-        """Where the weight is, its version, and a few of its numbers.
-
-        The version tells of any edit but a fused optimiser's and one through `.data`: the numbers tell of those, unless
-        the edit is of few numbers. Their stride is odd, so that they are of many rows and columns.
-        """
-        numbers = self.weight.detach().flatten()
-        version = 0 if self.weight.is_inference() else self.weight._version  # inference tensors have none
-        return self.weight.data_ptr(), version, *numbers[:: len(numbers) // STATE_SAMPLES | 1].tolist()
-
     def forward(self, x: Tensor, bias: Tensor | None = None, *, gelu: bool = False) -> Tensor:
         """x (..., in) -> (..., out), with `bias` where the layer has none of its own, then tanh-GELU if asked."""
         bias = self.bias if bias is None else bias
@@ -68,6 +58,17 @@ class Linear(nn.Linear):
             return y
         # in place where nothing asks for a gradient: the hidden layer is the largest map of a transformer
         return F.gelu(y, approximate="tanh") if y.requires_grad else torch.ops.aten.gelu_(y, approximate="tanh")
+
+
+def weight_state(weight: Tensor) -> tuple[float, ...]:
+    """Where a weight is, its version, and a few of its numbers: by these a copy of it knows whether it is old.
+
+    The version tells of any edit but a fused optimiser's and one through `.data`: the numbers tell of those, unless the
+    edit is of few numbers. Their stride is odd, so that they are of many rows and columns.
+    """
+    numbers = weight.detach().flatten()
+    version = 0 if weight.is_inference() else weight._version  # inference tensors have none
+    return weight.data_ptr(), version, *numbers[:: len(numbers) // STATE_SAMPLES | 1].tolist()
 
 
 class ConditionLinear(nn.Linear):

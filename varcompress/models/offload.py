@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from varcompress.models.linear import weight_state
 from varcompress.models.transformer import VAR, Block, cast
 from varcompress.schedule import Schedule
 
@@ -19,7 +20,8 @@ SLOTS = 2
 class StreamedBlocks:
     """The blocks of `var` as a call needs them, its own blocks being in host memory.
 
-    Holds on the device the layers of the schedule's last scale, and SLOTS more where it has others.
+    Holds on the device the layers of the schedule's last scale, and SLOTS more where it has others. Weights may change
+    between calls, once the images of the last one are there: until then a GPU may still be copying.
     """
 
     def __init__(self, var: VAR, device: torch.device) -> None:
@@ -37,12 +39,13 @@ class StreamedBlocks:
         """Get ready for a call under `schedule`: bring the layers that stay, and the first that does not."""
         resident, streamed = split(schedule)
         self._resident = {layer: block for layer, block in self._resident.items() if layer in resident}
+        self._copied = {layer: state for layer, state in self._copied.items() if layer in self._resident}
         self._slots = (self._slots or [self._empty() for _ in range(SLOTS)]) if streamed else []
         for layer in resident:
-            state = _state(self.host[layer])
+            state = tuple(map(weight_state, self.host[layer].parameters()))
             if layer not in self._resident:
                 self._resident[layer] = self._empty()
-            elif self._copied[layer] == state:
+            elif self._copied.get(layer) == state:
                 continue
             _copy(self.host[layer], self._resident[layer], adaln=True)
             self._copied[layer] = state
@@ -106,11 +109,6 @@ def move_all_but_blocks(var: VAR, device: torch.device) -> None:
     if device.type == "cuda":
         for parameter in blocks.parameters():
             parameter.data = parameter.data.pin_memory()
-
-
-def _state(block: Block) -> tuple:
-    """Where a block's weights are, and their versions, which any edit but one through `.data` raises."""
-    return tuple((p.data_ptr(), 0 if p.is_inference() else p._version) for p in block.parameters())
 
 
 def _copy(source: Block, target: Block, *, adaln: bool) -> None:
