@@ -63,6 +63,11 @@ def test_peak_of_a_batch_in_parts_is_near_its_prediction(way, monkeypatch):
         assert peak_of(model, "full", 12).bytes < together
 
 
+def test_peak_of_many_layers_is_near_its_prediction():
+    """What they compute once per call weighs as much as what runs, and is gone when the last tokens are drawn."""
+    assert_near_prediction(wide_model(depth=24, patch_nums=(1, 2, 3, 4), vocab=256), "full", 16)
+
+
 def test_peak_of_shared_adaln_is_near_its_prediction():
     assert_near_prediction(wide_model(shared_aln=True), "d2@2", 4)
 

@@ -57,7 +57,8 @@ def predicted_peak_bytes(model: ElasticVAR, schedule: Schedule, batch_size: int)
     fused = choose(model.kernels, model.device) is TRITON
     fullest = 0
     for scale, (side, end, layers) in enumerate(zip(config.patch_nums, schedule.ends, schedule.layers, strict=True)):
-        once = (rows * 6 + 3) * len(layers) * width + rows * 3 * width
+        following = schedule.layers[scale + 1] if end < schedule.ends[-1] else ()
+        once, after = ((rows * 6 + 3) * len(read) * width + rows * 3 * width for read in (layers, following))
         batch = parts(schedule, scale, rows, streamed=model.offloaded)[0].stop
         tokens, token = rows * side**2, batch * side**2
         # the stream, queries, keys and values side by side, and the queries again; the others are in the cache
@@ -67,13 +68,13 @@ def predicted_peak_bytes(model: ElasticVAR, schedule: Schedule, batch_size: int)
         # the stream, what was read from it or the result, the hidden layer
         mlp = token * (1 + 1) * width + token * config.hidden
         waiting = (tokens - token) * width  # the stream of the other parts of the batch
-        joining = tokens * width * 3 // 2  # the input, before its copy for the unguided half
+        doubling = tokens * width * 3 // 2  # the input, and its copy for the unguided half beside it
         few = min(batch_size, images_at_a_time(side**2, config.vocab, element_bytes))
         logits = 2 * few * side**2 * config.vocab
         sampling = tokens * width + logits
         drawing = 0 if fused else draw.BYTES_PER_LOGIT * min(logits // 2, draw.chunk(model.device))
-        running = max(waiting + max(attention, mlp), joining)
-        fullest = max(fullest, (once + running) * element_bytes, (once + sampling) * element_bytes + drawing)
+        running = max(waiting + max(attention, mlp), doubling)
+        fullest = max(fullest, (once + running) * element_bytes, (after + sampling) * element_bytes + drawing)
     few = min(batch_size, model.tokenizer.images_at_a_time)
     images = batch_size * 3 * model.tokenizer.config.image_size**2 * 4
     joining = images if few < batch_size else 0
