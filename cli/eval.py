@@ -18,6 +18,7 @@ from varcompress.cli.options import (
     Offload,
     Revision,
     Schedules,
+    Seed,
     TopK,
     TopP,
     Vae,
@@ -49,7 +50,7 @@ def evaluate(
     cfg: Cfg = 1.5,
     top_k: TopK = 900,
     top_p: TopP = 0.96,
-    seed: Annotated[int, typer.Option(help="Seed of all images; image i draws from its stream i, in any batch.")] = 0,
+    seed: Seed = 0,
     features: Annotated[
         str | None, typer.Option(help="inception or digits.", show_default="what fits the model")
     ] = None,

@@ -97,14 +97,14 @@ def draw_images(
     """
     labels, schedule = model.labels(labels), model.schedule(schedule)
     parts = []
-    for first in range(0, len(labels), batch_size):
-        batch = labels[first : first + batch_size]
-        with fitting_batch(model, [schedule], len(batch)):
+    with fitting_batch(model, [schedule], min(batch_size, len(labels))):
+        for first in range(0, len(labels), batch_size):
+            batch = labels[first : first + batch_size]
             images = model.generate(batch, schedule, first_index=first, **sampling)
             check_finite(images, schedule, model.dtype)
             parts.append(to_uint8(images).cpu())
-        if progress:
-            progress(first + len(batch), len(labels), f"{schedule}: images")
+            if progress:
+                progress(first + len(batch), len(labels), f"{schedule}: images")
     return torch.cat(parts)
 
 
