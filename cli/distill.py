@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from varcompress.cli.options import Device, Json, Model, Revision, Vae, open_model
+from varcompress.cli.options import Device, Json, Loading, Model, Revision, Vae
 from varcompress.cli.output import note, out, print_json, progress_bar, say
 
 
@@ -42,7 +42,7 @@ def distill(
     from varcompress.training.recipe import load_recipe
 
     chosen = load_recipe(recipe, settings or ())
-    loaded = open_model(model, vae, str(local_device(device)), revision=revision)
+    loaded = Loading(vae, str(local_device(device)), revision=revision).open(model)
     with progress_bar() as progress:
         distill(
             loaded,

@@ -7,26 +7,12 @@ from typing import Annotated
 
 import typer
 
-from varcompress.cli.options import (
-    CacheDtype,
-    Cfg,
-    Device,
-    Dtype,
-    Json,
-    Kernels,
-    Model,
-    Offload,
-    Revision,
-    Schedules,
-    Seed,
-    TopK,
-    TopP,
-    Vae,
-    open_model,
-)
+from varcompress.cli.options import Json, Loading, Model, Schedules, grouped
 from varcompress.cli.output import note, out, print_json, progress_bar
+from varcompress.sampling import Sampling
 
 
+@grouped
 def evaluate(
     model: Model,
     schedules: Schedules = None,
@@ -47,10 +33,7 @@ def evaluate(
         ),
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Images generated at a time; latency is per batch.")] = 64,
-    cfg: Cfg = 1.5,
-    top_k: TopK = 900,
-    top_p: TopP = 0.96,
-    seed: Seed = 0,
+    sampling: Sampling = ...,
     features: Annotated[
         str | None, typer.Option(help="inception or digits.", show_default="what fits the model")
     ] = None,
@@ -66,13 +49,7 @@ def evaluate(
             show_default="MODEL where it is an elastic directory, else nothing is written",
         ),
     ] = None,
-    vae: Vae = None,
-    device: Device = None,
-    dtype: Dtype = "float32",
-    revision: Revision = None,
-    kernels: Kernels = "auto",
-    cache_dtype: CacheDtype = None,
-    offload: Offload = None,
+    loading: Loading = ...,
     as_json: Json = False,
 ) -> None:
     """Score the images of each schedule, and measure what they cost, in one run.
@@ -89,7 +66,7 @@ def evaluate(
         directory = Path(model)  # where push looks for results
     if directory is not None:
         report.check_results(directory, "eval")
-    loaded = open_model(model, vae, device, dtype, revision, kernels=kernels, cache_dtype=cache_dtype, offload=offload)
+    loaded = loading.open(model)
     with progress_bar() as progress:
         result = run(
             loaded,
@@ -97,10 +74,7 @@ def evaluate(
             reference=reference,
             images=images,
             batch_size=batch_size,
-            cfg=cfg,
-            top_k=top_k,
-            top_p=top_p,
-            seed=seed,
+            sampling=sampling,
             features=features,
             feature_weights=feature_weights,
             progress=progress,

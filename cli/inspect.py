@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from varcompress.cli.options import Dtype, Json, Model, Revision, Schedules, Vae, open_model
+from varcompress.cli.options import Dtype, Json, Loading, Model, Revision, Schedules, Vae
 from varcompress.cli.output import out, print_json
 
 
@@ -18,7 +18,7 @@ def inspect(
     from varcompress.profiling import describe
     from varcompress.report import inspect_table
 
-    result = describe(open_model(model, vae, "cpu", dtype, revision), schedules)
+    result = describe(Loading(vae, "cpu", dtype, revision).open(model), schedules)
     if as_json:
         print_json(result)
     else:

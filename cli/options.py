@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+import inspect
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, get_type_hints
 
 import typer
+
+from varcompress.sampling import Sampling
 
 if TYPE_CHECKING:
     from varcompress.models.elastic import ElasticVAR
@@ -54,15 +60,64 @@ Seed = Annotated[int, typer.Option(help="Seed of all images; image i draws from 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")]
 
 
-def open_model(
-    model: str,
-    vae: Path | None = None,
-    device: str | None = None,
-    dtype: str = "float32",
-    revision: str | None = None,
-    **runtime: str | None,
-) -> ElasticVAR:
-    """Load MODEL with the shared options; runtime: kernels, cache_dtype, offload."""
-    from varcompress.hub import load
+@dataclasses.dataclass(frozen=True)
+class Loading:
+    """How MODEL is opened, and how it runs."""
 
-    return load(model, vae=vae, device=device, dtype=dtype, revision=revision, **runtime)
+    vae: Path | None = None
+    device: str | None = None
+    dtype: str = "float32"
+    revision: str | None = None
+    kernels: str = "auto"
+    cache_dtype: str | None = None
+    offload: str | None = None
+
+    def open(self, model: str) -> ElasticVAR:
+        from varcompress.hub import load
+
+        return load(model, **dataclasses.asdict(self))
+
+
+# of each field of a group, the option that a command has for it
+GROUPS = {
+    Sampling: {"cfg": Cfg, "top_k": TopK, "top_p": TopP, "seed": Seed},
+    Loading: {
+        "vae": Vae,
+        "device": Device,
+        "dtype": Dtype,
+        "revision": Revision,
+        "kernels": Kernels,
+        "cache_dtype": CacheDtype,
+        "offload": Offload,
+    },
+}
+
+
+def grouped(command: Callable) -> Callable:
+    """A command that typer sees with the options of a group's fields in place of its parameter of that type.
+
+    The defaults are those of the fields. So a new field of `Sampling` is an option of every command that samples.
+    """
+    hints = get_type_hints(command, include_extras=True)
+    parameters, groups = [], {}
+    for parameter in inspect.signature(command).parameters.values():
+        kind = hints[parameter.name]
+        if kind not in GROUPS:
+            parameters.append(parameter.replace(annotation=kind))
+            continue
+        groups[parameter.name] = kind
+        parameters += [
+            parameter.replace(name=field.name, annotation=GROUPS[kind][field.name], default=field.default)
+            for field in dataclasses.fields(kind)
+        ]
+
+    @functools.wraps(command)
+    def run(**values: object) -> None:
+        for name, kind in groups.items():
+            values[name] = kind(**{field.name: values.pop(field.name) for field in dataclasses.fields(kind)})
+        command(**values)
+
+    run.__signature__ = inspect.Signature([p.replace(kind=p.KEYWORD_ONLY) for p in parameters])
+    run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    del run.__wrapped__  # or typer would look at the command itself
+    return run

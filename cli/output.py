@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
+from rich import progress as bars
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from varcompress.progress import Progress
 
 PLAIN_INTERVAL_S = 5.0
 
@@ -32,13 +35,13 @@ def print_json(result: dict) -> None:
 
 
 @contextmanager
-def progress_bar() -> Iterator[Callable[[int, int, str], None]]:
+def progress_bar() -> Iterator[Progress]:
     """A callable (done, total, what): a bar when stderr is a terminal, a plain line every few seconds when not."""
     if not err.is_terminal:
         yield _plain_lines()
         return
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, TimeRemainingColumn(), console=err, transient=True) as bar:
+    with bars.Progress(*columns, TimeRemainingColumn(), console=err, transient=True) as bar:
         tasks: dict[str, int] = {}
 
         def show(done: int, total: int, what: str) -> None:
@@ -50,7 +53,7 @@ def progress_bar() -> Iterator[Callable[[int, int, str], None]]:
         yield show
 
 
-def _plain_lines() -> Callable[[int, int, str], None]:
+def _plain_lines() -> Progress:
     last = [0.0]
 
     def show(done: int, total: int, what: str) -> None:

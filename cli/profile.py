@@ -7,33 +7,18 @@ from typing import Annotated
 
 import typer
 
-from varcompress.cli.options import (
-    CacheDtype,
-    Cfg,
-    Device,
-    Dtype,
-    Json,
-    Kernels,
-    Model,
-    Offload,
-    Revision,
-    Schedules,
-    TopK,
-    TopP,
-    Vae,
-    open_model,
-)
+from varcompress.cli.options import Json, Loading, Model, Schedules, grouped
 from varcompress.cli.output import note, out, print_json, progress_bar
+from varcompress.sampling import Sampling
 
 
+@grouped
 def profile(
     model: Model,
     schedules: Schedules = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Images per call.")] = 8,
     runs: Annotated[int, typer.Option(min=1, help="Timed calls per schedule.")] = 5,
-    cfg: Cfg = 1.5,
-    top_k: TopK = 900,
-    top_p: TopP = 0.96,
+    sampling: Sampling = ...,
     directory: Annotated[
         Path | None,
         typer.Option(
@@ -42,13 +27,7 @@ def profile(
             show_default="MODEL where it is an elastic directory, else nothing is written",
         ),
     ] = None,
-    vae: Vae = None,
-    device: Device = None,
-    dtype: Dtype = "float32",
-    revision: Revision = None,
-    kernels: Kernels = "auto",
-    cache_dtype: CacheDtype = None,
-    offload: Offload = None,
+    loading: Loading = ...,
     as_json: Json = False,
 ) -> None:
     """Measure time, memory, weights and FLOPs of schedules, each beside what arithmetic predicts."""
@@ -60,16 +39,14 @@ def profile(
         directory = Path(model)  # where push looks for results
     if directory is not None:
         report.check_results(directory, "profile")
-    loaded = open_model(model, vae, device, dtype, revision, kernels=kernels, cache_dtype=cache_dtype, offload=offload)
+    loaded = loading.open(model)
     with progress_bar() as progress:
         result = profile(
             loaded,
             schedules,
             batch_size=batch_size,
             runs=runs,
-            cfg=cfg,
-            top_k=top_k,
-            top_p=top_p,
+            sampling=sampling,
             progress=progress,
         )
     if as_json:

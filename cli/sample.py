@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import re
 from pathlib import Path
@@ -9,27 +10,14 @@ from typing import Annotated
 
 import typer
 
-from varcompress.cli.options import (
-    CacheDtype,
-    Cfg,
-    Device,
-    Dtype,
-    Json,
-    Kernels,
-    Model,
-    Offload,
-    Revision,
-    Seed,
-    TopK,
-    TopP,
-    Vae,
-    open_model,
-)
+from varcompress.cli.options import Json, Loading, Model, grouped
 from varcompress.cli.output import out as stdout
 from varcompress.cli.output import print_json, progress_bar
 from varcompress.errors import InputError
+from varcompress.sampling import Sampling
 
 
+@grouped
 def sample(
     model: Model,
     classes: Annotated[str, typer.Option(help="Class indices, such as 207,88 or 0-9.", show_default=False)],
@@ -39,18 +27,9 @@ def sample(
     ],
     schedule: Annotated[str, typer.Option("--schedule", "-s", help="full, d8, d8@6 or 30x6,8x4.")] = "full",
     count: Annotated[int, typer.Option(min=1, help="Images per class.")] = 1,
-    cfg: Cfg = 1.5,
-    top_k: TopK = 900,
-    top_p: TopP = 0.96,
-    seed: Seed = 0,
+    sampling: Sampling = ...,
     batch_size: Annotated[int, typer.Option(min=1, help="Images generated at a time.")] = 16,
-    vae: Vae = None,
-    device: Device = None,
-    dtype: Dtype = "float32",
-    revision: Revision = None,
-    kernels: Kernels = "auto",
-    cache_dtype: CacheDtype = None,
-    offload: Offload = None,
+    loading: Loading = ...,
     as_json: Json = False,
 ) -> None:
     """Draw images of given classes under one schedule: a grid to look at, or arrays to score."""
@@ -58,11 +37,10 @@ def sample(
     from varcompress.profiling import conditions
 
     check_image_output(out)
-    loaded = open_model(model, vae, device, dtype, revision, kernels=kernels, cache_dtype=cache_dtype, offload=offload)
+    loaded = loading.open(model)
     labels = [label for label in parse_classes(classes, loaded.var.config.classes) for _ in range(count)]
-    settings = {"cfg": cfg, "top_k": top_k, "top_p": top_p, "seed": seed}
     with progress_bar() as progress:
-        images = draw_images(loaded, labels, schedule, batch_size=batch_size, progress=progress, **settings)
+        images = draw_images(loaded, labels, schedule, batch_size=batch_size, sampling=sampling, progress=progress)
     save_images(out, images, labels, columns=count if count > 1 else math.ceil(len(labels) ** 0.5))
     chosen = str(loaded.schedule(schedule))
     if as_json:
@@ -71,7 +49,7 @@ def sample(
                 "kind": "sample",
                 **conditions(loaded),
                 "schedule": chosen,
-                **settings,
+                **dataclasses.asdict(sampling),
                 "labels": labels,
                 "out": str(out),
             }

@@ -1,9 +1,8 @@
 """Fused operations of generation, one per file: plain torch, and the same in Triton.
 
-`modulate` holds `modulate` and `add_modulate`, `qkv` holds `split_heads`, `draw` holds `draw` and its
-random stream, `group_norm` holds `group_norm`. Each has a plain torch function, which runs anywhere,
-and a launcher of the same name with `_triton` at its end, which must equal it to rounding. The caller
-chooses by `available`.
+`modulate` holds `modulate` and `add_modulate`, `qkv` holds `split_heads`, `draw` and `group_norm` what they are called.
+Each has a plain torch function, which runs anywhere, and a launcher of the same name with `_triton` at its end, which
+must equal it to rounding. The caller chooses by `available`. `philox` holds the random numbers, `backend` the choice.
 
 A launcher allocates its output and at most small sums, reads no value back and decides nothing by one, so that a
 CUDA graph can capture it; call it once before the capture, because the first call compiles. It

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from varcompress.kernels import available
-from varcompress.kernels.draw import draw, draw_triton, uniform
+from varcompress.kernels.draw import draw, draw_triton
 from varcompress.kernels.group_norm import group_norm, group_norm_triton
 from varcompress.kernels.modulate import add_modulate, add_modulate_triton, modulate, modulate_triton
+from varcompress.kernels.philox import uniform
 from varcompress.kernels.qkv import split_heads, split_heads_triton
 
 CHOICES = ("auto", "torch", "triton")

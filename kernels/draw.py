@@ -1,8 +1,7 @@
 """Guidance, top-k, top-p and the draw, with a random stream of its own for every image.
 
-A draw depends on (seed, image, scale, position) alone: one Philox4x32-10 word (Salmon et al.,
-SC 2011) is the uniform number that inverts the filtered distribution. So an image does not change
-with the batch it is drawn in.
+A draw depends on (seed, image, scale, position) alone: the word of `philox.py` for them is the uniform number that
+inverts the filtered distribution. So an image does not change with the batch it is drawn in.
 
 No order of the tokens is needed. What a filter keeps is all within some distance of the largest
 logit, and the smallest such distance is found by selection on a CPU and by bisection on a GPU,
@@ -16,45 +15,8 @@ from torch import Tensor
 
 from varcompress.kernels import constexpr, jit, tl, triton
 
-_ROUNDS = 10
-_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
-_WEYL = (0x9E3779B9, 0xBB67AE85)
-_WORD = 0xFFFFFFFF
 CPU_CHUNK, GPU_CHUNK = 1 << 18, 1 << 22  # logits filtered at a time: a CPU's cache holds few; not measured on a GPU
 BYTES_PER_LOGIT = 28  # of temporaries, at most, for each of them
-
-
-def _multiply(a: Tensor, b: int) -> tuple[Tensor, Tensor]:
-    """High and low words of a 32 x 32 bit product, b >= 2^31: with b - 2^32 in its place it stays inside int64."""
-    product = a * (b - (1 << 32))
-    return (product >> 32) + a, product & _WORD
-
-
-def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], seed: int | Tensor) -> tuple[Tensor, ...]:
-    """Philox4x32-10: four int64 tensors that hold 32-bit words, from four such counters and a 64-bit key.
-
-    The key is a whole number, or a 0-dim int64 tensor on the counters' device.
-    """
-    c0, c1, c2, c3 = counter
-    k0, k1 = seed & _WORD, (seed >> 32) & _WORD
-    for _ in range(_ROUNDS):
-        high0, low0 = _multiply(c0, _MULTIPLIERS[0])
-        high1, low1 = _multiply(c2, _MULTIPLIERS[1])
-        c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
-        k0, k1 = (k0 + _WEYL[0]) & _WORD, (k1 + _WEYL[1]) & _WORD
-    return c0, c1, c2, c3
-
-
-def uniform(seed: int | Tensor, images: Tensor, scale: int, positions: int) -> Tensor:
-    """Uniform numbers in [0, 1) for the tokens of one scale: images (B,) int64 -> (B, positions) float32.
-
-    seed: a whole number, or a 0-dim int64 tensor on the images' device.
-    """
-    position = torch.arange(positions, device=images.device)
-    counter = torch.broadcast_tensors(
-        position[None, :], images.new_full((1, 1), scale), (images & _WORD)[:, None], (images >> 32 & _WORD)[:, None]
-    )
-    return (philox(counter, seed)[0] >> 8).float() * 2.0**-24
 
 
 def draw(

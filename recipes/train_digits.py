@@ -24,7 +24,8 @@ from torch import Tensor, nn
 from varcompress.checkpoint import check_fit
 from varcompress.data import digits
 from varcompress.evaluation.features import DigitsFeatures
-from varcompress.models.tokenizer import VQVAE, TokenizerConfig
+from varcompress.models.autoencoder import TokenizerConfig
+from varcompress.models.tokenizer import VQVAE
 from varcompress.models.transformer import VAR, VARConfig
 from varcompress.schedule import Schedule
 

@@ -13,8 +13,9 @@ if not torch.cuda.is_available():  # before the first import of Triton, whose ke
     os.environ["TRITON_INTERPRET"] = "1"
 
 from varcompress.cli.app import main
+from varcompress.models.autoencoder import TokenizerConfig
 from varcompress.models.elastic import ElasticVAR
-from varcompress.models.tokenizer import VQVAE, TokenizerConfig
+from varcompress.models.tokenizer import VQVAE
 from varcompress.models.transformer import VAR, VARConfig
 
 

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from varcompress.cache import KVCache, token_bytes
+from varcompress.models.cache import KVCache, token_bytes
 from varcompress.schedule import Schedule
 
 BATCH, HEADS, HEAD_DIM = 4, 2, 3

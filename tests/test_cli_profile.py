@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from varcompress.checkpoint import fingerprint
+from varcompress.fingerprint import fingerprint
 
 
 @pytest.fixture

@@ -12,8 +12,9 @@ from PIL import Image
 from tests.conftest import random_model
 from varcompress.data.images import read_views, scan
 from varcompress.data.streams import fractions, words
-from varcompress.data.tokens import DONE, PENDING, Epoch, TokenData, TokenStore, encode_images, weights_digest
+from varcompress.data.tokens import DONE, PENDING, Epoch, TokenData, TokenStore, encode_images
 from varcompress.errors import InputError
+from varcompress.fingerprint import weights_digest
 
 CLASSES = 10
 

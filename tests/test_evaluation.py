@@ -20,15 +20,17 @@ from torch.utils.data import Dataset
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
 from tests.conftest import official_state
-from varcompress.checkpoint import fingerprint
 from varcompress.data.digits import load_digits
 from varcompress.errors import InputError
 from varcompress.evaluation import evaluate, features, scores
 from varcompress.evaluation.features import DIGITS, INCEPTION, DigitsFeatures, Extractor, inception_weights
 from varcompress.evaluation.reference import read_reference
+from varcompress.fingerprint import fingerprint
 from varcompress.images import to_uint8
+from varcompress.models.autoencoder import TokenizerConfig
 from varcompress.models.elastic import ElasticVAR, Provenance
-from varcompress.models.tokenizer import VQVAE, TokenizerConfig
+from varcompress.models.tokenizer import VQVAE
+from varcompress.sampling import Sampling
 
 CPU = torch.device("cpu")
 SIZE = 16
@@ -331,7 +333,7 @@ class Images(Dataset):
 
 def test_scores_equal_torch_fidelity(model, tmp_path, pixels):
     reference = write_npz(tmp_path / "images.npz", arr_0=pixels)
-    result = evaluate(model, ["d2@2"], reference=reference, images=30, batch_size=8, seed=4)
+    result = evaluate(model, ["d2@2"], reference=reference, images=30, batch_size=8, sampling=Sampling(seed=4))
     labels = scores.balanced_labels(30, 10)
     drawn = torch.cat([model.generate(labels[i : i + 8], "d2@2", seed=4, first_index=i) for i in range(0, 30, 8)])
     expected = torch_fidelity.calculate_metrics(

@@ -17,11 +17,13 @@ from tests.test_models import random_tokens, schedules
 from varcompress.errors import InputError
 from varcompress.kernels.backend import TORCH, TRITON, choose
 from varcompress.models import generation
+from varcompress.models.autoencoder import TokenizerConfig
 from varcompress.models.elastic import ElasticVAR
 from varcompress.models.graphs import Graphs, _Recorded
 from varcompress.models.linear import ConditionLinear, Linear
 from varcompress.models.strips import STRIP_ELEMENTS, largest_map
-from varcompress.models.tokenizer import VQVAE, TokenizerConfig, exact_convolutions
+from varcompress.models.tokenizer import VQVAE, exact_convolutions
+from varcompress.sampling import Sampling
 from varcompress.schedule import Schedule
 
 CPU = torch.device("cpu")
@@ -46,9 +48,9 @@ def test_auto_is_plain_torch_on_a_cpu():
 @pytest.mark.parametrize("shared_aln", [False, True])
 def test_fused_kernels_give_the_same_images(shared_aln):
     model = random_model(depth=3, patch_nums=(1, 2), shared_aln=shared_aln)
-    plain_tokens, plain = model.generate_tokens([1, 2], "d2@1", seed=1)
+    plain_tokens, plain = model.generate_tokens([1, 2], "d2@1", sampling=Sampling(seed=1))
     model.place(torch.device(DEVICE), kernels="triton")  # in the interpreter where there is no GPU
-    tokens, f_hat = model.generate_tokens([1, 2], "d2@1", seed=1)
+    tokens, f_hat = model.generate_tokens([1, 2], "d2@1", sampling=Sampling(seed=1))
     assert torch.equal(tokens.cpu(), plain_tokens)
     torch.testing.assert_close(f_hat.cpu(), plain, atol=1e-5, rtol=1e-5)
 
@@ -185,7 +187,8 @@ def test_whatever_a_graph_depends_on_is_in_its_key(replaying, monkeypatch):
         return body(*inputs)
 
     monkeypatch.setattr(Graphs, "run", run)
-    ways = [{}, {"schedule": "d2@2"}, {"cfg": 2}, {"top_k": 5}, {"top_p": 0.5}, {"labels": [1]}]
+    samplings = [Sampling(cfg=2), Sampling(top_k=5), Sampling(top_p=0.5)]
+    ways = [{}, {"schedule": "d2@2"}, {"labels": [1]}, *({"sampling": sampling} for sampling in samplings)]
     for way in ways:
         f_hat = model.generate_tokens(**{"labels": [1, 2]} | way)[1]
     assert len(keys) == len(ways)
@@ -272,10 +275,10 @@ def test_parts_are_the_batch_and_small(batch, scale, streamed):
 def test_parts_of_a_batch_are_the_batch(at_a_time, way, shared_aln, monkeypatch):
     model, labels = random_model(shared_aln=shared_aln), [1, 2, 3]
     model.place(CPU, kernels="torch", **way)
-    together = [model.generate_tokens(labels, schedule, seed=3) for schedule in SCHEDULES]
+    together = [model.generate_tokens(labels, schedule, sampling=Sampling(seed=3)) for schedule in SCHEDULES]
     monkeypatch.setattr("varcompress.models.generation.TOKENS_AT_A_TIME", at_a_time)
     for schedule, (tokens, f_hat) in zip(SCHEDULES, together, strict=True):
-        now_tokens, now = model.generate_tokens(labels, schedule, seed=3)
+        now_tokens, now = model.generate_tokens(labels, schedule, sampling=Sampling(seed=3))
         assert torch.equal(now_tokens, tokens)
         torch.testing.assert_close(now, f_hat, atol=1e-4, rtol=1e-4)
 
@@ -283,9 +286,9 @@ def test_parts_of_a_batch_are_the_batch(at_a_time, way, shared_aln, monkeypatch)
 @needs_triton
 def test_fused_kernels_take_parts_of_a_batch(monkeypatch):
     model = random_model(depth=3, patch_nums=(1, 2)).place(torch.device(DEVICE), kernels="triton")
-    together = model.generate_tokens([1, 2, 3], "d2@1", seed=1)
+    together = model.generate_tokens([1, 2, 3], "d2@1", sampling=Sampling(seed=1))
     monkeypatch.setattr("varcompress.models.generation.TOKENS_AT_A_TIME", 8)
-    tokens, f_hat = model.generate_tokens([1, 2, 3], "d2@1", seed=1)
+    tokens, f_hat = model.generate_tokens([1, 2, 3], "d2@1", sampling=Sampling(seed=1))
     assert torch.equal(tokens, together[0])
     torch.testing.assert_close(f_hat, together[1], atol=1e-5, rtol=1e-5)
 
@@ -297,10 +300,10 @@ def test_fused_kernels_take_parts_of_a_batch(monkeypatch):
 def test_offloading_changes_nothing(data):
     model = random_model(depth=6)
     chosen = [data.draw(schedules(model)) for _ in range(2)]  # the layers that stay change from call to call
-    expected = [model.generate_tokens([1, 2], schedule, seed=4) for schedule in chosen]
+    expected = [model.generate_tokens([1, 2], schedule, sampling=Sampling(seed=4)) for schedule in chosen]
     model.place(CPU, kernels="torch", offload="bridge")
     for schedule, (tokens, f_hat) in zip(chosen, expected, strict=True):
-        now_tokens, now = model.generate_tokens([1, 2], schedule, seed=4)
+        now_tokens, now = model.generate_tokens([1, 2], schedule, sampling=Sampling(seed=4))
         assert torch.equal(now_tokens, tokens)
         torch.testing.assert_close(now, f_hat, atol=1e-4, rtol=1e-4)
 
@@ -501,7 +504,9 @@ def test_temperatures_stay_float32():
 
 def test_settings_of_other_whole_types_are_taken():
     model = random_model(depth=2, patch_nums=(1, 2))
-    plain = model.generate_tokens([1], top_k=5, seed=1, first_index=2)[0]
-    assert torch.equal(model.generate_tokens([1], top_k=np.int64(5), seed=True, first_index=np.int32(2))[0], plain)
+    plain = model.generate_tokens([1], first_index=2, sampling=Sampling(top_k=5, seed=1))[0]
+    assert torch.equal(
+        model.generate_tokens([1], first_index=np.int32(2), sampling=Sampling(top_k=np.int64(5), seed=True))[0], plain
+    )
     with pytest.raises(InputError, match="first_index must be a whole number from 0 to"):
         model.generate([1], first_index=0.5)

@@ -21,7 +21,7 @@ from tests import test_card
 from tests.conftest import random_model
 from tests.hub_server import HANG_UP, HubServer, Repo
 from varcompress import InputError
-from varcompress.checkpoint import fingerprint
+from varcompress.fingerprint import fingerprint
 from varcompress.hub import DIGITS_FOLDER, OFFICIAL, OFFICIAL_REPO, OFFICIAL_VAE, load, push
 
 TOKEN = "hf_" + "a" * 34

@@ -11,6 +11,7 @@ from tests.conftest import random_model
 from varcompress.errors import InputError
 from varcompress.images import draw_images
 from varcompress.models.transformer import VAR
+from varcompress.sampling import Sampling
 from varcompress.schedule import Schedule, equidistant
 
 MODELS = {
@@ -113,8 +114,8 @@ def test_recomputing_activations_gives_the_same_gradients(tiny):
 
 def test_guidance_is_zero_at_the_first_scale_and_cfg_at_the_last(tiny):
     first = tiny.schedule("full").ends[0]
-    weak, _ = tiny.generate_tokens([1, 2], cfg=0.0, seed=3)
-    strong, _ = tiny.generate_tokens([1, 2], cfg=8.0, seed=3)
+    weak, _ = tiny.generate_tokens([1, 2], sampling=Sampling(cfg=0.0, seed=3))
+    strong, _ = tiny.generate_tokens([1, 2], sampling=Sampling(cfg=8.0, seed=3))
     assert torch.equal(weak[:, :first], strong[:, :first])
     assert not torch.equal(weak, strong)
 

@@ -8,8 +8,8 @@ import time
 import pytest
 import torch
 
-from varcompress.checkpoint import fingerprint
 from varcompress.errors import InputError
+from varcompress.fingerprint import fingerprint
 from varcompress.hardware import device_name
 from varcompress.models import elastic, strips
 from varcompress.models.tokenizer import decoder_flops
@@ -137,8 +137,9 @@ def test_prediction_of_d30_needs_no_weights():
 
 
 def random_shapes_of_d30():
+    from varcompress.models.autoencoder import TokenizerConfig
     from varcompress.models.elastic import ElasticVAR
-    from varcompress.models.tokenizer import VQVAE, TokenizerConfig
+    from varcompress.models.tokenizer import VQVAE
     from varcompress.models.transformer import VAR, VARConfig
 
     patch_nums = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)

@@ -24,8 +24,8 @@ from safetensors.torch import load_file
 
 from tests.conftest import random_model
 from varcompress.checkpoint import load_elastic, load_official
-from varcompress.data.tokens import weights_digest
 from varcompress.errors import InputError
+from varcompress.fingerprint import weights_digest
 from varcompress.training import distill
 from varcompress.training.distributed import Ranks
 from varcompress.training.log import read_steps, summary
@@ -486,7 +486,7 @@ WORKER = """
 import json, sys
 from pathlib import Path
 from varcompress.checkpoint import load_official
-from varcompress.data.tokens import weights_digest
+from varcompress.fingerprint import weights_digest
 from varcompress.training import distill
 from varcompress.training.recipe import load_recipe
 import os, torch

@@ -11,17 +11,12 @@ the tokenizer; everything about the model is read from the shapes it holds. An e
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import errno
-import hashlib
 import json
-import os
 import re
-import shutil
 import warnings
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TypeVar
 
@@ -33,8 +28,11 @@ from torch import Tensor, nn
 
 from varcompress.card import is_generated, model_card
 from varcompress.errors import InputError
+from varcompress.files import disk_errors, replacing, write_text
+from varcompress.fingerprint import values_digest
+from varcompress.models.autoencoder import TokenizerConfig
 from varcompress.models.elastic import ElasticVAR, Provenance
-from varcompress.models.tokenizer import VQVAE, TokenizerConfig
+from varcompress.models.tokenizer import VQVAE
 from varcompress.models.transformer import VAR, VARConfig
 
 FORMAT = 1
@@ -42,9 +40,7 @@ CONFIG, WEIGHTS, RECIPE, CARD = "config.json", "model.safetensors", "recipe.yaml
 # Rebuilt from the shapes, never learned: accepted in a checkpoint and dropped.
 BUFFERS = ("lvl_1L", "attn_bias_for_masking", "zero_k_bias", "ema_vocab_hit_SV")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 MEASURED = ("profile", "eval")  # kinds of results that belong to one set of weights
-SAMPLED = 1024  # values of each tensor that go into a fingerprint
 Shapes = Mapping[str, tuple[int, ...]]
 Built = TypeVar("Built", bound=nn.Module)
 
@@ -179,43 +175,6 @@ def load_official(path: str | Path, vae: str | Path, **provenance) -> ElasticVAR
     return ElasticVAR(var, tokenizer, provenance=Provenance(**{"name": Path(path).stem, **provenance}))
 
 
-# -- which weights ------------------------------------------------------------------------------
-
-
-def fingerprint(model: ElasticVAR) -> str:
-    """16 hex digits by which a result knows the weights it was measured on, as their checkpoint stores them.
-
-    The same on every device, and for a model that `cast` rounded to fewer bits since it was opened.
-    """
-    values = _digest(model)
-    return getattr(model, "rounded_from", {}).get(values, values)
-
-
-def cast(model: ElasticVAR, dtype: torch.dtype) -> ElasticVAR:
-    """`model.cast`, after which the fingerprint stays that of the checkpoint until the weights change."""
-    if dtype is torch.float32:  # rounds nothing
-        return model.cast(dtype)
-    before = _digest(model)
-    model.cast(dtype)
-    model.rounded_from = {_digest(model): before}
-    return model
-
-
-def _digest(model: ElasticVAR) -> str:
-    """Of names, shapes and values, whatever dtype holds them.
-
-    The values are evenly spaced ones, first and last included, so that opening a model costs little more for it:
-    training moves them all, while a change to some others alone goes unnoticed.
-    """
-    digest = hashlib.sha256()
-    for name, tensor in model.state_dict().items():
-        count, values = min(SAMPLED, tensor.numel()), tensor.detach().reshape(-1)
-        places = torch.arange(count, device=tensor.device) * (len(values) - 1) // max(count - 1, 1)
-        digest.update(f"{name} {tuple(tensor.shape)}\0".encode())
-        digest.update(values[places].float().cpu().numpy())
-    return digest.hexdigest()[:16]
-
-
 # -- elastic directory --------------------------------------------------------------------------
 
 
@@ -269,7 +228,7 @@ def has_own_card(path: Path) -> bool:
 def _check_results(model: ElasticVAR, path: Path) -> None:
     """Raises InputError when results in `path` are of other weights than these, as they are to be saved."""
     measured = {file.name: weights for file in sorted(path.glob("*.json")) if (weights := _measured_weights(file))}
-    if any(weights != _digest(model) for weights in measured.values()):
+    if any(weights != values_digest(model) for weights in measured.values()):
         raise InputError(
             f"{path}: {', '.join(measured)} there would belong to other weights: choose another directory or move them"
         )
@@ -336,38 +295,3 @@ def check_output(path: str | Path) -> None:
         raise InputError(f"{path}: is a file, not a directory: choose another output")
     if path.is_dir() and any(path.iterdir()) and not is_elastic(path):
         raise InputError(f"{path}: holds something else already: choose a new or empty directory")
-
-
-# -- writing files that are whole or not there ----------------------------------------------------
-
-
-@contextlib.contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path` that takes its place when the block ends well and is removed when not."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a text file that is whole or not there."""
-    with replacing(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
-
-
-@contextlib.contextmanager
-def disk_errors(path: Path) -> Iterator[None]:
-    """Turn a full or read-only disk into an InputError: why, and how much room there is where that is the reason."""
-    try:
-        yield
-    except (OSError, SafetensorError) as error:  # safetensors raises its own when it cannot write
-        told = re.search(r"os error (\d+)", str(error))
-        number = int(told[1]) if told else getattr(error, "errno", None)
-        line = f"{path}: could not be written ({os.strerror(number) if number else error})"
-        if number in NO_ROOM:
-            parent = next(p for p in (path, *path.absolute().parents) if p.exists())
-            line += f"; {shutil.disk_usage(parent).free / 2**20:,.0f} MiB are free there"
-        raise InputError(line) from error

@@ -2,27 +2,24 @@
 
 from __future__ import annotations
 
-import json
 import time
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
-from varcompress.checkpoint import disk_errors, replacing, write_text
 from varcompress.evaluation import evaluate
+from varcompress.files import disk_errors, replacing, write_json
 from varcompress.hub import load
 from varcompress.images import to_uint8
 from varcompress.models.elastic import ElasticVAR
 from varcompress.profiling import profile
+from varcompress.progress import Note, Progress, silent
 from varcompress.report import plot_eval, plot_profile
 from varcompress.training import distill
 from varcompress.training.recipe import load_recipe
 from varcompress.training.state import RunDirectory
 
-Progress = Callable[[int, int, str], None]
-Note = Callable[[str], None]
 SCORE = "digits_fd"
 
 
@@ -31,7 +28,7 @@ def run_demo(
     *,
     images: int = 1000,
     batch_size: int = 100,
-    progress: Progress | None = None,
+    progress: Progress = silent,
     note: Note = warnings.warn,
 ) -> dict:
     """Distil, profile and evaluate `digits` into the elastic directory `out`.
@@ -77,7 +74,7 @@ def run_demo(
     files = {"eval": after, "profile": costs, "demo": result}
     for name, content in files.items():
         with disk_errors(out / f"{name}.json"):
-            write_text(out / f"{name}.json", json.dumps(content, indent=2) + "\n")
+            write_json(out / f"{name}.json", content)
     plot_eval(after, out / "eval.png")
     plot_profile(costs, out / "profile.png")
     plot_samples(samples, result, out / "samples.png")

@@ -12,8 +12,7 @@ import json
 import logging
 import re
 import sys
-import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -24,13 +23,9 @@ from varcompress.checkpoint import (
     CARD,
     CONFIG,
     DTYPES,
-    NO_ROOM,
     RECIPE,
     WEIGHTS,
-    cast,
     config_text,
-    disk_errors,
-    fingerprint,
     has_own_card,
     is_elastic,
     load_elastic,
@@ -39,8 +34,11 @@ from varcompress.checkpoint import (
 )
 from varcompress.data.digits import FOLDER as DIGITS_FOLDER
 from varcompress.errors import InputError
+from varcompress.files import NO_ROOM, disk_errors, scratch_folder
+from varcompress.fingerprint import fingerprint
 from varcompress.hardware import bfloat16_wins, choose_device
 from varcompress.models.elastic import ElasticVAR, check_placement
+from varcompress.progress import Progress, silent
 
 OFFICIAL_REPO, OFFICIAL_LICENSE = "FoundationVision/var", "mit"
 OFFICIAL_VAE = "vae_ch160v4096z32.pth"
@@ -54,7 +52,6 @@ RESULT_KINDS = tuple(report.PLOTS)
 SAMPLES = "samples.png"  # a picture that the card shows
 # What an earlier push may have left that does not hold for other weights
 OURS = re.compile(rf"({'|'.join(RESULT_KINDS)})(-\d+)?\.(json|png)|{re.escape(RECIPE)}|{re.escape(SAMPLES)}")
-Progress = Callable[[int, int, str], None] | None
 
 
 # -- load ---------------------------------------------------------------------------------------
@@ -85,7 +82,7 @@ def load(
         raise InputError(f"offload {offload!r} spares the memory of a GPU, and the device is {place}: leave it out")
     model = _open(str(source), vae, revision)
     model.tokenizer.float()  # stored in float16 or bfloat16 it would otherwise quantise in it
-    return cast(model, kind).place(place, kernels=kernels, cache_dtype=cache_dtype, offload=offload)
+    return model.cast(kind).place(place, kernels=kernels, cache_dtype=cache_dtype, offload=offload)
 
 
 def _open(source: str, vae: str | Path | None, revision: str | None) -> ElasticVAR:
@@ -212,7 +209,7 @@ def push(
     results: Iterable[str | Path | dict] = (),
     base_model: str | None = None,
     license: str | None = None,
-    progress: Progress = None,
+    progress: Progress = silent,
 ) -> dict:
     """Publish a model on the Hub: weights, config, recipe, card, results and their plots in one commit.
 
@@ -226,27 +223,26 @@ def push(
     Raises InputError when something is not readable, a result is of other weights, or the Hub refuses; nothing local
     is changed, and nothing is published before the one commit.
     """
-    tell = progress or (lambda done, total, what: None)
-    with tempfile.TemporaryDirectory(prefix="varcompress-") as scratch:
-        tell(0, 3, "read the model and its results")
-        folder = _elastic_folder(model, vae, revision, Path(scratch) / "model")
+    with scratch_folder() as scratch:
+        progress(0, 3, "read the model and its results")
+        folder = _elastic_folder(model, vae, revision, scratch / "model")
         loaded = load_elastic(folder)
         files = {name: folder / name for name in (CONFIG, WEIGHTS, RECIPE, SAMPLES) if (folder / name).is_file()}
         if (base_model, license) != (None, None):
             _state_origin(loaded, base_model, license)
-            files[CONFIG] = _write(Path(scratch) / CONFIG, config_text(loaded))
+            files[CONFIG] = _write(scratch / CONFIG, config_text(loaded))
         weights = {fingerprint(each) for each in (loaded, model) if isinstance(each, ElasticVAR)}
-        measured = _measured(loaded, _results(folder, results), weights, Path(scratch))
-        files |= {name: Path(scratch) / name for stem in measured for name in (f"{stem}.json", f"{stem}.png")}
-        tell(1, 3, f"create {repo}")
+        measured = _measured(loaded, _results(folder, results), weights, scratch)
+        files |= {name: scratch / name for stem in measured for name in (f"{stem}.json", f"{stem}.png")}
+        progress(1, 3, f"create {repo}")
         repo, is_private = _create(repo, private)
         own = has_own_card(folder)
         samples = SAMPLES if SAMPLES in files else None
-        files[CARD] = folder / CARD if own else _write(Path(scratch) / CARD, _card(loaded, measured, repo, samples))
+        files[CARD] = folder / CARD if own else _write(scratch / CARD, _card(loaded, measured, repo, samples))
         size = sum(path.stat().st_size for path in files.values())
-        tell(2, 3, f"upload {len(files)} files, {size / 2**20:,.1f} MiB")
+        progress(2, 3, f"upload {len(files)} files, {size / 2**20:,.1f} MiB")
         commit, url = _commit(repo, files, branch)
-        tell(3, 3, f"published {repo}")
+        progress(3, 3, f"published {repo}")
     return {
         "kind": "push",
         "repo": repo,

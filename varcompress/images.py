@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,9 +13,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from varcompress.checkpoint import disk_errors, replacing
 from varcompress.errors import InputError
+from varcompress.files import disk_errors, replacing
 from varcompress.memory import fitting_batch
+from varcompress.progress import Progress, silent
+from varcompress.sampling import PUBLISHED, Sampling
 from varcompress.schedule import Schedule
 
 if TYPE_CHECKING:
@@ -86,25 +88,24 @@ def draw_images(
     schedule: str | Schedule = "full",
     *,
     batch_size: int = 16,
-    progress: Callable[[int, int, str], None] | None = None,
-    **sampling: float,
+    sampling: Sampling = PUBLISHED,
+    progress: Progress = silent,
 ) -> Tensor:
     """Images of any number of labels (N, 3, H, W) uint8, generated batch_size at a time.
 
-    Image i has the random stream (seed, i), as in one call of `generate`, whose other arguments
-    `sampling` holds. Raises InputError for an unknown class before any image is drawn, for a batch
-    that the memory does not hold, and for images that are not finite.
+    Image i has the random stream (seed, i), as in one call of `generate`. Raises InputError for an
+    unknown class before any image is drawn, for a batch that the memory does not hold, and for images that are not
+    finite.
     """
     labels, schedule = model.labels(labels), model.schedule(schedule)
     parts = []
     with fitting_batch(model, [schedule], min(batch_size, len(labels))):
         for first in range(0, len(labels), batch_size):
             batch = labels[first : first + batch_size]
-            images = model.generate(batch, schedule, first_index=first, **sampling)
+            images = model.generate(batch, schedule, sampling, first_index=first)
             check_finite(images, schedule, model.dtype)
             parts.append(to_uint8(images).cpu())
-            if progress:
-                progress(first + len(batch), len(labels), f"{schedule}: images")
+            progress(first + len(batch), len(labels), f"{schedule}: images")
     return torch.cat(parts)
 
 

@@ -18,8 +18,7 @@ from varcompress.kernels import draw
 from varcompress.kernels.backend import TRITON, choose
 from varcompress.models import strips
 from varcompress.models.elastic import ElasticVAR
-from varcompress.models.generation import parts
-from varcompress.sampling import images_at_a_time
+from varcompress.models.generation import images_at_a_time, parts
 from varcompress.schedule import Schedule
 
 

@@ -13,6 +13,7 @@ import math
 import random
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 
 import numpy as np
 import torch
@@ -20,22 +21,21 @@ from torch import Tensor
 from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
-from varcompress.cache import KVCache
-from varcompress.checkpoint import fingerprint
 from varcompress.errors import InputError
+from varcompress.fingerprint import fingerprint
 from varcompress.hardware import device_name
 from varcompress.kernels.backend import TRITON, choose
 from varcompress.memory import PeakMemory, fitting_batch, predicted_peak_bytes
+from varcompress.models.cache import KVCache
 from varcompress.models.elastic import CACHE_DTYPES, ElasticVAR
 from varcompress.models.linear import Linear
 from varcompress.models.tokenizer import decoder_flops
-from varcompress.sampling import check_settings
+from varcompress.progress import Progress, silent
+from varcompress.sampling import PUBLISHED, Sampling
 from varcompress.schedule import Schedule
 
 PHASES = ("transformer", "sampling", "decoder")
 EFFECT_LOGITS = 1 << 25  # that are compared, at most, when a cache has eight bits
-
-Progress = Callable[[int, int, str], None]
 
 
 def profile(
@@ -45,17 +45,14 @@ def profile(
     batch_size: int = 8,
     runs: int = 5,
     warmup: int = 2,
-    cfg: float = 1.5,
-    top_k: int = 900,
-    top_p: float = 0.96,
-    seed: int = 0,
-    progress: Progress | None = None,
+    sampling: Sampling = PUBLISHED,
+    progress: Progress = silent,
 ) -> dict:
     """Measure schedules side by side. Each run times every schedule once, in an order shuffled anew.
 
     schedules: `full` is the baseline, always measured and shown first; default model.default_schedules().
     batch_size: images per call (guidance doubles the rows); runs: timed calls per schedule, after `warmup` more;
-    cfg, top_k, top_p, seed: as in `ElasticVAR.generate`.
+    sampling: by default as published; its seed shuffles the order too.
 
     Returns a JSON-able dict with kind "profile", the weights' fingerprint, the hardware, and per schedule: latency_ms
     (median, end to end), latency_spread_ms (quartiles), without_decoder_ms (median of the same runs without the
@@ -67,8 +64,6 @@ def profile(
     """
     if batch_size < 1 or runs < 1 or warmup < 0:
         raise InputError(f"batch size {batch_size}, runs {runs}, warm-up {warmup}: at least 1, 1 and 0 are needed")
-    settings = {"cfg": cfg, "top_k": top_k, "top_p": top_p, "seed": seed}
-    check_settings(**settings)
     schedules = [model.schedule(s) for s in schedules] if schedules else model.default_schedules()
     schedules = list(dict.fromkeys((model.schedule("full"), *schedules)))
     total, done = len(schedules) * (warmup + 2 + 2 * runs), 0
@@ -76,17 +71,16 @@ def profile(
     def step(schedule: Schedule) -> None:
         nonlocal done
         done += 1
-        if progress:
-            progress(done, total, f"profile: {schedule}")
+        progress(done, total, f"profile: {schedule}")
 
     def call(schedule: Schedule) -> Tensor:
-        images = model.generate(labels, schedule, **settings)
+        images = model.generate(labels, schedule, sampling)
         step(schedule)
         return images
 
     def time_ms(schedule: Schedule) -> tuple[float, float]:
         """Until the tokens are there, and until the images are."""
-        tokens = lambda: model.generate_tokens(labels, schedule, **settings)  # noqa: E731
+        tokens = lambda: model.generate_tokens(labels, schedule, sampling)  # noqa: E731
         (_, f_hat), tokens_ms = timed(model.device, tokens)
         decoder_ms = timed(model.device, lambda: model.decode_features(f_hat))[1]
         step(schedule)
@@ -94,13 +88,13 @@ def profile(
 
     times = {schedule: [] for schedule in schedules}
     splits = {schedule: [] for schedule in schedules}
-    order = random.Random(seed)
+    order = random.Random(sampling.seed)
     with fitting_batch(model, schedules, batch_size):
         labels = torch.arange(batch_size) % model.var.config.classes
         if model.device.type == "cuda":
             with model.eager():  # libraries take their workspace at the first call, which belongs to no schedule
-                model.generate(labels, schedules[0], **settings)
-        effects = {schedule: cache_effect(model, schedule, labels, **settings) for schedule in schedules}
+                model.generate(labels, schedules[0], sampling)
+        effects = {schedule: cache_effect(model, schedule, labels, sampling) for schedule in schedules}
         counts = {schedule: _counts(model, call, schedule) for schedule in schedules}
         for _ in range(warmup):
             for schedule in schedules:
@@ -116,7 +110,7 @@ def profile(
         "kind": "profile",
         **conditions(model),
         "batch_size": batch_size,
-        "settings": settings,
+        "settings": asdict(sampling),
         "runs": runs,
         "schedules": [_beside_full(row, rows[0]) for row in rows],
     }
@@ -161,10 +155,10 @@ def conditions(model: ElasticVAR) -> dict[str, str | bool | None]:
 
 
 @torch.inference_mode()
-def cache_effect(model: ElasticVAR, schedule: str | Schedule, labels: Tensor, **settings: float) -> dict[str, float]:
+def cache_effect(model: ElasticVAR, schedule: str | Schedule, labels: Tensor, sampling: Sampling) -> dict[str, float]:
     """What storing keys and values in eight bits does to the logits of the same tokens; empty where they are not.
 
-    settings: those of `ElasticVAR.generate`, with which the tokens are drawn; of a large model only the first labels.
+    sampling: how the tokens are drawn. Of a large model only the first labels are looked at.
     logit_error: root mean square of the difference over that of the logits; same_top_token: share of tokens whose
     largest logit stays the largest.
     """
@@ -174,7 +168,7 @@ def cache_effect(model: ElasticVAR, schedule: str | Schedule, labels: Tensor, **
     labels = labels[: max(1, EFFECT_LOGITS // (config.tokens * config.vocab))]
     try:
         with model.eager():
-            tokens, _ = model.generate_tokens(labels, schedule, **settings)
+            tokens, _ = model.generate_tokens(labels, schedule, sampling)
             for dtype in (None, stored):
                 model.cache_dtype, logits = dtype, []
                 with fitting_batch(model, [model.schedule(schedule)], len(labels)):  # the plain cache is the larger

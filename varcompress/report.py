@@ -15,8 +15,8 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from varcompress.checkpoint import disk_errors, replacing, write_text
 from varcompress.errors import InputError
+from varcompress.files import disk_errors, replacing, write_json
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -411,7 +411,7 @@ def write_results(result: dict, folder: str | Path) -> list[Path]:
         present = folder / f"{kind}.json"
         if present.exists():
             present.replace(folder / f"{kind}.json.old")
-        write_text(present, json.dumps(result, indent=2) + "\n")
+        write_json(present, result)
     return [folder / f"{kind}.json", PLOTS[kind](result, folder / f"{kind}.png")]
 
 

@@ -1,86 +1,61 @@
-"""Sampling of one scale: what a call may ask for, and tokens from hidden states without all logits at once.
-
-Guidance, filters and the draw itself are one operation in `kernels/draw.py`.
-"""
+"""How tokens are drawn: the settings, their published defaults and their bounds. Plain Python, no torch."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from operator import index
 
-import torch
-from torch import Tensor
-
 from varcompress.errors import InputError
-from varcompress.kernels.backend import Kernels
 
 MAX_SEED = 2**63 - 1
 MAX_INDEX = 2**62  # leaves room for the images of a call
 MAX_CFG = 1000  # beyond any use, and far from float32's end
-LOGITS_BYTES = 1 << 25  # of logits that exist at a time: the largest tensor of a big batch, if they all did
 
 
-def check_settings(*, cfg: float, top_k: int, top_p: float, seed: int, first_index: int = 0) -> None:
-    """Raises InputError for a setting of generation that means nothing."""
-    checks = (
-        ("cfg", cfg, lambda value: abs(value) <= MAX_CFG, f"a number from -{MAX_CFG} to {MAX_CFG}"),
-        ("top_k", top_k, lambda value: index(value) >= 0, "a whole number, 0 or more"),
-        ("top_p", top_p, lambda value: 0 <= value <= 1, "from 0 to 1"),
-        (
-            "first_index",
-            first_index,
-            lambda value: 0 <= index(value) <= MAX_INDEX,
-            f"a whole number from 0 to {MAX_INDEX}",
-        ),
-        ("seed", seed, lambda value: 0 <= index(value) <= MAX_SEED, f"a whole number from 0 to {MAX_SEED}"),
-    )
-    for name, value, holds, expected in checks:
-        try:
-            good = holds(value)
-        except (TypeError, ValueError, OverflowError):
-            good = False
-        if not good:
-            raise InputError(f"{name} must be {expected}, not {value!r}")
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are drawn. The defaults are the published settings of VAR's FID (arXiv 2404.02905).
 
-
-def images_at_a_time(tokens: int, vocab: int, element_bytes: int) -> int:
-    """Images whose logits, guided and not, fit in LOGITS_BYTES; at least one."""
-    return max(1, LOGITS_BYTES // (2 * tokens * vocab * element_bytes))
-
-
-def sample(
-    head: Callable[[Tensor], Tensor],
-    hidden: Tensor,
-    *,
-    weight: float,
-    seed: Tensor,
-    images: Tensor,
-    scale: int,
-    top_k: int,
-    top_p: float,
-    vocab: int,
-    kernels: Kernels,
-) -> Tensor:
-    """Tokens (B, n) int64 of one scale, -1 where the logits are not finite, a few images at a time.
-
-    head: hidden states to logits; hidden: (2B, n, C), conditional rows, then unconditional ones, which
-    are not read where the guidance weight is 0; seed: () int64; images: (B,) int64, their random streams.
+    cfg: weight of classifier-free guidance at the last scale (scale k of K, from 0, has k / (K - 1) of it);
+    top_k: tokens of the largest logits to draw from, 0 for all; top_p: mass of the most probable tokens to draw
+    from, 0 and 1 for all; seed: of all images, image i of which has the random stream (seed, i).
+    Whole numbers of numpy's and bools become int, cfg and top_p float.
     """
-    conditional, unconditional = hidden.chunk(2)
-    size = images_at_a_time(hidden.shape[1], vocab, hidden.element_size())
-    parts = []
-    for first in range(0, len(images), size):
-        few = slice(first, first + size)
-        parts.append(
-            kernels.draw(
-                head(conditional[few]),
-                head(unconditional[few]) if weight else None,
-                weight,
-                seed,
-                images[few],
-                scale,
-                top_k=top_k,
-                top_p=top_p,
-            )
-        )
-    return torch.cat(parts)
+
+    cfg: float = 1.5
+    top_k: int = 900
+    top_p: float = 0.96
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        self._set("cfg", float, lambda cfg: abs(cfg) <= MAX_CFG, f"a number from -{MAX_CFG} to {MAX_CFG}")
+        self._set("top_k", index, lambda top_k: top_k >= 0, "a whole number, 0 or more")
+        self._set("top_p", float, lambda top_p: 0 <= top_p <= 1, "from 0 to 1")
+        self._set("seed", index, lambda seed: 0 <= seed <= MAX_SEED, f"a whole number from 0 to {MAX_SEED}")
+
+    def _set(self, name: str, kind: Callable, holds: Callable, expected: str) -> None:
+        object.__setattr__(self, name, checked(name, getattr(self, name), kind, holds, expected))
+
+    def guidance(self, scale: int, scales: int) -> float:
+        """The weight of guidance at `scale` (from 0) of `scales`."""
+        return self.cfg * scale / max(scales - 1, 1)
+
+
+def image_index(value: int) -> int:
+    """The index of a call's first image, which with the seed is its random stream. Raises InputError."""
+    return checked("first_index", value, index, lambda i: 0 <= i <= MAX_INDEX, f"a whole number from 0 to {MAX_INDEX}")
+
+
+def checked(name: str, value: object, kind: Callable, holds: Callable, expected: str) -> float:
+    """`value` as a number of `kind` that `holds`. Raises InputError that says what was expected."""
+    try:
+        number = value if isinstance(value, str) else kind(value)
+        if holds(number):
+            return int(number) if kind is index else number
+    except (TypeError, ValueError, OverflowError):
+        pass
+    raise InputError(f"{name} must be {expected}, not {value!r}")
+
+
+PUBLISHED = Sampling()

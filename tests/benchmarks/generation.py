@@ -33,9 +33,10 @@ from varcompress.errors import InputError
 from varcompress.hardware import choose_device, device_name
 from varcompress.kernels.backend import CHOICES
 from varcompress.memory import LiveTensors, PeakMemory, fitting_batch
+from varcompress.models.autoencoder import TokenizerConfig
 from varcompress.models.elastic import ElasticVAR, check_placement
 from varcompress.models.linear import Linear, packing_wins
-from varcompress.models.tokenizer import VQVAE, TokenizerConfig, decoder_flops, exact_convolutions
+from varcompress.models.tokenizer import VQVAE, decoder_flops, exact_convolutions
 from varcompress.models.transformer import VAR, VARConfig
 from varcompress.profiling import conditions, predict, timed
 from varcompress.schedule import Schedule

@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from tests.golden import weights
 from varcompress.checkpoint import build_tokenizer, build_var
 from varcompress.models.elastic import ElasticVAR
+from varcompress.sampling import Sampling
 
 FOLDER = Path(__file__).parent
 TOLERANCE = 1e-4
@@ -84,7 +85,9 @@ def test_logits(golden):
 
 
 def test_greedy_tokens(golden):
-    tokens, _ = golden.model.generate_tokens(golden.labels, "full", cfg=golden.spec["cfg"], top_k=golden.spec["top_k"])
+    tokens, _ = golden.model.generate_tokens(
+        golden.labels, "full", sampling=Sampling(cfg=golden.spec["cfg"], top_k=golden.spec["top_k"])
+    )
     assert torch.equal(tokens, golden.expected["greedy_tokens"].long())
 
 

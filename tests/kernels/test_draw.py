@@ -10,7 +10,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.kernels import DEVICE, DTYPES, needs_gpu, needs_triton
 from varcompress.kernels import available
-from varcompress.kernels.draw import CPU_CHUNK, _first, _invert, draw, draw_triton, philox, uniform
+from varcompress.kernels.draw import CPU_CHUNK, _first, _invert, draw, draw_triton
+from varcompress.kernels.philox import philox, uniform
 
 WORD = 0xFFFFFFFF
 # Known answers of philox4x32-10 in Random123 (D. E. Shaw Research), kat_vectors: counter, key, output

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from varcompress.kernels.draw import philox
+from varcompress.kernels.philox import philox
 
 DEPTH, SAMPLE, CROP = 1, 2, 3  # what a stream is for
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections import deque
@@ -14,13 +13,15 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from varcompress.checkpoint import disk_errors, write_text
 from varcompress.data.images import ImageFolder, read_views
 from varcompress.data.streams import SAMPLE, fractions, words
 from varcompress.errors import InputError
+from varcompress.files import disk_errors, write_json
+from varcompress.fingerprint import weights_digest
 from varcompress.models.elastic import ElasticVAR
+from varcompress.progress import Progress, silent
 
 CHUNK = 32  # images encoded at a time
 AHEAD = 2  # chunks that are read while one is encoded
@@ -43,15 +44,6 @@ class TokenData:
 
     def __len__(self) -> int:
         return len(self.rows)
-
-
-def weights_digest(module: nn.Module) -> str:
-    """SHA-256 of a module's weights, names and shapes included."""
-    digest = hashlib.sha256()
-    for key, value in module.state_dict().items():
-        digest.update(f"{key} {tuple(value.shape)} {value.dtype}\0".encode())
-        digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
 
 
 def encode_images(model: ElasticVAR, load: Callable[[int], tuple[Tensor, Tensor]], views: int) -> TokenData:
@@ -107,13 +99,13 @@ class TokenStore:
             np.save(self.path / STATES, np.full(count, PENDING, dtype=np.uint8))
             shape = (count, self.views, length)
             np.lib.format.open_memmap(self.path / TOKENS, mode="w+", dtype=_width(self.model), shape=shape)
-            write_text(self.path / META, json.dumps(meta, indent=2) + "\n")
+            write_json(self.path / META, meta)
 
     def _is_ours(self) -> bool:
         """Whether the directory is empty, but for what a killed process leaves before it writes store.json."""
         return all(file.name in (TOKENS, STATES) or file.suffix == ".tmp" for file in self.path.iterdir())
 
-    def encode(self, rank: int = 0, ranks: int = 1, progress: Callable[[int, int, str], None] | None = None) -> None:
+    def encode(self, rank: int = 0, ranks: int = 1, progress: Progress = silent) -> None:
         """Encode this process's share of the images that are not done yet."""
         states = np.load(self.path / STATES)
         chunks = [range(i, min(i + CHUNK, len(states))) for i in range(0, len(states), CHUNK)]
@@ -133,8 +125,7 @@ class TokenStore:
                 state = [UNREADABLE if image is None else DONE for image in images]
                 marks.write(chunk.start, np.array(state, dtype=np.uint8))
                 done += 1
-                if progress:
-                    progress(min(done * CHUNK * ranks, len(states)), len(states), "encode: images to tokens")
+                progress(min(done * CHUNK * ranks, len(states)), len(states), "encode: images to tokens")
 
     def read(self) -> TokenData:
         """The finished store, memory-mapped. Raises InputError when no image could be read."""

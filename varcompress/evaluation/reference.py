@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -23,11 +23,10 @@ from varcompress.data import digits
 from varcompress.errors import InputError
 from varcompress.evaluation.features import Extractor, Features
 from varcompress.images import EXTENSIONS, fit, image_files, read_image, skipped_note, to_uint8
+from varcompress.progress import Progress, silent
 
 MIN_IMAGES = 10  # Inception Score is a mean over 10 groups; precision needs 4 images, a covariance 2
 ARRAYS = "an .npz of images holds arr_0 (N, H, W, 3) uint8, one of statistics mu (D,) and sigma (D, D)"
-
-Progress = Callable[[int, int, str], None] | None
 
 
 @dataclass
@@ -49,8 +48,7 @@ class Reference:
         for batch in batches:
             parts.append(extractor(batch))
             done += len(batch)
-            if progress:
-                progress(done, total, "reference: images")
+            progress(done, total, "reference: images")
         if done < MIN_IMAGES:
             raise InputError(f"{name}: readable images: {done}, but a reference needs at least {MIN_IMAGES}")
         vectors = Features.join(parts).vectors
@@ -58,7 +56,7 @@ class Reference:
 
 
 def read_reference(
-    source: str | Path | None, extractor: Extractor, *, size: int, batch_size: int, progress: Progress = None
+    source: str | Path | None, extractor: Extractor, *, size: int, batch_size: int, progress: Progress = silent
 ) -> Reference:
     """Read a reference once, for all schedules. source None: the embedded digits.
 

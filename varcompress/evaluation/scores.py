@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
@@ -17,17 +18,17 @@ from torch_fidelity.metric_prc import KEY_METRIC_PRECISION, KEY_METRIC_RECALL, p
 from varcompress.data import digits
 from varcompress.errors import InputError
 from varcompress.evaluation.features import DIGITS, EXTRACTORS, INCEPTION, Extractor, Features
-from varcompress.evaluation.reference import MIN_IMAGES, Progress, Reference, read_reference
+from varcompress.evaluation.reference import MIN_IMAGES, Reference, read_reference
 from varcompress.images import check_finite, to_uint8
 from varcompress.memory import PeakMemory, fitting_batch
 from varcompress.models.elastic import ElasticVAR
 from varcompress.profiling import conditions, timed
-from varcompress.sampling import check_settings
+from varcompress.progress import Progress, silent
+from varcompress.sampling import PUBLISHED, Sampling
 from varcompress.schedule import Schedule
 
 PUBLISHED_IMAGES = 50_000
 DIGITS_IMAGES = 2_000  # about as many as the data set has
-PUBLISHED_SAMPLING = {"cfg": 1.5, "top_k": 900, "top_p": 0.96}
 FEATURE_NAMES = {INCEPTION: "inception-v3", DIGITS: "digits"}
 METRICS = {
     INCEPTION: ("fid", "is", "is_std", "kid", "kid_std", "precision", "recall"),
@@ -51,20 +52,17 @@ def evaluate(
     reference: str | Path | None = None,
     images: int | None = None,
     batch_size: int = 64,
-    cfg: float = 1.5,
-    top_k: int = 900,
-    top_p: float = 0.96,
-    seed: int = 0,
+    sampling: Sampling = PUBLISHED,
     features: str | None = None,
     feature_weights: str | Path | None = None,
-    progress: Progress = None,
+    progress: Progress = silent,
 ) -> dict:
     """Generate `images` class-balanced images under each schedule and score them against `reference`.
 
     images: by default the 50,000 of published figures, 2,000 with the features of the embedded digits.
     reference: a folder of images, an .npz of images, or one of statistics (ADM layout); may be left
     out for the embedded digits. features: "inception" or "digits", by default what fits the model;
-    feature_weights: a file of Inception weights, where there is no network. The defaults are VAR's
+    feature_weights: a file of Inception weights, where there is no network; sampling: by default VAR's
     published settings. Image i has class i * classes // images and random stream (seed, i), so the
     scores do not depend on batch_size.
 
@@ -80,15 +78,13 @@ def evaluate(
         raise InputError(f"{images} images in batches of {batch_size}: scores need at least {MIN_IMAGES} and 1")
     if reference is None and not _is_digits(model):
         raise InputError("a reference is needed: --reference with a folder of images or an .npz")
-    settings = {"cfg": cfg, "top_k": top_k, "top_p": top_p, "seed": seed}
-    check_settings(**settings)  # now, not after a reference of 50,000 images was read
     extractor = Extractor(kind, Path(feature_weights) if feature_weights else None, model.device)
     size = model.tokenizer.config.image_size
     batch_size = min(batch_size, images)
     with fitting_batch(model, chosen, batch_size):
         known = read_reference(reference, extractor, size=size, batch_size=batch_size, progress=progress)
         rows = [
-            _evaluate_schedule(model, schedule, known, extractor, images, batch_size, settings, progress)
+            _evaluate_schedule(model, schedule, known, extractor, images, batch_size, sampling, progress)
             for schedule in chosen
         ]
     return {
@@ -97,8 +93,8 @@ def evaluate(
         "batch_size": batch_size,
         "reference": known.name,
         "features": FEATURE_NAMES[kind],
-        "settings": {**settings, "images": images, "rounding": "8 bits"},
-        "notes": known.notes + _notes(kind, known, images, settings),
+        "settings": {**asdict(sampling), "images": images, "rounding": "8 bits"},
+        "notes": known.notes + _notes(kind, known, images, sampling),
         "schedules": rows,
     }
 
@@ -156,27 +152,26 @@ def _evaluate_schedule(
     extractor: Extractor,
     images: int,
     batch_size: int,
-    settings: dict,
+    sampling: Sampling,
     progress: Progress,
 ) -> dict:
     """One schedule's line of the result. The first batch runs once more, before the others, for memory and warm-up."""
     labels = balanced_labels(images, model.var.config.classes)
     with model.eager(), PeakMemory(model, schedule) as memory:
-        model.generate(labels[:batch_size], schedule, **settings)
+        model.generate(labels[:batch_size], schedule, sampling)
     if model.device.type == "cuda":
-        model.generate(labels[:batch_size], schedule, **settings)  # records the graph that the others replay
+        model.generate(labels[:batch_size], schedule, sampling)  # records the graph that the others replay
     parts: list[Features] = []  # only features are kept: 50,000 images of 256 pixels would fill 9 GiB
     times_ms: list[float] = []
     for first in range(0, images, batch_size):
         batch = labels[first : first + batch_size]
-        call = partial(model.generate, batch, schedule, first_index=first, **settings)
+        call = partial(model.generate, batch, schedule, sampling, first_index=first)
         drawn, elapsed_ms = timed(model.device, call)
         check_finite(drawn, schedule, model.dtype)
         parts.append(extractor(to_uint8(drawn)))
         if len(batch) == batch_size:
             times_ms.append(elapsed_ms)
-        if progress:
-            progress(first + len(batch), images, f"{schedule}: images")
+        progress(first + len(batch), images, f"{schedule}: images")
     latency_ms = statistics.median(times_ms)
     return {
         "schedule": str(schedule),
@@ -211,14 +206,15 @@ def _kid_subset_size(images: int, reference: Reference) -> int:
     return min(KID_SUBSET_SIZE, images, len(reference.vectors))
 
 
-def _notes(kind: str, reference: Reference, images: int, settings: dict) -> list[str]:
+def _notes(kind: str, reference: Reference, images: int, sampling: Sampling) -> list[str]:
     """What a reader must know before setting these scores beside others."""
     notes = []
     if kind == DIGITS:
         notes.append("scores on the digits features: not FID, and not comparable with scores on Inception")
     elif images != PUBLISHED_IMAGES:
         notes.append(f"FID at {images:,} images is not comparable with the published figures at {PUBLISHED_IMAGES:,}")
-    changed = [f"{name} {settings[name]}" for name, value in PUBLISHED_SAMPLING.items() if settings[name] != value]
+    published = asdict(replace(PUBLISHED, seed=sampling.seed))
+    changed = [f"{name} {value}" for name, value in asdict(sampling).items() if value != published[name]]
     if changed:
         notes.append(f"not the published sampling settings: {', '.join(changed)}")
     if reference.vectors is None:

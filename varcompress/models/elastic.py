@@ -10,16 +10,17 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from varcompress.cache import token_bytes
 from varcompress.errors import InputError
+from varcompress.fingerprint import rounded
 from varcompress.kernels.backend import CHOICES, choose
 from varcompress.models import generation, transformer
+from varcompress.models.cache import token_bytes
 from varcompress.models.graphs import Graphs
 from varcompress.models.linear import Linear, packable
 from varcompress.models.offload import StreamedBlocks, device_blocks, move_all_but_blocks
 from varcompress.models.tokenizer import VQVAE
 from varcompress.models.transformer import VAR
-from varcompress.sampling import check_settings
+from varcompress.sampling import PUBLISHED, Sampling, image_index
 from varcompress.schedule import Schedule
 
 CACHE_DTYPES = {"int8": torch.int8, "float8": torch.float8_e4m3fn}
@@ -96,13 +97,14 @@ class ElasticVAR(nn.Module):
         """Transformer and decoder to `dtype`.
 
         Encoder and quantiser stay float32, because tokens must be exact, and so do the temperatures of attention.
-        Raises InputError when offloaded.
+        The fingerprint stays that of the weights as they were. Raises InputError when offloaded.
         """
         self._refuse_when_offloaded()
         self._graphs.clear()
-        transformer.cast(self.var, dtype)
-        self.tokenizer.decoder.to(dtype)
-        self.tokenizer.post_quant_conv.to(dtype)
+        with contextlib.nullcontext() if dtype is torch.float32 else rounded(self):
+            transformer.cast(self.var, dtype)
+            self.tokenizer.decoder.to(dtype)
+            self.tokenizer.post_quant_conv.to(dtype)
         return self
 
     def _refuse_when_offloaded(self) -> None:
@@ -236,35 +238,28 @@ class ElasticVAR(nn.Module):
         self,
         labels: Sequence[int] | Tensor,
         schedule: str | Schedule = "full",
+        sampling: Sampling = PUBLISHED,
         *,
-        cfg: float = 1.5,
-        top_k: int = 900,
-        top_p: float = 0.96,
-        seed: int = 0,
         first_index: int = 0,
+        **settings: float,
     ) -> Tensor:
         """Images of the given classes: (B, 3, H, W) float32 in [0, 1].
 
-        Image i of the call has the random stream (seed, first_index + i), whatever the batch size.
-        The defaults are the published settings of VAR's FID. An image whose logits overflow the dtype
-        is NaN throughout. Raises InputError for an unknown class, a schedule that does not fit, cfg
-        beyond MAX_CFG either way, a negative top_k, top_p outside 0 to 1, and a seed outside 0 to 2^63 - 1.
+        sampling: how tokens are drawn, by default as published; settings: its fields one by one (cfg, top_k, top_p,
+        seed), in place of those of `sampling`. Image i of the call has the random stream (seed, first_index + i),
+        whatever the batch size. An image whose logits overflow the dtype is NaN throughout.
+        Raises InputError for an unknown class, a schedule that does not fit, and a setting that means nothing.
         """
-        tokens_f_hat = self.generate_tokens(
-            labels, schedule, cfg=cfg, top_k=top_k, top_p=top_p, seed=seed, first_index=first_index
-        )
-        return self.decode_features(tokens_f_hat[1])
+        sampling = dataclasses.replace(sampling, **settings)
+        return self.decode_features(self.generate_tokens(labels, schedule, sampling, first_index=first_index)[1])
 
     @torch.inference_mode()
     def generate_tokens(
         self,
         labels: Sequence[int] | Tensor,
         schedule: str | Schedule = "full",
+        sampling: Sampling = PUBLISHED,
         *,
-        cfg: float = 1.5,
-        top_k: int = 900,
-        top_p: float = 0.96,
-        seed: int = 0,
         first_index: int = 0,
         forced: Tensor | None = None,
         logits_out: list[Tensor] | None = None,
@@ -276,16 +271,15 @@ class ElasticVAR(nn.Module):
         generation with the teacher-forced pass. Raises InputError as `generate` does, and for forced
         tokens of another shape or number.
         """
-        check_settings(cfg=cfg, top_k=top_k, top_p=top_p, seed=seed, first_index=first_index)
-        top_k, seed, first_index = int(top_k), int(seed), int(first_index)  # numpy's and bool too
+        first_index = image_index(first_index)
         schedule, labels = self.schedule(schedule), self.labels(labels)
         forced = None if forced is None else self._tokens(forced, len(labels))
         call = generation.Call(
             schedule,
             len(labels),
-            float(cfg),
-            top_k,
-            float(top_p),
+            sampling.cfg,
+            sampling.top_k,
+            sampling.top_p,
             choose(self.kernels, self.device),
             self.cache_dtype,
             streamed=self.offloaded,
@@ -308,7 +302,7 @@ class ElasticVAR(nn.Module):
 
         inputs = (
             labels,
-            torch.full((), seed, dtype=torch.int64, device=self.device),  # no copy from the host to wait for
+            torch.full((), sampling.seed, dtype=torch.int64, device=self.device),  # no copy from the host to wait for
             torch.arange(first_index, first_index + len(labels), device=self.device),
         )
         with self._current_device():

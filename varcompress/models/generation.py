@@ -12,16 +12,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from varcompress.cache import KVCache
 from varcompress.kernels.backend import Kernels
+from varcompress.models.cache import KVCache
 from varcompress.models.tokenizer import Quantizer
 from varcompress.models.transformer import VAR, Block, Constants, Stream
-from varcompress.sampling import sample
 from varcompress.schedule import Schedule
 
 # Of one scale that run through its layers together. More are no faster on a CPU (not measured on a GPU), and their
 # activations stand beside the cache when that is fullest.
 TOKENS_AT_A_TIME = 1 << 12
+LOGITS_BYTES = 1 << 25  # of logits that exist at a time: the largest tensor of a big batch, if they all did
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,7 @@ def generate_tokens(
         if forced is not None:
             tokens = forced[:, start:end]
         else:
-            tokens = sample(
+            tokens = draw_tokens(
                 var.head,
                 hidden,
                 weight=call.cfg * scale / max(scales - 1, 1),
@@ -138,3 +138,46 @@ def generate_tokens(
             x = torch.cat((x, x))
         start = end
     return torch.cat(drawn, dim=1), f_hat
+
+
+def images_at_a_time(tokens: int, vocab: int, element_bytes: int) -> int:
+    """Images whose logits, guided and not, fit in LOGITS_BYTES; at least one."""
+    return max(1, LOGITS_BYTES // (2 * tokens * vocab * element_bytes))
+
+
+def draw_tokens(
+    head: Callable[[Tensor], Tensor],
+    hidden: Tensor,
+    *,
+    weight: float,
+    seed: Tensor,
+    images: Tensor,
+    scale: int,
+    top_k: int,
+    top_p: float,
+    vocab: int,
+    kernels: Kernels,
+) -> Tensor:
+    """Tokens (B, n) int64 of one scale, -1 where the logits are not finite, a few images at a time.
+
+    head: hidden states to logits; hidden: (2B, n, C), conditional rows, then unconditional ones, which
+    are not read where the guidance weight is 0; seed: () int64; images: (B,) int64, their random streams.
+    """
+    conditional, unconditional = hidden.chunk(2)
+    size = images_at_a_time(hidden.shape[1], vocab, hidden.element_size())
+    parts = []
+    for first in range(0, len(images), size):
+        few = slice(first, first + size)
+        parts.append(
+            kernels.draw(
+                head(conditional[few]),
+                head(unconditional[few]) if weight else None,
+                weight,
+                seed,
+                images[few],
+                scale,
+                top_k=top_k,
+                top_p=top_p,
+            )
+        )
+    return torch.cat(parts)

@@ -10,14 +10,12 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-if TYPE_CHECKING:
-    from varcompress.models.tokenizer import Decoder, ResBlock
+from varcompress.models.autoencoder import Decoder, ResBlock
 
 STRIP_ELEMENTS = 1 << 20  # of the wider of a convolution's two maps
 MIN_OUTPUTS = 16  # channels: oneDNN convolves to fewer at a tenth of its speed

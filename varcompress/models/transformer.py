@@ -17,9 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from varcompress.cache import KVCache
 from varcompress.kernels.backend import Kernels
 from varcompress.kernels.modulate import modulate
+from varcompress.models.cache import KVCache
 from varcompress.models.linear import ConditionLinear, Linear
 from varcompress.schedule import Schedule
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from varcompress.checkpoint import disk_errors, write_text
+from varcompress.files import disk_errors, write_text
 from varcompress.training.state import RunDirectory
 
 LAST = 10  # steps of a schedule whose mean is called its loss

@@ -17,12 +17,14 @@ from torch import Tensor, nn
 
 from varcompress.data.digits import load_digits
 from varcompress.data.images import ImageFolder, scan
-from varcompress.data.tokens import Epoch, TokenData, TokenStore, encode_images, weights_digest
+from varcompress.data.tokens import Epoch, TokenData, TokenStore, encode_images
 from varcompress.errors import InputError
+from varcompress.fingerprint import weights_digest
 from varcompress.hardware import fitting_memory
 from varcompress.images import skipped_note
 from varcompress.models.elastic import ElasticVAR
 from varcompress.models.transformer import VAR
+from varcompress.progress import Note, Progress, silent
 from varcompress.schedule import Schedule
 from varcompress.training.distributed import Ranks, joined, local_device
 from varcompress.training.log import StepLog
@@ -31,7 +33,6 @@ from varcompress.training.recipe import Recipe, load_recipe
 from varcompress.training.state import RunDirectory
 
 EMBEDDED = "digits"  # the model that brings its own images
-Progress = Callable[[int, int, str], None]
 
 
 def distill(
@@ -42,8 +43,8 @@ def distill(
     out: str | Path,
     resume: bool = False,
     tokens: str | Path | None = None,
-    progress: Progress | None = None,
-    note: Callable[[str], None] = warnings.warn,
+    progress: Progress = silent,
+    note: Note = warnings.warn,
 ) -> ElasticVAR:
     """Make a model elastic in depth: train it, in place, as the recipe says (VARiant, arXiv 2511.16546).
 
@@ -61,7 +62,7 @@ def distill(
     with joined(local_device(model.device)) as ranks:
         ranks.on_first(lambda: check_fit(recipe, model, ranks))
         if not ranks.first:
-            progress, note = None, _silence
+            progress = note = silent
         model.to(local_device(model.device)).float()
         model.tokenizer.requires_grad_(False)
         model.var.requires_grad_(True).zero_grad()
@@ -101,7 +102,7 @@ def train(
     directory: RunDirectory,
     log: StepLog | None,
     ranks: Ranks,
-    progress: Progress | None = None,
+    progress: Progress = silent,
 ) -> None:
     """Run `steps`, which follow the saved state if there is one. The first process saves and logs."""
     var = model.var
@@ -158,9 +159,8 @@ def train(
             )
             if step.number % recipe.checkpoint_every == 0 or step.ends_phase:
                 directory.save(var, optimizer, step.number)
-        if progress:
-            what = f"distill: phase {step.phase}, p {step.p:.2f}, {schedule}, loss {loss:.3f}"
-            progress(step.number, steps[-1].number, what)
+        what = f"distill: phase {step.phase}, p {step.p:.2f}, {schedule}, loss {loss:.3f}"
+        progress(step.number, steps[-1].number, what)
     var.checkpointing = False
 
 
@@ -259,8 +259,8 @@ def _encode(
     store: TokenStore,
     create: Callable[[], None],
     ranks: Ranks,
-    progress: Progress | None,
-    note: Callable[[str], None],
+    progress: Progress,
+    note: Note,
 ) -> TokenData:
     """Encode an image folder, each process its share, and say which images could not be read."""
     ranks.on_first(create)
@@ -270,7 +270,3 @@ def _encode(
     if data.skipped:
         note(skipped_note(data.skipped, len(store.folder.files)))
     return data
-
-
-def _silence(text: str) -> None:
-    """Where the notes of all processes but the first go."""

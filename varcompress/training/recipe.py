@@ -12,8 +12,8 @@ from typing import Literal, get_args, get_origin, get_type_hints
 
 import yaml
 
-from varcompress.checkpoint import disk_errors, write_text
 from varcompress.errors import InputError
+from varcompress.files import disk_errors, write_text
 from varcompress.sampling import MAX_SEED
 
 

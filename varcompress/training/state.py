@@ -20,10 +20,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from varcompress.checkpoint import check_output, disk_errors, is_elastic, load_elastic, replacing, write_text
+from varcompress.checkpoint import check_output, is_elastic, load_elastic
 from varcompress.errors import InputError
+from varcompress.files import disk_errors, replacing, sweep, write_json
 from varcompress.models.elastic import ElasticVAR
 from varcompress.models.transformer import VAR
+from varcompress.progress import Note
 from varcompress.training.recipe import Recipe
 
 STEPS, WORK = "steps.jsonl", ".training"
@@ -58,7 +60,7 @@ class RunDirectory:
         else:
             check_output(self.out)
 
-    def begin(self, identity: dict, *, note: Callable[[str], None], resume: bool) -> int:
+    def begin(self, identity: dict, *, note: Note, resume: bool) -> int:
         """Start or continue a run; returns the number of steps already done.
 
         identity: {"recipe": {...}, "model": digest, "data": digest}. Raises InputError when the run
@@ -69,10 +71,9 @@ class RunDirectory:
             _compare(self.out, self._started(), identity)
         with disk_errors(self.out):
             self.work.mkdir(parents=True, exist_ok=True)
-            for left_over in self.work.glob("*.tmp"):  # of a process that was killed while it wrote
-                left_over.unlink()
+            sweep(self.work)
             if not done:
-                write_text(self._run, json.dumps(identity, indent=2) + "\n")
+                write_json(self._run, identity)
         if resume:
             note(f"continuing after step {done}" if done else "nothing to resume there: starting from the first step")
         return done

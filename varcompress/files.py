@@ -1,0 +1,102 @@
+"""Files that are whole or not there, and what a disk says that refuses. Whatever writes, writes through here."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from varcompress.errors import InputError
+
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+SCRATCH = "varcompress-{}-"  # of a process: what a scratch folder's name begins with
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary path that takes the place of `path` when the block ends well and is removed when not.
+
+    It lies in a folder of its own beside `path`, because libraries write through temporary files of theirs. What a
+    killed process left there goes with the next attempt. The new file has the mode that any new file gets.
+    """
+    _remove_of_the_dead(path.parent, f".{path.name}.*.tmp")
+    folder = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    folder.mkdir(exist_ok=True)
+    try:
+        temporary = folder / path.name
+        temporary.touch()
+        mode = temporary.stat().st_mode  # as the umask says; a library may write its own file with another
+        yield temporary
+        temporary.chmod(mode)
+        os.replace(temporary, path)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file that is whole or not there."""
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, content: object) -> None:
+    """Write a JSON file that is whole or not there."""
+    write_text(path, json.dumps(content, indent=2) + "\n")
+
+
+def sweep(folder: Path) -> None:
+    """Remove what writers left in a folder that were killed before they had finished; no other may be at work there."""
+    for left in folder.glob(".*.tmp"):
+        shutil.rmtree(left, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def scratch_folder() -> Iterator[Path]:
+    """A folder in the system's temporary directory for the block; those of processes that were killed go too."""
+    _remove_of_the_dead(Path(tempfile.gettempdir()), "varcompress.*.tmp")
+    with tempfile.TemporaryDirectory(prefix="varcompress.", suffix=f".{os.getpid()}.tmp") as folder:
+        yield Path(folder)
+
+
+def _remove_of_the_dead(folder: Path, pattern: str) -> None:
+    """Remove the folders NAME.PROCESS.tmp that fit a pattern and whose process is no longer there."""
+    for left in folder.glob(pattern):
+        number = left.name.split(".")[-2]
+        if number.isdecimal() and not _runs(int(number)):
+            shutil.rmtree(left, ignore_errors=True)
+
+
+def _runs(process: int) -> bool:
+    """Whether a process of this machine is alive; where that cannot be asked, it is."""
+    if os.name != "posix":  # the same call would end it
+        return True
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # somebody else's
+        return True
+    return True
+
+
+@contextlib.contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """Turn a full or read-only disk into an InputError: why, and how much room there is where that is the reason."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:  # safetensors raises its own when it cannot write
+        told = re.search(r"os error (\d+)", str(error))
+        number = int(told[1]) if told else getattr(error, "errno", None)
+        line = f"{path}: could not be written ({os.strerror(number) if number else error})"
+        if number in NO_ROOM:
+            parent = next(p for p in (path, *path.absolute().parents) if p.exists())
+            line += f"; {shutil.disk_usage(parent).free / 2**20:,.0f} MiB are free there"
+        raise InputError(line) from error

@@ -1,0 +1,15 @@
+"""How a long call tells how far it is, and what it wants to remark: the two callables that a caller may give."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+Progress = Callable[[int, int, str], None]
+"""Called with (done, total, what); `what` begins with the name of the task and a colon."""
+
+Note = Callable[[str], None]
+"""Called with a remark for a person."""
+
+
+def silent(*_: object) -> None:
+    """The Progress, or the Note, of a caller who wants none."""
