@@ -142,7 +142,7 @@ def test_ceilings(text, alone, with_decoder):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "schedule '' is not understood: write full, d8, d8@6 or 30x6,8x4"),
+        ("", "schedule '' is not understood: write full, d8, d8@6, 30x6,8x4, or layers by"),
         ("d", "'d' is not understood"),
         ("8", "'8' is not understood"),
         ("30x6;8x4", "is not understood"),
@@ -156,6 +156,12 @@ def test_ceilings(text, alone, with_decoder):
         ("31x6,8x4", "31 layers, but this model has 30"),
         ("8x6,16x4", "widens to 16 layers at scale 7: layer 1 was skipped before and has no cache"),
         ("30x2,8x4,9x4", "widens to 9 layers at scale 7: layer 1 "),
+        ("30x6,0+30x4", "schedule '30x6,0+30x4' names layers 30: this model has layers 0 to 29, in order"),
+        ("30x6,9-4x4", "names layers 9-4: this model has layers 0 to 29, in order"),
+        ("30x6,4+4x4", "scale 7: layers must be ascending"),
+        ("30x6,0+29x2,3+29x2", "layer 3 comes back at scale 9"),
+        ("30x6,0+x4", "is not understood"),
+        (f"d{'9' * 5000}", "is not understood"),
     ],
 )
 def test_refused_texts(text, message):
@@ -200,10 +206,30 @@ def test_widening_is_refused_by_name(case, data):
     ("layers", "text"),
     [
         (((0, 1, 2, 3), (0, 3)), "d2@1"),
-        (((0, 1, 2, 3), (1, 2)), "custom d2@1"),
-        (((0, 1, 2, 3), (2,)), "custom d1@1"),
-        (((0, 2, 3), (0, 2, 3)), "custom d3@0"),
+        (((0, 1, 2, 3), (1, 2)), "4x1,1+2x1"),
+        (((0, 1, 2, 3), (2,)), "4x1,2-2x1"),
+        (((0, 2, 3), (0, 2, 3)), "0+2+3x2"),
     ],
 )
 def test_hand_picked_layers_are_not_printed_as_the_equidistant_subnet(layers, text):
     assert str(Schedule(4, (1, 2), layers)) == text
+
+
+@st.composite
+def any_schedules(draw):
+    """Layers of any choice that only shrink from scale to scale."""
+    depth = draw(st.integers(1, 12))
+    patch_nums = tuple(draw(st.lists(st.integers(1, 5), min_size=1, max_size=5)))
+    layers, in_use = [], list(range(depth))
+    for _ in patch_nums:
+        if draw(st.booleans()):
+            in_use = sorted(draw(st.sets(st.sampled_from(in_use), min_size=1)))
+        layers.append(tuple(in_use))
+    return Schedule(depth, patch_nums, tuple(layers))
+
+
+@given(any_schedules(), st.integers(0, 5))
+def test_every_schedule_has_one_text_that_reads_back_and_names_a_file(schedule, bridge):
+    text = str(schedule)
+    assert parse(text, depth=schedule.depth, patch_nums=schedule.patch_nums, bridge=bridge) == schedule
+    assert re.fullmatch(r"[a-z0-9@,+-]+", text)

@@ -8,16 +8,20 @@ the tokens it missed. Everything else here is arithmetic on that: tokens, cache 
 
 from __future__ import annotations
 
-import contextlib
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate, groupby
 
 from varcompress.errors import InputError
 
-FORMS = "write full, d8, d8@6 or 30x6,8x4"
+FORMS = "write full, d8, d8@6, 30x6,8x4, or layers by their numbers: 30x6,0+4+17-20x4"
+# part of a list: a count of layers, or layers by number, times a number of scales
+NUMBER = r"[0-9]{1,6}"  # more digits no model has, and Python refuses thousands in words of its own
+RUN = rf"{NUMBER}(?:-{NUMBER})?"
+PART = re.compile(rf"(?:(?P<count>{NUMBER})|(?P<layers>(?={NUMBER}[-+]){RUN}(?:\+{RUN})*))x(?P<scales>{NUMBER})")
+SUBNET = re.compile(rf"d({NUMBER})(?:@({NUMBER}))?")
 
 
 def equidistant(layers: Iterable[int], depth: int) -> tuple[int, ...]:
@@ -74,61 +78,44 @@ class Schedule:
 
     @classmethod
     def parse(cls, text: str, *, depth: int, patch_nums: Iterable[int], bridge: int) -> Schedule:
-        """Read `full`, `d8` (subnet of 8 after the model's own bridge), `d8@6` or `30x6,8x4` (depth x scales).
+        """Read a schedule's text form; `str` gives it back.
 
-        In a list of depths each is drawn at equal distances from the layers still in use, so that
-        30x6,16x2,8x2 shrinks although the 8 of 30 are not all among the 16 of 30.
+        `full`; `d8`: the subnet of 8 layers after the model's own bridge; `d8@6`: after a bridge of 6 scales;
+        `30x6,16x2,8x2`: layers x scales, each number of layers at equal distances among those still in use, so that
+        it shrinks although the 8 of 30 are not all among the 16 of 30; `30x6,0+4+17-20x4`: layers by their numbers.
+        Raises InputError for a text that is none, or that does not fit the model.
         """
-        patch_nums = tuple(patch_nums)
-        count = len(patch_nums)
-        text = text.strip().lower()
-        if text == "full":
-            runs = [(depth, count)]
-        elif match := re.fullmatch(r"d(\d+)(?:@(\d+))?", text):
-            zone = int(match[2]) if match[2] else bridge
-            if zone > count:
-                raise InputError(f"schedule {text!r}: a bridge of {zone} scales, but this model has {count}")
-            runs = [(depth, zone), (int(match[1]), count - zone)]
-        elif re.fullmatch(r"\d+x\d+(,\d+x\d+)*", text):
-            runs = [(int(d), int(n)) for d, n in (part.split("x") for part in text.split(","))]
-            if sum(n for _, n in runs) != count or any(n == 0 for _, n in runs):
-                raise InputError(f"schedule {text!r}: {sum(n for _, n in runs)} scales, but this model has {count}")
+        patch_nums, text = tuple(patch_nums), text.strip().lower()
+        scales = len(patch_nums)
+        if match := SUBNET.fullmatch(text):
+            bridge = int(match[2]) if match[2] else bridge
+            if bridge > scales:
+                raise InputError(f"schedule {text!r}: a bridge of {bridge} scales, but this model has {scales}")
+            parts = [(str(depth), bridge), (match[1], scales - bridge)]
         else:
-            raise InputError(f"schedule {text!r} is not understood: {FORMS}")
-        in_use: tuple[int, ...] = tuple(range(depth))
+            parts = [(str(depth), scales)] if text == "full" else _parts(text, scales)
         layers: list[tuple[int, ...]] = []
-        for width, scales in runs:
-            if width > depth:
-                raise InputError(f"schedule {text!r}: {width} layers, but this model has {depth}")
-            if width > len(in_use):
-                missing = next(i for i in range(depth) if i not in in_use)
-                raise InputError(
-                    f"schedule {text!r} widens to {width} layers at scale {len(layers) + 1}: "
-                    f"layer {missing} was skipped before and has no cache; list depths from large to small"
-                )
-            if width < 2 <= depth:
-                raise InputError(f"schedule {text!r}: a subnet has at least 2 layers, the first and the last")
-            in_use = equidistant(in_use, width)
-            layers += [in_use] * scales
+        for part, count in parts:
+            in_use = layers[-1] if layers else tuple(range(depth))
+            layers += [_layers(part, text, in_use, depth, scale=len(layers) + 1)] * count
         return cls(depth, patch_nums, tuple(layers))
 
     def __str__(self) -> str:
-        text = self._depths_text()
-        with contextlib.suppress(InputError):  # a single layer has no text form
-            if Schedule.parse(text, depth=self.depth, patch_nums=self.patch_nums, bridge=0) == self:
-                return text
-        return f"custom {text}"
-
-    def _depths_text(self) -> str:
-        """The text form that has the same depths, whichever layers they are."""
-        depths = [(len(segment.layers), len(segment.scales)) for segment in self.segments]
-        if depths == [(self.depth, len(self.patch_nums))]:
+        """The text that `parse` reads back, letters, digits and @ , + - alone: it names files too."""
+        parts, in_use = [], tuple(range(self.depth))
+        for segment in self.segments:
+            count = len(segment.layers)
+            even = (count >= 2 or self.depth == 1) and segment.layers == equidistant(in_use, count)
+            parts.append((str(count) if even else _numbered(segment.layers), len(segment.scales)))
+            in_use = segment.layers
+        if parts == [(str(self.depth), len(self.patch_nums))]:
             return "full"
-        if len(depths) == 1:
-            return f"d{depths[0][0]}@0"
-        if len(depths) == 2 and depths[0][0] == self.depth:
-            return f"d{depths[1][0]}@{depths[0][1]}"
-        return ",".join(f"{depth}x{scales}" for depth, scales in depths)
+        (first, bridge), (last, _) = parts[0], parts[-1]
+        if last.isdecimal() and len(parts) == 1:
+            return f"d{last}@0"
+        if last.isdecimal() and len(parts) == 2 and first == str(self.depth):
+            return f"d{last}@{bridge}"
+        return ",".join(f"{part}x{scales}" for part, scales in parts)
 
     # -- tokens ---------------------------------------------------------------------------------
 
@@ -185,3 +172,61 @@ class Schedule:
     def weights(self, *, width: int, mlp_ratio: float = 4.0) -> tuple[int, ...]:
         """Block weights (matrix elements) read at each scale, AdaLN left out."""
         return tuple(len(layers) * round((4 + 2 * mlp_ratio) * width * width) for layers in self.layers)
+
+
+# -- text -----------------------------------------------------------------------------------------
+
+
+def _parts(text: str, scales: int) -> list[tuple[str, int]]:
+    """The parts of a list such as 30x6,0+29x4: what runs (a count, or layers by number), and for how many scales."""
+    matches = [PART.fullmatch(part) for part in text.split(",")]
+    if not all(matches):
+        raise InputError(f"schedule {text!r} is not understood: {FORMS}")
+    parts = [(match["count"] or match["layers"], int(match["scales"])) for match in matches]
+    total = sum(count for _, count in parts)
+    if total != scales or any(count == 0 for _, count in parts):
+        raise InputError(f"schedule {text!r}: {total} scales, but this model has {scales}")
+    return parts
+
+
+def _layers(part: str, text: str, in_use: tuple[int, ...], depth: int, *, scale: int) -> tuple[int, ...]:
+    """The layers that a part of the schedule `text` names, from `scale` (from 1) on."""
+    if not part.isdecimal():
+        return tuple(layer for first, last in _runs(part, text, depth) for layer in range(first, last + 1))
+    count = int(part)
+    if count > depth:
+        raise InputError(f"schedule {text!r}: {count} layers, but this model has {depth}")
+    if count > len(in_use):
+        missing = next(i for i in range(depth) if i not in in_use)
+        raise InputError(
+            f"schedule {text!r} widens to {count} layers at scale {scale}: "
+            f"layer {missing} was skipped before and has no cache; list depths from large to small"
+        )
+    if count < 2 <= depth:
+        raise InputError(f"schedule {text!r}: a subnet has at least 2 layers, the first and the last")
+    return equidistant(in_use, count)
+
+
+def _runs(part: str, text: str, depth: int) -> Iterator[tuple[int, int]]:
+    """First and last layer of each run of 0+4+17-20."""
+    for run in part.split("+"):
+        first, _, last = run.partition("-")
+        first, last = int(first), int(last or first)
+        if not first <= last < depth:
+            raise InputError(f"schedule {text!r} names layers {run}: this model has layers 0 to {depth - 1}, in order")
+        yield first, last
+
+
+def _numbered(layers: tuple[int, ...]) -> str:
+    """Layers by number, runs of three and more as a span; one alone is a span too, for 5x4 are five layers."""
+    runs: list[list[int]] = []
+    for layer in layers:
+        if runs and layer == runs[-1][1] + 1:
+            runs[-1][1] = layer
+        else:
+            runs.append([layer, layer])
+    if len(layers) == 1:
+        return f"{layers[0]}-{layers[0]}"
+    return "+".join(
+        f"{first}-{last}" if last - first > 1 else "+".join(map(str, range(first, last + 1))) for first, last in runs
+    )
