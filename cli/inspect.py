@@ -15,7 +15,7 @@ def inspect(
     as_json: Json = False,
 ) -> None:
     """Say what a model is, which layers its schedules run, and their cost by arithmetic."""
-    from varcompress.profiling import describe
+    from varcompress.cost import describe
     from varcompress.report import inspect_table
 
     result = describe(Loading(vae, "cpu", dtype, revision).open(model), schedules)

@@ -15,6 +15,7 @@ if not torch.cuda.is_available():  # before the first import of Triton, whose ke
 from varcompress.cli.app import main
 from varcompress.models.autoencoder import TokenizerConfig
 from varcompress.models.elastic import ElasticVAR
+from varcompress.models.runtime import Runtime
 from varcompress.models.tokenizer import VQVAE
 from varcompress.models.transformer import VAR, VARConfig
 
@@ -43,6 +44,11 @@ def random_model(
             if "scale_mul" not in name:
                 parameter.normal_(std=0.5 if parameter.ndim == 1 or "emb" in name or "pos" in name else width**-0.5)
     return ElasticVAR(var, tokenizer)
+
+
+def placed(model: ElasticVAR, device: torch.device | None = None, **how) -> ElasticVAR:
+    """The model placed to run as `how` says, else as by default, in the dtype and on the device that it has."""
+    return model.place(Runtime(device or model.device, model.dtype, **how))
 
 
 @pytest.fixture(scope="session")

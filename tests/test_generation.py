@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,18 +12,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from tests.conftest import random_model
+from tests.conftest import placed, random_model
 from tests.kernels import DEVICE, needs_triton
 from tests.test_models import random_tokens, schedules
 from varcompress.errors import InputError
+from varcompress.hardware import exact_float32
 from varcompress.kernels.backend import TORCH, TRITON, choose
 from varcompress.models import generation
 from varcompress.models.autoencoder import TokenizerConfig
-from varcompress.models.elastic import ElasticVAR
 from varcompress.models.graphs import Graphs, _Recorded
-from varcompress.models.linear import ConditionLinear, Linear
+from varcompress.models.linear import ConditionLinear, Linear, PackedLinear, pack
+from varcompress.models.runtime import Runtime
 from varcompress.models.strips import STRIP_ELEMENTS, largest_map
-from varcompress.models.tokenizer import VQVAE, exact_convolutions
+from varcompress.models.tokenizer import VQVAE
 from varcompress.sampling import Sampling
 from varcompress.schedule import Schedule
 
@@ -49,7 +51,7 @@ def test_auto_is_plain_torch_on_a_cpu():
 def test_fused_kernels_give_the_same_images(shared_aln):
     model = random_model(depth=3, patch_nums=(1, 2), shared_aln=shared_aln)
     plain_tokens, plain = model.generate_tokens([1, 2], "d2@1", sampling=Sampling(seed=1))
-    model.place(torch.device(DEVICE), kernels="triton")  # in the interpreter where there is no GPU
+    placed(model, device=torch.device(DEVICE), kernels="triton")  # in the interpreter where there is no GPU
     tokens, f_hat = model.generate_tokens([1, 2], "d2@1", sampling=Sampling(seed=1))
     assert torch.equal(tokens.cpu(), plain_tokens)
     torch.testing.assert_close(f_hat.cpu(), plain, atol=1e-5, rtol=1e-5)
@@ -61,7 +63,7 @@ def test_fused_kernels_write_into_an_eight_bit_cache(cache_dtype):
     logits = []
     for kernels in ("torch", "triton"):
         model = random_model(depth=3, patch_nums=(1, 2))
-        model.place(torch.device(DEVICE), kernels=kernels, cache_dtype=cache_dtype)
+        placed(model, device=torch.device(DEVICE), kernels=kernels, cache_dtype=cache_dtype)
         logits.append(logits_of(model, random_tokens(model, 2).to(DEVICE), [1, 2], "d2@1"))
     # a rounding of a key may tip the rounding to eight bits of one of its numbers
     assert (logits[1] - logits[0]).norm() / logits[0].norm() < 1e-3
@@ -74,7 +76,7 @@ def test_the_decoder_with_fused_kernels_is_the_decoder():
     for parameter in vae.decoder.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
     z = torch.randn(2, 8, 4, 4, device=DEVICE)
-    with torch.no_grad(), exact_convolutions():
+    with torch.no_grad(), exact_float32(torch.device(DEVICE)):
         plain = vae.decoder(z)
         vae.decoder.to(memory_format=torch.channels_last)
         torch.testing.assert_close(vae.decoder(z, TRITON), plain, atol=2e-5, rtol=1e-4)
@@ -90,7 +92,7 @@ def test_the_decoder_with_fused_kernels_is_the_decoder():
 )
 def test_unknown_ways_are_refused(arguments, message):
     with pytest.raises(InputError, match=message):
-        random_model().place(CPU, **arguments)
+        placed(random_model(), **arguments)
 
 
 # -- nothing is computed twice --------------------------------------------------------------------
@@ -117,7 +119,7 @@ def test_what_no_scale_changes_is_computed_once_per_call(shared_aln):
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
-@pytest.mark.parametrize("cache_dtype", [None, torch.int8, torch.float8_e4m3fn])
+@pytest.mark.parametrize("cache_dtype", [None, "int8", "float8"])
 def test_generation_reads_nothing_back(schedule, cache_dtype):
     """On a GPU's tensors that have shapes and no values, whatever depends on a value raises: a graph can hold it all.
 
@@ -125,7 +127,8 @@ def test_generation_reads_nothing_back(schedule, cache_dtype):
     """
     with FakeTensorMode(allow_non_fake_inputs=False) as fake, torch.device("cuda"), torch.inference_mode():
         model = random_model()
-        call = generation.Call(model.schedule(schedule), 3, 1.5, 900, 0.96, TORCH, cache_dtype)
+        runtime = Runtime(torch.device("cuda"), kernels="torch", cache_dtype=cache_dtype)
+        call = generation.Call(model.schedule(schedule), 3, Sampling(), runtime)
         inputs = (torch.zeros(3, dtype=torch.int64), torch.zeros((), dtype=torch.int64), torch.arange(3))
         tokens, f_hat = generation.generate_tokens(
             call, model.var, model.tokenizer.quantize, lambda scale, layer: model.var.blocks[layer], *inputs
@@ -138,12 +141,12 @@ def test_generation_reads_nothing_back(schedule, cache_dtype):
 @needs_cuda
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_graphs_give_what_operators_give(schedule):
-    model = random_model().place(torch.device("cuda"))
+    model = placed(random_model(), device=torch.device("cuda"))
     calls = (([1, 2], 0), ([3, 4], 5), ([1, 2], 0))  # recorded once, replayed with other inputs
     recorded = [model.generate(labels, schedule, seed=seed) for labels, seed in calls]
-    with model.eager():
-        for (labels, seed), images in zip(calls, recorded, strict=True):
-            torch.testing.assert_close(model.generate(labels, schedule, seed=seed), images)
+    for (labels, seed), images in zip(calls, recorded, strict=True):
+        eager = model.generate(labels, schedule, seed=seed, runtime=model.runtime.eager())
+        torch.testing.assert_close(eager, images)
 
 
 class Replayed:
@@ -166,14 +169,13 @@ def replaying(monkeypatch):
         return _Recorded(graph, graph.inputs, graph.outputs)
 
     monkeypatch.setattr(Graphs, "_record", record)
-    monkeypatch.setattr(ElasticVAR, "_graphed", property(lambda self: self._use_graphs))
+    monkeypatch.setattr(Runtime, "graphed", lambda self, elements: self.graphs)
 
 
 def test_a_call_is_replayed_with_other_inputs(replaying):
     model, plain = random_model(), random_model()
     for labels, seed in (([1, 2], 0), ([3, 4], 5), ([1, 2], 0)):
-        with plain.eager():
-            expected = plain.generate(labels, "d2@2", seed=seed)
+        expected = plain.generate(labels, "d2@2", seed=seed, runtime=plain.runtime.eager())
         torch.testing.assert_close(model.generate(labels, "d2@2", seed=seed), expected)
     assert len(model._graphs._recorded) == 2  # tokens and decoder
 
@@ -193,9 +195,10 @@ def test_whatever_a_graph_depends_on_is_in_its_key(replaying, monkeypatch):
         f_hat = model.generate_tokens(**{"labels": [1, 2]} | way)[1]
     assert len(keys) == len(ways)
     keys.clear()
-    for model.kernels in ("torch", "triton"):
+    for kernels in ("torch", "triton"):
         for images in (1, 2):
-            model.decode_features(f_hat.expand(images, -1, -1, -1))
+            runtime = replace(model.runtime, kernels=kernels)
+            model.decode_features(f_hat[:1].expand(images, -1, -1, -1), runtime=runtime)
     assert len(keys) == 4
 
 
@@ -239,7 +242,7 @@ def test_a_head_of_zeros_stays_zero_in_eight_bits(dtype, cache_dtype):
         attention.v_bias[: attention.head_dim] = 0
     tokens = random_tokens(model, 2)
     exact = logits_of(model, tokens, [1, 2], "full")
-    model.place(CPU, cache_dtype=cache_dtype)
+    placed(model, cache_dtype=cache_dtype)
     assert (logits_of(model, tokens, [1, 2], "full") - exact).norm() / exact.norm() < 0.06
 
 
@@ -249,7 +252,7 @@ def test_an_eight_bit_cache_changes_logits_little(cache_dtype, data):
     model = random_model(depth=6)
     schedule, tokens = data.draw(schedules(model)), random_tokens(model, 2)
     exact = logits_of(model, tokens, [1, 2], schedule)
-    model.place(CPU, cache_dtype=cache_dtype)
+    placed(model, cache_dtype=cache_dtype)
     error = (logits_of(model, tokens, [1, 2], schedule) - exact).norm() / exact.norm()
     assert 0 < error < (0.02 if cache_dtype == "int8" else 0.06)
 
@@ -274,7 +277,7 @@ def test_parts_are_the_batch_and_small(batch, scale, streamed):
 @pytest.mark.parametrize("shared_aln", [False, True])
 def test_parts_of_a_batch_are_the_batch(at_a_time, way, shared_aln, monkeypatch):
     model, labels = random_model(shared_aln=shared_aln), [1, 2, 3]
-    model.place(CPU, kernels="torch", **way)
+    placed(model, kernels="torch", **way)
     together = [model.generate_tokens(labels, schedule, sampling=Sampling(seed=3)) for schedule in SCHEDULES]
     monkeypatch.setattr("varcompress.models.generation.TOKENS_AT_A_TIME", at_a_time)
     for schedule, (tokens, f_hat) in zip(SCHEDULES, together, strict=True):
@@ -285,7 +288,7 @@ def test_parts_of_a_batch_are_the_batch(at_a_time, way, shared_aln, monkeypatch)
 
 @needs_triton
 def test_fused_kernels_take_parts_of_a_batch(monkeypatch):
-    model = random_model(depth=3, patch_nums=(1, 2)).place(torch.device(DEVICE), kernels="triton")
+    model = placed(random_model(depth=3, patch_nums=(1, 2)), device=torch.device(DEVICE), kernels="triton")
     together = model.generate_tokens([1, 2, 3], "d2@1", sampling=Sampling(seed=1))
     monkeypatch.setattr("varcompress.models.generation.TOKENS_AT_A_TIME", 8)
     tokens, f_hat = model.generate_tokens([1, 2, 3], "d2@1", sampling=Sampling(seed=1))
@@ -301,7 +304,7 @@ def test_offloading_changes_nothing(data):
     model = random_model(depth=6)
     chosen = [data.draw(schedules(model)) for _ in range(2)]  # the layers that stay change from call to call
     expected = [model.generate_tokens([1, 2], schedule, sampling=Sampling(seed=4)) for schedule in chosen]
-    model.place(CPU, kernels="torch", offload="bridge")
+    placed(model, kernels="torch", offload="bridge")
     for schedule, (tokens, f_hat) in zip(chosen, expected, strict=True):
         now_tokens, now = model.generate_tokens([1, 2], schedule, sampling=Sampling(seed=4))
         assert torch.equal(now_tokens, tokens)
@@ -321,29 +324,29 @@ def by_copying_through_data(model, other):
 def test_an_offloaded_model_generates_from_weights_that_have_changed(change):
     """A layer that stayed on the device from the call before is not older than the one in host memory."""
     model, other = random_model(), random_model(seed=1)
-    model.place(CPU, kernels="torch", offload="bridge").generate([1, 2], "d2@1")
+    placed(model, kernels="torch", offload="bridge").generate([1, 2], "d2@1")
     change(model, other)
-    other.place(CPU, kernels="torch")
+    placed(other, kernels="torch")
     assert torch.equal(model.generate_tokens([1, 2], "d2@1")[0], other.generate_tokens([1, 2], "d2@1")[0])
 
 
 def test_an_offloaded_model_only_generates():
-    model = random_model().place(CPU, offload="bridge")
+    model = placed(random_model(), offload="bridge")
     with pytest.raises(InputError, match="load it again without offload"):
         model([1], random_tokens(model, 1))
     with pytest.raises(InputError, match="only generates, as it is"):
         model.cast(torch.bfloat16)
     with pytest.raises(InputError, match="only generates, as it is"):
         model.to(torch.bfloat16)
-    assert not model.place(CPU).offloaded
+    assert not placed(model).offloaded
     assert model([1], random_tokens(model, 1)).shape == (1, 30, 40)
 
 
 @needs_cuda
 def test_offloading_changes_nothing_on_a_gpu():
-    model = random_model().place(torch.device("cuda"))
+    model = placed(random_model(), device=torch.device("cuda"))
     plain = model.generate([1, 2], "d2@2")
-    model.place(torch.device("cuda"), offload="bridge")
+    placed(model, device=torch.device("cuda"), offload="bridge")
     torch.testing.assert_close(model.generate([1, 2], "d2@2"), plain)
 
 
@@ -355,11 +358,12 @@ needs_packing = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), rea
 @needs_packing
 @given(rows=st.integers(1, 40), inside=st.integers(1, 70), outside=st.integers(1, 70), gelu=st.booleans())
 def test_a_packed_product_is_the_product(rows, inside, outside, gelu):
-    layer, x = Linear(inside, outside), torch.randn(2, rows, inside)
+    layers, x = torch.nn.Sequential(Linear(inside, outside)), torch.randn(2, rows, inside)
     with torch.inference_mode():
-        plain = layer(x, gelu=gelu)
-        layer.pack()
-        torch.testing.assert_close(layer(x, gelu=gelu), plain, atol=1e-5, rtol=1e-5)
+        plain = layers[0](x, gelu=gelu)
+        pack(layers)
+        assert type(layers[0]) is PackedLinear
+        torch.testing.assert_close(layers[0](x, gelu=gelu), plain, atol=1e-5, rtol=1e-5)
 
 
 def by_fused_optimiser(weight):
@@ -396,9 +400,9 @@ def test_a_packed_copy_is_never_older_than_its_weight(change):
     change(model.var.blocks[0].ffn.fc1.weight)
     after = model.generate_tokens(labels)[1]
     assert not torch.equal(before, after)
-    model.place(CPU, kernels="torch")
+    placed(model, kernels="torch")
     torch.testing.assert_close(model.generate_tokens(labels)[1], after, atol=1e-4, rtol=1e-4)
-    assert all(layer._packed is None for layer in model.modules() if isinstance(layer, Linear))  # freed
+    assert not any(isinstance(layer, PackedLinear) for layer in model.modules())  # freed
     assert torch.equal(twin.generate_tokens(labels)[1], before)
 
 
@@ -497,7 +501,7 @@ def test_temperatures_stay_float32():
     before = [block.attn.temperature() for block in model.var.blocks]
     model.cast(torch.bfloat16)
     assert all(torch.equal(block.attn.temperature(), t) for block, t in zip(model.var.blocks, before, strict=True))
-    model.place(CPU, kernels="torch", offload="bridge")
+    placed(model, kernels="torch", offload="bridge")
     model.generate([1, 2], "d2@1")
     assert {block.attn.scale_mul_1H11.dtype for block in model._streamed._resident.values()} == {torch.float32}
 

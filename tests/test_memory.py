@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
 
+from tests.conftest import placed, random_model
 from varcompress import hardware, memory
+from varcompress.cost import cache_bytes, packed_bytes, peak_bytes, weight_bytes
 from varcompress.errors import InputError
 from varcompress.hardware import fitting_memory, free_bytes
-from varcompress.memory import PeakMemory, fitting_batch, held_bytes, predicted_peak_bytes
-from varcompress.models.linear import packable
+from varcompress.memory import PeakMemory, fitting_batch, held_bytes
 from varcompress.models.offload import StreamedBlocks
-
-from .conftest import random_model
 
 CPU = torch.device("cpu")
 CLOSE = 1 / 20  # of the activations; the weights are equal
@@ -27,18 +27,18 @@ def wide_model(**shape):
 
 def peak_of(model, schedule, images) -> PeakMemory:
     schedule = model.schedule(schedule)
-    with model.eager(), PeakMemory(model, schedule) as peak:
-        model.generate([1] * images, schedule)
+    with PeakMemory(model, schedule) as peak:
+        model.generate([1] * images, schedule, runtime=model.runtime.eager())
     return peak
 
 
 def assert_near_prediction(model, schedule, images):
     peak, schedule = peak_of(model, schedule, images), model.schedule(schedule)
-    weights = model.held_weight_bytes(schedule)
+    weights = weight_bytes(model, schedule, model.runtime)
     assert peak.held_bytes == weights
-    growth, predicted = peak.bytes - weights, predicted_peak_bytes(model, schedule, images) - weights
+    growth, predicted = peak.bytes - weights, peak_bytes(model, schedule, images) - weights
     assert growth == pytest.approx(predicted, rel=CLOSE)
-    assert growth > schedule.cache_bytes(batch=images, token_bytes=model.cache_token_bytes)
+    assert growth > cache_bytes(model, schedule, images, model.runtime)
 
 
 # -- predicted and measured -----------------------------------------------------------------------
@@ -48,14 +48,14 @@ def assert_near_prediction(model, schedule, images):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("way", [{}, {"kernels": "torch"}, {"cache_dtype": "int8"}, {"cache_dtype": "float8"}])
 def test_peak_is_near_its_prediction(images, dtype, way):
-    model = wide_model().cast(dtype).place(CPU, **way)
+    model = placed(wide_model().cast(dtype), **way)
     for schedule in ("full", "d2@2"):
         assert_near_prediction(model, schedule, images)
 
 
 @pytest.mark.parametrize("way", [{}, {"cache_dtype": "int8"}])
 def test_peak_of_a_batch_in_parts_is_near_its_prediction(way, monkeypatch):
-    model = wide_model(depth=2).place(CPU, **way)
+    model = placed(wide_model(depth=2), **way)
     together = peak_of(model, "full", 12).bytes
     for at_a_time in (200, 40):  # of 864 at the last scale
         monkeypatch.setattr("varcompress.models.generation.TOKENS_AT_A_TIME", at_a_time)
@@ -77,7 +77,7 @@ def test_peak_of_shared_adaln_is_near_its_prediction():
 def test_peak_is_the_decoders_where_that_is_larger(images, dtype):
     model = wide_model(depth=2, patch_nums=(1, 2, 8)).cast(dtype)
     assert_near_prediction(model, "full", images)
-    cache = model.schedule().cache_bytes(batch=images, token_bytes=model.cache_token_bytes)
+    cache = cache_bytes(model, model.schedule(), images, model.runtime)
     assert peak_of(model, "full", images).bytes - held_bytes(model) > 2 * cache
 
 
@@ -90,7 +90,7 @@ def test_peak_of_images_decoded_a_few_at_a_time(at_a_time, monkeypatch):
 
 
 def test_an_offloaded_model_holds_what_is_predicted_after_every_switch():
-    model = wide_model(depth=8).place(CPU, offload="bridge")
+    model = placed(wide_model(depth=8), offload="bridge")
     for schedule in ("full", "d2@1", "d4@2", "d2@1", "full"):
         assert_near_prediction(model, schedule, 1)
     block = sum(p.nbytes for p in model.var.blocks[0].parameters())
@@ -108,7 +108,7 @@ def ready(model, schedule):
 
 def test_streamed_layers_that_stay_are_seen(monkeypatch):
     """Measured is not predicted: blocks that a call hoards, or that the last schedule left, are in the peak."""
-    model = wide_model(depth=8).place(CPU, offload="bridge")
+    model = placed(wide_model(depth=8), offload="bridge")
     block = sum(p.nbytes for p in model.var.blocks[0].parameters())
     honest = peak_of(model, "d2@1", 1)
     hoard, run = [], StreamedBlocks.__call__
@@ -130,11 +130,11 @@ def test_streamed_layers_that_stay_are_seen(monkeypatch):
 
 def test_packed_copies_that_stay_are_seen():
     model = ready(wide_model(), "full")
-    packed = sum(layer.weight.nbytes for layer in packable(model.var))
-    before = held_bytes(model)
-    model.kernels = "torch"  # without `prepare`, which frees the copies
-    assert held_bytes(model) - model.held_weight_bytes(model.schedule()) == packed
-    assert before - held_bytes(ready(model, "full")) == packed
+    packed, before = packed_bytes(model, model.runtime), held_bytes(model)
+    plain = replace(model.runtime, kernels="torch")
+    assert before - weight_bytes(model, model.schedule(), plain) == packed > 0
+    model.prepare(model.schedule(), plain)
+    assert before - held_bytes(model) == packed
 
 
 def test_peak_memory_counts_what_lives_at_once(tiny):
@@ -156,8 +156,8 @@ def test_peak_memory_counts_what_lives_at_once(tiny):
 def test_every_weight_counts_once_and_packed_ones_twice():
     model = ready(wide_model(), "full")
     parameters = sum(p.numel() for p in model.parameters())
-    packed = sum(layer.weight.numel() for layer in packable(model.var))
-    assert held_bytes(model) == model.held_weight_bytes(model.schedule()) == 4 * (parameters + packed)
+    packed = packed_bytes(model, model.runtime)
+    assert held_bytes(model) == weight_bytes(model, model.schedule(), model.runtime) == 4 * parameters + packed
 
 
 # -- a batch that does not fit --------------------------------------------------------------------
@@ -180,7 +180,7 @@ def test_a_batch_that_arithmetic_says_is_too_large_is_refused_before_it_begins(t
     message = r"10,000,000 images needs [\d,]+ MiB more than the model.* smaller one"
     with pytest.raises(InputError, match=message), fitting_batch(tiny, schedules, 10_000_000):
         pytest.fail("it began")
-    needed = predicted_peak_bytes(tiny, schedules[0], 8) - held_bytes(tiny)
+    needed = peak_bytes(tiny, schedules[0], 8) - held_bytes(tiny)
     for free, fits in ((needed, True), (needed - 1, False), (None, True)):
         monkeypatch.setattr(memory, "free_bytes", lambda free=free: free)
         if fits:
@@ -193,10 +193,8 @@ def test_a_batch_that_arithmetic_says_is_too_large_is_refused_before_it_begins(t
 
 def test_a_batch_that_only_packed_weights_make_too_large_is_told_so(monkeypatch):
     model = wide_model()
-    model.kernels = "torch"
     schedule = model.schedule("full")
-    free = predicted_peak_bytes(model, schedule, 1) - held_bytes(model)
-    model.kernels = "auto"
+    free = peak_bytes(model, schedule, 1, replace(model.runtime, kernels="torch")) - held_bytes(model)
     monkeypatch.setattr(memory, "free_bytes", lambda: free)
     message = r"1 image needs [\d,]+ MiB .* and [\d,]+ are free: use kernels torch, which packs no weights$"
     with pytest.raises(InputError, match=message), fitting_batch(model, [schedule], 1):

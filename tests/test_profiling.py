@@ -8,20 +8,15 @@ import time
 import pytest
 import torch
 
+from tests.conftest import placed, random_model
+from varcompress.cost import decoder_flops, describe, predict
 from varcompress.errors import InputError
 from varcompress.fingerprint import fingerprint
 from varcompress.hardware import device_name
-from varcompress.models import elastic, strips
-from varcompress.models.tokenizer import decoder_flops
-from varcompress.profiling import (
-    PHASES,
-    _phases_ms,
-    describe,
-    predict,
-    profile,
-)
-
-from .conftest import random_model
+from varcompress.models import strips
+from varcompress.models.generation import PHASES
+from varcompress.models.runtime import Runtime
+from varcompress.profiling import PhaseClock, profile
 
 SCHEDULES = ["d4@2", "d2", "6x1,4x1,3x1,2x1"]
 
@@ -84,20 +79,18 @@ def test_times_are_consistent(result):
 
 def test_phases_add_up_and_hold_what_happens_in_them(model, monkeypatch):
     """Sleeping in the sampler or the decoder lengthens that phase, and no time is lost or counted twice."""
-    kernels, decode, elapsed = elastic.choose("auto", model.device), strips.decode, []
-
-    def call():
-        start = time.perf_counter()
-        model.generate([1], "full")
-        elapsed.append((time.perf_counter() - start) * 1e3)
-
+    kernels, decode, clock = model.runtime.operations, strips.decode, PhaseClock(model.device)
     slow = kernels._replace(draw=lambda *a, **k: (time.sleep(0.05), kernels.draw(*a, **k))[1])
-    monkeypatch.setattr(elastic, "choose", lambda name, device: slow)
+    monkeypatch.setattr(Runtime, "operations", slow)
     monkeypatch.setattr(strips, "decode", lambda *a: (time.sleep(0.3), decode(*a))[1])
     start = time.perf_counter()
-    phases = _phases_ms(model, call)
+    clock.phase("transformer")
+    begun = time.perf_counter()
+    model.generate([1], "full", observer=clock)
+    inside = (time.perf_counter() - begun) * 1e3
+    phases = clock.spent_ms()
     outside = (time.perf_counter() - start) * 1e3
-    assert elapsed[0] <= sum(phases.values()) <= outside
+    assert inside <= sum(phases.values()) <= outside
     assert phases["sampling"] >= 200  # four scales
     assert phases["decoder"] >= 300
     assert phases["transformer"] <= outside - 500
@@ -129,11 +122,11 @@ def test_prediction_of_d30_needs_no_weights():
     """Predictions are METHOD's figures on a model of which only the shapes exist."""
     with torch.device("meta"):
         model = random_shapes_of_d30()
-    costs = predict(model.cast(torch.bfloat16), "d8@6", batch_size=64)
+    costs = predict(model.cast(torch.bfloat16), model.schedule("d8@6"), 64)
     assert costs["cache_bytes"] == 5100 * 2**20
     assert costs["flops"] / 64e9 == pytest.approx(3763 / 2.74 + 394, rel=0.01)
     assert costs["weight_bytes"] == (6 * 30 + 4 * 8) * 12 * 1920**2 * 2
-    assert costs["peak_bytes"] < predict(model, "full", batch_size=64)["peak_bytes"]
+    assert costs["peak_bytes"] < predict(model, model.schedule("full"), 64)["peak_bytes"]
 
 
 def random_shapes_of_d30():
@@ -150,7 +143,7 @@ def random_shapes_of_d30():
 def test_the_effect_of_an_eight_bit_cache_is_measured(model):
     assert "logit_error" not in profile(model, ["d2"], batch_size=1, runs=1, warmup=0)["schedules"][0]
     small = random_model(depth=6, width=64, heads=2, patch_nums=(1, 2, 4, 6), vocab=64)
-    small.place(torch.device("cpu"), cache_dtype="int8")
+    placed(small, cache_dtype="int8")
     result = profile(small, ["d2@1"], batch_size=2, runs=1, warmup=0)
     assert result["cache_dtype"] == "int8"
     for row in result["schedules"]:

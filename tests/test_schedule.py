@@ -8,8 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from varcompress.cost import decoder_flops
 from varcompress.errors import InputError
-from varcompress.models.tokenizer import TokenizerConfig, decoder_flops
+from varcompress.models.autoencoder import TokenizerConfig
 from varcompress.schedule import Schedule, equidistant
 
 PATCH_NUMS = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)

@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
+import contextlib
 import platform
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
 from varcompress.errors import InputError
 
 TRIAL_WIDTH, TRIAL_RUNS = 512, 9  # a matrix product of some milliseconds
+T = TypeVar("T")
 MARGIN = 0.9  # of the other's time, below which a call counts as faster: less is noise
 
 
 def choose_device(device: str | torch.device | None) -> torch.device:
     """The device called so; None is a GPU when there is one. Raises InputError for one that is not there."""
     if device is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return _numbered(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     try:
         place = torch.device(device)
     except RuntimeError as error:
@@ -30,7 +34,12 @@ def choose_device(device: str | torch.device | None) -> torch.device:
     count = torch.cuda.device_count()
     if place.type == "cuda" and (place.index or 0) >= count:
         raise InputError(f"device {device!r}: torch sees {count or 'no'} CUDA devices here: use cpu")
-    return place
+    return _numbered(place)
+
+
+def _numbered(device: torch.device) -> torch.device:
+    """A GPU by its number: "cuda" is the current one, which may be another at the next call."""
+    return torch.device("cuda", torch.cuda.current_device()) if device == torch.device("cuda") else device
 
 
 def device_name(device: torch.device | str) -> str:
@@ -46,6 +55,71 @@ def device_name(device: torch.device | str) -> str:
     return f"{name}, {threads} thread{'' if threads == 1 else 's'}"
 
 
+@contextmanager
+def exact_float32(device: torch.device) -> Iterator[None]:
+    """A block whose float32 products and convolutions are in float32, whatever the process allows, and no autocast.
+
+    A GPU may otherwise round their inputs to TF32, and a processor to bfloat16: tokens and scores must be exact.
+    """
+    with without_autocast(device), _PRECISION:
+        yield
+
+
+def without_autocast(device: torch.device) -> contextlib.AbstractContextManager:
+    """A block in the dtypes that its tensors have, whatever autocast surrounds it."""
+    if torch.is_autocast_enabled(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return contextlib.nullcontext()
+
+
+class _ExactPrecision:
+    """torch's precision settings are the process's: the first thread to enter makes them exact, the last undoes it."""
+
+    def __init__(self) -> None:
+        self._lock, self._inside = threading.Lock(), 0
+        self._undo: list[Callable[[], None]] = []
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if not self._inside:
+                self._undo = [_changed(*setting) for setting in _precision_settings()]
+            self._inside += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._inside -= 1
+            if not self._inside:
+                for undo in self._undo:
+                    undo()
+
+
+_PRECISION = _ExactPrecision()
+
+
+def _precision_settings() -> list[tuple[Callable[[], object], Callable[[object], None], object]]:
+    """How each of torch's precision settings is read and written, and its exact value.
+
+    torch 2.9 has one for each kind of operator, and raises where the flags that it had before are mixed with them. What
+    an operator has no setting of its own for it takes from those that come first here.
+    """
+    backends = torch.backends
+    if not hasattr(backends, "fp32_precision"):
+        flag = partial(getattr, backends.cudnn, "allow_tf32"), partial(setattr, backends.cudnn, "allow_tf32"), False
+        return [(torch.get_float32_matmul_precision, torch.set_float32_matmul_precision, "highest"), flag]
+    values = dict.fromkeys((backends, backends.cudnn), "none")
+    operators = (backends.cuda.matmul, backends.cudnn.conv, backends.mkldnn.matmul, backends.mkldnn.conv)
+    values |= dict.fromkeys(operators, "ieee")
+    name = "fp32_precision"
+    return [(partial(getattr, part, name), partial(setattr, part, name), exact) for part, exact in values.items()]
+
+
+def _changed(read: Callable[[], object], write: Callable[[object], None], value: object) -> Callable[[], None]:
+    """Write a setting; what writes it back as it was."""
+    before = read()
+    write(value)
+    return partial(write, before)
+
+
 @lru_cache
 def bfloat16_wins(device: str) -> bool:
     """Whether "cuda" or "cpu" multiplies matrices faster in bfloat16 than in float32.
@@ -58,6 +132,21 @@ def bfloat16_wins(device: str) -> bool:
         plain = torch.randn(TRIAL_WIDTH, TRIAL_WIDTH)
         half = plain.bfloat16()
         return is_faster(lambda: half @ half, lambda: plain @ plain)
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until a device has done all that it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def timed(device: torch.device, call: Callable[[], T]) -> tuple[T, float]:
+    """What `call` returns, and the milliseconds until the device has finished it."""
+    synchronize(device)
+    start = time.perf_counter()
+    result = call()
+    synchronize(device)
+    return result, (time.perf_counter() - start) * 1e3
 
 
 def is_faster(call: Callable[[], object], other: Callable[[], object]) -> bool:

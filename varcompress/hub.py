@@ -37,7 +37,8 @@ from varcompress.errors import InputError
 from varcompress.files import NO_ROOM, disk_errors, scratch_folder
 from varcompress.fingerprint import fingerprint
 from varcompress.hardware import bfloat16_wins, choose_device
-from varcompress.models.elastic import ElasticVAR, check_placement
+from varcompress.models.elastic import ElasticVAR
+from varcompress.models.runtime import Runtime
 from varcompress.progress import Progress, silent
 
 OFFICIAL_REPO, OFFICIAL_LICENSE = "FoundationVision/var", "mit"
@@ -72,17 +73,16 @@ def load(
 
     device: cuda when there is one, else cpu; dtype: of the transformer and the decoder (encoder and
     quantiser stay float32), "auto" for bfloat16 where the device is faster with it, else float32;
-    revision: branch, tag or commit on the Hub; kernels, cache_dtype, offload: see `ElasticVAR.place`.
+    revision: branch, tag or commit on the Hub; kernels, cache_dtype, offload: see `Runtime`.
     Raises InputError for whatever cannot be opened, saying what is accepted.
     """
     place = choose_device(device)
-    kind = _dtype(dtype, place)
-    check_placement(place, kernels=kernels, cache_dtype=cache_dtype, offload=offload)  # before a download, not after
+    runtime = Runtime(place, _dtype(dtype, place), kernels, cache_dtype, offload)  # before a download, not after
     if offload and place.type != "cuda":
         raise InputError(f"offload {offload!r} spares the memory of a GPU, and the device is {place}: leave it out")
     model = _open(str(source), vae, revision)
     model.tokenizer.float()  # stored in float16 or bfloat16 it would otherwise quantise in it
-    return model.cast(kind).place(place, kernels=kernels, cache_dtype=cache_dtype, offload=offload)
+    return model.place(runtime)
 
 
 def _open(source: str, vae: str | Path | None, revision: str | None) -> ElasticVAR:

@@ -7,35 +7,36 @@ FLOPs, weights and cache are taken in further passes.
 
 from __future__ import annotations
 
-import gc
 import itertools
-import math
 import random
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from functools import partial
+from typing import TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
+from varcompress.cost import predict
 from varcompress.errors import InputError
 from varcompress.fingerprint import fingerprint
-from varcompress.hardware import device_name
-from varcompress.kernels.backend import TRITON, choose
-from varcompress.memory import PeakMemory, fitting_batch, predicted_peak_bytes
-from varcompress.models.cache import KVCache
-from varcompress.models.elastic import CACHE_DTYPES, ElasticVAR
-from varcompress.models.linear import Linear
-from varcompress.models.tokenizer import decoder_flops
-from varcompress.progress import Progress, silent
+from varcompress.hardware import device_name, synchronize, timed
+from varcompress.kernels.backend import TRITON
+from varcompress.memory import PeakMemory, fitting_batch
+from varcompress.models.elastic import ElasticVAR
+from varcompress.models.generation import PHASES, Observer
+from varcompress.models.linear import packed_flops
+from varcompress.models.runtime import Runtime
+from varcompress.models.transformer import Block
+from varcompress.progress import Progress, Steps, silent
 from varcompress.sampling import PUBLISHED, Sampling
 from varcompress.schedule import Schedule
 
-PHASES = ("transformer", "sampling", "decoder")
 EFFECT_LOGITS = 1 << 25  # that are compared, at most, when a cache has eight bits
+Measured = TypeVar("Measured")
 
 
 def profile(
@@ -66,45 +67,18 @@ def profile(
         raise InputError(f"batch size {batch_size}, runs {runs}, warm-up {warmup}: at least 1, 1 and 0 are needed")
     schedules = [model.schedule(s) for s in schedules] if schedules else model.default_schedules()
     schedules = list(dict.fromkeys((model.schedule("full"), *schedules)))
-    total, done = len(schedules) * (warmup + 2 + 2 * runs), 0
-
-    def step(schedule: Schedule) -> None:
-        nonlocal done
-        done += 1
-        progress(done, total, f"profile: {schedule}")
-
-    def call(schedule: Schedule) -> Tensor:
-        images = model.generate(labels, schedule, sampling)
-        step(schedule)
-        return images
-
-    def time_ms(schedule: Schedule) -> tuple[float, float]:
-        """Until the tokens are there, and until the images are."""
-        tokens = lambda: model.generate_tokens(labels, schedule, sampling)  # noqa: E731
-        (_, f_hat), tokens_ms = timed(model.device, tokens)
-        decoder_ms = timed(model.device, lambda: model.decode_features(f_hat))[1]
-        step(schedule)
-        return tokens_ms, tokens_ms + decoder_ms
-
-    times = {schedule: [] for schedule in schedules}
-    splits = {schedule: [] for schedule in schedules}
-    order = random.Random(sampling.seed)
     with fitting_batch(model, schedules, batch_size):
-        labels = torch.arange(batch_size) % model.var.config.classes
-        if model.device.type == "cuda":
-            with model.eager():  # libraries take their workspace at the first call, which belongs to no schedule
-                model.generate(labels, schedules[0], sampling)
-        effects = {schedule: cache_effect(model, schedule, labels, sampling) for schedule in schedules}
-        counts = {schedule: _counts(model, call, schedule) for schedule in schedules}
+        batch = _Batch(model, batch_size, sampling, Steps(progress, len(schedules) * (warmup + 2 + 2 * runs)))
+        if model.device.type == "cuda":  # libraries take their workspace at the first call, which is no schedule's
+            model.generate(batch.labels, schedules[0], sampling, runtime=model.runtime.eager())
+        effects = {schedule: cache_effect(model, schedule, batch.labels, sampling) for schedule in schedules}
+        counts = {schedule: batch.counts(schedule) for schedule in schedules}
         for _ in range(warmup):
             for schedule in schedules:
-                call(schedule)
-        for _ in range(runs):
-            for schedule in order.sample(schedules, len(schedules)):
-                times[schedule].append(time_ms(schedule))
-        for _ in range(runs):
-            for schedule in order.sample(schedules, len(schedules)):
-                splits[schedule].append(_phases_ms(model, lambda s=schedule: call(s)))
+                batch.run(schedule)
+        order = random.Random(sampling.seed)
+        times = _in_turns(batch.times_ms, schedules, runs, order)
+        splits = _in_turns(batch.phases_ms, schedules, runs, order)
     rows = [_row(model, s, batch_size, times[s], splits[s], counts[s]) | effects[s] for s in schedules]
     return {
         "kind": "profile",
@@ -116,138 +90,153 @@ def profile(
     }
 
 
-def predict(model: ElasticVAR, schedule: str | Schedule, batch_size: int = 1) -> dict[str, int]:
-    """Arithmetic for one call: cache_bytes, weight_bytes, peak_bytes, flops, flops_without_decoder.
-
-    weight_bytes are the matrices of the blocks, summed over the scales that read them. flops are those of the
-    linear layers, attention, head and decoder; AdaLN (once per image), the word embedding and phi are left out.
-    """
-    schedule, config = model.schedule(schedule), model.var.config
-    element_bytes, shape = model.dtype.itemsize, {"width": config.width, "mlp_ratio": config.mlp_ratio}
-    transformer = batch_size * schedule.flops(vocab=config.vocab, **shape)
-    return {
-        "cache_bytes": schedule.cache_bytes(batch=batch_size, token_bytes=model.cache_token_bytes),
-        "weight_bytes": sum(schedule.weights(**shape)) * element_bytes,
-        "peak_bytes": predicted_peak_bytes(model, schedule, batch_size),
-        "flops": transformer + batch_size * decoder_flops(model.tokenizer.config, in_strips=model.device.type == "cpu"),
-        "flops_without_decoder": transformer,
-    }
-
-
-def conditions(model: ElasticVAR) -> dict[str, str | bool | None]:
+def conditions(model: ElasticVAR, runtime: Runtime | None = None) -> dict[str, str | bool | None]:
     """Under what a result was had: model, weights (their fingerprint), hardware, torch, dtype, and how it generates.
 
     That is the kernels (torch or triton), whether weights are packed, the cache's dtype, and what is offloaded.
     """
-    dtype = str(model.dtype).removeprefix("torch.")
-    stored = {dtype: name for name, dtype in CACHE_DTYPES.items()}
+    runtime, dtype = runtime or model.runtime, str(model.dtype).removeprefix("torch.")
     return {
         "model": model.provenance.name,
         "weights": fingerprint(model),
         "device": device_name(model.device),
         "torch": torch.__version__,
         "dtype": dtype,
-        "kernels": "triton" if choose(model.kernels, model.device) is TRITON else "torch",
-        "packed_weights": bool(model.packed_layers()),
-        "cache_dtype": stored.get(model.cache_dtype, dtype),
-        "offload": "bridge" if model.offloaded else None,
+        "kernels": "triton" if runtime.operations is TRITON else "torch",
+        "packed_weights": model.packs(runtime),
+        "cache_dtype": runtime.cache_dtype or dtype,
+        "offload": runtime.offload,
     }
 
 
 @torch.inference_mode()
-def cache_effect(model: ElasticVAR, schedule: str | Schedule, labels: Tensor, sampling: Sampling) -> dict[str, float]:
+def cache_effect(model: ElasticVAR, schedule: Schedule, labels: Tensor, sampling: Sampling) -> dict[str, float]:
     """What storing keys and values in eight bits does to the logits of the same tokens; empty where they are not.
 
     sampling: how the tokens are drawn. Of a large model only the first labels are looked at.
     logit_error: root mean square of the difference over that of the logits; same_top_token: share of tokens whose
     largest logit stays the largest.
     """
-    if model.cache_dtype is None:
+    stored = model.runtime.eager()
+    if stored.cache_dtype is None:
         return {}
-    config, stored, collected = model.var.config, model.cache_dtype, []
+    config, plain = model.var.config, replace(stored, cache_dtype=None)
     labels = labels[: max(1, EFFECT_LOGITS // (config.tokens * config.vocab))]
-    try:
-        with model.eager():
-            tokens, _ = model.generate_tokens(labels, schedule, sampling)
-            for dtype in (None, stored):
-                model.cache_dtype, logits = dtype, []
-                with fitting_batch(model, [model.schedule(schedule)], len(labels)):  # the plain cache is the larger
-                    model.generate_tokens(labels, schedule, forced=tokens, logits_out=logits)
-                collected.append(torch.cat(logits, dim=1))
-                del logits
-    finally:
-        model.cache_dtype = stored
-    exact, rounded = collected
+    tokens, _ = model.generate_tokens(labels, schedule, sampling, runtime=stored)
+    exact, rounded = (_logits(model, schedule, labels, tokens, runtime) for runtime in (plain, stored))
     return {
         "logit_error": ((rounded - exact).norm() / exact.norm()).item(),
         "same_top_token": (rounded.argmax(dim=-1) == exact.argmax(dim=-1)).float().mean().item(),
     }
 
 
-def describe(model: ElasticVAR, schedules: Sequence[str | Schedule] | None = None) -> dict:
-    """What a model is, and what its schedules run and cost for one guided image, by arithmetic alone.
-
-    Returns a JSON-able dict with kind "inspect". Raises InputError for a schedule that does not fit.
-    """
-    config, tokenizer = model.var.config, model.tokenizer.config
-    schedules = [model.schedule(s) for s in schedules] if schedules else model.default_schedules()
-    full = predict(model, "full")
-    return {
-        "kind": "inspect",
-        "model": model.provenance.name,
-        "checkpoint": "elastic" if model.depths else "official",
-        "base_model": model.provenance.base_model,
-        "license": model.provenance.license,
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "depth": config.depth,
-        "width": config.width,
-        "heads": config.heads,
-        "shared_aln": config.shared_aln,
-        "parameters": {
-            "transformer": sum(p.numel() for p in model.var.parameters()),
-            "tokenizer": sum(p.numel() for p in model.tokenizer.parameters()),
-        },
-        "patch_nums": list(config.patch_nums),
-        "tokens": config.tokens,
-        "classes": config.classes,
-        "codebook": [config.vocab, config.z_channels],
-        "image_size": tokenizer.image_size,
-        "bridge": model.bridge,
-        "depths": list(model.depths),
-        "recipe": model.provenance.recipe,
-        "schedules": [_description(model, schedule, full) for schedule in schedules],
-    }
+def _logits(model: ElasticVAR, schedule: Schedule, labels: Tensor, tokens: Tensor, runtime: Runtime) -> Tensor:
+    """Logits (B, L, V) of given tokens by cached generation."""
+    logits: list[Tensor] = []
+    with fitting_batch(model, [schedule], len(labels), runtime):  # a plain cache is larger than one in eight bits
+        model.generate_tokens(labels, schedule, runtime=runtime, forced=tokens, logits_out=logits)
+        return torch.cat(logits, dim=1)
 
 
 # -- measuring ----------------------------------------------------------------------------------
 
 
-def _counts(model: ElasticVAR, call: Callable[[Schedule], Tensor], schedule: Schedule) -> dict[str, int]:
-    """Peak and cache bytes, weights read and FLOPs of one call, from two passes."""
-    with model.eager():
-        with PeakMemory(model, schedule) as memory:
-            call(schedule)
-        cache_bytes = weight_bytes = 0
+class _Batch:
+    """Calls of one batch, each of which counts as a step of progress."""
 
-        def look(module: torch.nn.Module, *_: object) -> None:
-            nonlocal cache_bytes, weight_bytes
-            if module is model.var.head:  # it runs at every scale, while the cache lives
-                cache_bytes = max(cache_bytes, sum(o.nbytes for o in gc.get_objects() if type(o) is KVCache))
-            elif isinstance(module, Linear):
-                weight_bytes += module.weight.nbytes
+    def __init__(self, model: ElasticVAR, num_images: int, sampling: Sampling, steps: Steps) -> None:
+        self.model, self.sampling, self.steps = model, sampling, steps
+        self.labels = torch.arange(num_images) % model.var.config.classes
 
-        hook = register_module_forward_pre_hook(look)
-        try:
-            with FlopCounterMode(display=False, custom_mapping=_UNCOUNTED) as flops:
-                call(schedule)
-        finally:
-            hook.remove()
-    return {
-        "peak_bytes": memory.bytes,
-        "cache_bytes": cache_bytes,
-        "weight_bytes": weight_bytes,
-        "flops": flops.get_total_flops(),
-    }
+    def run(self, schedule: Schedule, **how: object) -> None:
+        """One whole call."""
+        self.model.generate(self.labels, schedule, self.sampling, **how)
+        self.steps.step(f"profile: {schedule}")
+
+    def counts(self, schedule: Schedule) -> dict[str, int]:
+        """Peak and cache bytes, weights read and FLOPs of one call, from two passes."""
+        runtime, counter = self.model.runtime.eager(), _Counter()
+        with PeakMemory(self.model, schedule) as memory:
+            self.run(schedule, runtime=runtime)
+        with FlopCounterMode(display=False, custom_mapping=_UNCOUNTED) as flops:
+            self.run(schedule, runtime=runtime, observer=counter)
+        return {
+            "peak_bytes": memory.bytes,
+            "cache_bytes": counter.cache_bytes,
+            "weight_bytes": counter.weight_bytes,
+            "flops": flops.get_total_flops(),
+        }
+
+    def times_ms(self, schedule: Schedule) -> tuple[float, float]:
+        """Until the tokens are there, and until the images are."""
+        device = self.model.device
+        draw = partial(self.model.generate_tokens, self.labels, schedule, self.sampling)
+        (_, f_hat), tokens_ms = timed(device, draw)
+        _, decoder_ms = timed(device, partial(self.model.decode_features, f_hat))
+        self.steps.step(f"profile: {schedule}")
+        return tokens_ms, tokens_ms + decoder_ms
+
+    def phases_ms(self, schedule: Schedule) -> dict[str, float]:
+        """One call split into PHASES; on a GPU a call without graphs, which a small batch slows."""
+        clock = PhaseClock(self.model.device)
+        synchronize(self.model.device)
+        clock.phase("transformer")
+        self.run(schedule, runtime=self.model.runtime.eager(), observer=clock)
+        return clock.spent_ms()
+
+
+def _in_turns(
+    measure: Callable[[Schedule], Measured], schedules: list[Schedule], runs: int, order: random.Random
+) -> dict[Schedule, list[Measured]]:
+    """What `measure` gives in each run, the schedules in an order shuffled anew each time."""
+    measured: dict[Schedule, list[Measured]] = {schedule: [] for schedule in schedules}
+    for _ in range(runs):
+        for schedule in order.sample(schedules, len(schedules)):
+            measured[schedule].append(measure(schedule))
+    return measured
+
+
+class _Counter(Observer):
+    """The cache's bytes, and those of the matrices that the layers read."""
+
+    cache_bytes = weight_bytes = 0
+
+    def cache(self, held_bytes: int) -> None:
+        self.cache_bytes = max(self.cache_bytes, held_bytes)
+
+    def ran(self, block: Block) -> None:
+        self.weight_bytes += block.matrix_bytes
+
+
+class PhaseClock(Observer):
+    """Times the phases of one call by the device's own clock.
+
+    Sampling (guidance, top-k, top-p, draw) begins after the head, the decoder with its first convolution, and the rest
+    is the transformer, the quantiser's small sums included.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._marks: list[tuple[str, float | torch.cuda.Event]] = []
+
+    def phase(self, name: str) -> None:
+        self._marks.append((name, self._now()))
+
+    def _now(self) -> float | torch.cuda.Event:
+        if self.device.type != "cuda":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(torch.cuda.current_stream(self.device))
+        return event
+
+    def spent_ms(self) -> dict[str, float]:
+        """Milliseconds of each phase, once the call is over: waits for the device."""
+        self.phase("end")
+        synchronize(self.device)
+        spent = dict.fromkeys(PHASES, 0.0)
+        for (phase, start), (_, end) in itertools.pairwise(self._marks):
+            spent[phase] += start.elapsed_time(end) if self.device.type == "cuda" else (end - start) * 1e3
+        return spent
 
 
 # Kernels that torch's counter does not know: attention on a CPU, and a packed product.
@@ -255,65 +244,8 @@ _UNCOUNTED = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: (
         lambda q, k, v, *_, out_shape=None, **__: sdpa_flop_count(q, k, v)
     ),
+    **packed_flops(),
 }
-if hasattr(torch.ops.mkldnn, "_linear_pointwise"):
-    _UNCOUNTED[torch.ops.mkldnn._linear_pointwise] = lambda x, weight, *_, out_shape=None, **__: (
-        2 * math.prod(x) * weight[0]
-    )
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def timed(device: torch.device, call: Callable[[], Tensor]) -> tuple[Tensor, float]:
-    """What `call` returns, and the milliseconds until the device has finished it."""
-    _synchronize(device)
-    start = time.perf_counter()
-    result = call()
-    _synchronize(device)
-    return result, (time.perf_counter() - start) * 1e3
-
-
-def _phases_ms(model: ElasticVAR, call: Callable[[], Tensor]) -> dict[str, float]:
-    """One call split into PHASES by the device's own clock; on a GPU a call without graphs, which a small batch slows.
-
-    Sampling (guidance, top-k, top-p, draw) lies between the head and the codebook's look-up, the decoder begins with
-    its first convolution, and the rest is the transformer, the quantiser's small sums included.
-    """
-    device, marks = model.device, []
-
-    def now() -> float | torch.cuda.Event:
-        if device.type != "cuda":
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record(torch.cuda.current_stream(device))
-        return event
-
-    def begins(phase: str) -> Callable[..., None]:
-        return lambda *_: marks.append((phase, now()))
-
-    hooks = [
-        model.var.head.register_forward_pre_hook(begins("transformer")),
-        model.var.head.register_forward_hook(begins("sampling")),
-        model.tokenizer.quantize.embedding.register_forward_pre_hook(begins("transformer")),
-        model.tokenizer.post_quant_conv.register_forward_pre_hook(begins("decoder")),
-    ]
-    try:
-        with model.eager():
-            _synchronize(device)
-            begins("transformer")()
-            call()
-            begins("end")()
-            _synchronize(device)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    spent = dict.fromkeys(PHASES, 0.0)
-    for (phase, start), (_, end) in itertools.pairwise(marks):
-        spent[phase] += start.elapsed_time(end) if device.type == "cuda" else (end - start) * 1e3
-    return spent
 
 
 # -- putting together ---------------------------------------------------------------------------
@@ -330,7 +262,7 @@ def _row(
     """What was measured of one schedule, each figure followed by its prediction."""
     without_decoder, whole = zip(*times, strict=True)
     first, median, third = (float(q) for q in np.percentile(whole, (25, 50, 75)))
-    predicted = predict(model, schedule, batch_size)
+    predicted = predict(model, schedule, batch_size, model.runtime.eager())  # as the peak was measured
     row = {
         "schedule": str(schedule),
         "latency_ms": median,
@@ -354,19 +286,4 @@ def _beside_full(row: dict, full: dict) -> dict:
         "speedup_without_decoder_predicted": full[work] / row[work],
         "memory_ratio": row["peak_bytes"] / full["peak_bytes"],
         "cache_ratio": row["cache_bytes"] / full["cache_bytes"],
-    }
-
-
-def _description(model: ElasticVAR, schedule: Schedule, full: dict[str, int]) -> dict:
-    """A schedule's layers, and its cost for one image beside `full`."""
-    cost = predict(model, schedule)
-    return {
-        "schedule": str(schedule),
-        "segments": [
-            {"scales": [s.scales[0] + 1, s.scales[-1] + 1], "layers": list(s.layers)} for s in schedule.segments
-        ],
-        **cost,
-        "cache_ratio": cost["cache_bytes"] / full["cache_bytes"],
-        "speedup_predicted": full["flops"] / cost["flops"],
-        "speedup_without_decoder_predicted": full["flops_without_decoder"] / cost["flops_without_decoder"],
     }

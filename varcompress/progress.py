@@ -13,3 +13,15 @@ Note = Callable[[str], None]
 
 def silent(*_: object) -> None:
     """The Progress, or the Note, of a caller who wants none."""
+
+
+class Steps:
+    """Progress of a known number of steps, counted as they are taken."""
+
+    def __init__(self, progress: Progress, total: int) -> None:
+        self._progress, self._total, self._done = progress, total, 0
+
+    def step(self, what: str) -> None:
+        """One more step is done."""
+        self._done += 1
+        self._progress(self._done, self._total, what)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import datetime
 import io
 import json
@@ -29,22 +30,26 @@ import torch
 from torch import Tensor, nn
 
 from tests.benchmarks.tables import section, write_tables
+from varcompress.cost import decoder_flops, predict
 from varcompress.errors import InputError
-from varcompress.hardware import choose_device, device_name
+from varcompress.hardware import choose_device, device_name, exact_float32, timed
 from varcompress.kernels.backend import CHOICES
 from varcompress.memory import LiveTensors, PeakMemory, fitting_batch
 from varcompress.models.autoencoder import TokenizerConfig
-from varcompress.models.elastic import ElasticVAR, check_placement
-from varcompress.models.linear import Linear, packing_wins
-from varcompress.models.tokenizer import VQVAE, decoder_flops, exact_convolutions
+from varcompress.models.cache import token_bytes
+from varcompress.models.elastic import ElasticVAR
+from varcompress.models.linear import Linear, pack, packing_pays
+from varcompress.models.runtime import Runtime
+from varcompress.models.tokenizer import VQVAE
 from varcompress.models.transformer import VAR, VARConfig
-from varcompress.profiling import conditions, predict, timed
+from varcompress.profiling import conditions
+from varcompress.sampling import PUBLISHED
 from varcompress.schedule import Schedule
 
 ROOT = Path(__file__).parents[2]
 FOLDER, CODE = ROOT / "docs" / "benchmarks", ("varcompress", "kernels", "tests/benchmarks")
 PATCH_NUMS = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
-SAMPLING = {"cfg": 1.5, "top_k": 900, "top_p": 0.96}
+SAMPLING = {"cfg": PUBLISHED.cfg, "top_k": PUBLISHED.top_k, "top_p": PUBLISHED.top_p}  # for the reference
 REFERENCE = "reference"
 COMPARED = 8  # images, at most, that are compared with the reference's
 
@@ -144,10 +149,10 @@ def rates(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
     """FLOPs per second of a large matrix product, and bytes per second of a large copy, read and written."""
     side = 8192 if device.type == "cuda" else 1024
     x = torch.randn(side, side, device=device).to(dtype)
-    layer = Linear(side, side, bias=False, device=device, dtype=dtype)
-    nn.init.normal_(layer.weight, std=side**-0.5)  # the reference stops torch from initialising
-    if device.type == "cpu" and packing_wins(dtype, side):
-        layer.pack()
+    layers = nn.Sequential(Linear(side, side, bias=False, device=device, dtype=dtype))
+    nn.init.normal_(layers[0].weight, std=side**-0.5)  # the reference stops torch from initialising
+    if packing_pays(layers):
+        pack(layers)
     source = torch.empty(1 << 30 if device.type == "cuda" else 1 << 28, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
 
@@ -155,7 +160,7 @@ def rates(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
         return min(timed(device, call)[1] for _ in range(6)) / 1e3
 
     with torch.inference_mode():
-        product_s, copy_s = fastest_s(lambda: layer(x)), fastest_s(lambda: target.copy_(source))
+        product_s, copy_s = fastest_s(lambda: layers(x)), fastest_s(lambda: target.copy_(source))
     return {"flops_per_second": 2 * side**3 / product_s, "bytes_per_second": 2 * source.nbytes / copy_s}
 
 
@@ -166,11 +171,12 @@ def floor_ms(model: ElasticVAR, schedule: Schedule, batch: int, rate: dict[str, 
     """
     config, element, total, start = model.var.config, model.dtype.itemsize, 0.0, 0
     weights = schedule.weights(width=config.width, mlp_ratio=config.mlp_ratio)
+    cached = token_bytes(width=config.width, heads=config.heads, dtype=model.runtime.stored_dtype)
     for scale, (layers, end) in enumerate(zip(schedule.layers, schedule.ends, strict=True)):
         rows, head = 2 * batch * (end - start), config.width * config.vocab
         flops = rows * (2 * weights[scale] + 4 * len(layers) * end * config.width)
         flops += (rows if scale else rows // 2) * 2 * head
-        read = (weights[scale] + head) * element + 4 * batch * len(layers) * end * model.cache_token_bytes
+        read = (weights[scale] + head) * element + 4 * batch * len(layers) * end * cached
         total += max(flops / rate["flops_per_second"], read / rate["bytes_per_second"])
         start = end
     return total * 1e3
@@ -185,7 +191,11 @@ class Way:
     decode: Callable[[object], Tensor]
     begin: Callable[[], None] = lambda: None  # untimed: packs weights or frees them
     schedule: Schedule | None = None
-    kernels: str | None = None
+    runtime: Runtime | None = None
+
+    @property
+    def kernels(self) -> str | None:
+        return self.runtime and self.runtime.kernels
 
 
 def ways_of(
@@ -194,22 +204,18 @@ def ways_of(
     """All ways to generate a batch: every schedule with the first kernels, then with the others, then the reference."""
     labels = torch.arange(batch) % 1000
 
-    def begin(schedule: Schedule, choice: str) -> None:
-        model.kernels = choice
-        model.prepare(schedule)
-
-    ways = [
-        Way(
+    def way(schedule: Schedule, choice: str) -> Way:
+        runtime = dataclasses.replace(model.runtime, kernels=choice)
+        return Way(
             str(schedule) if choice == kernels[0] else f"{schedule}, kernels {choice}",
-            partial(model.generate_tokens, labels, schedule, **SAMPLING),
-            lambda output: model.decode_features(output[1]),
-            partial(begin, schedule, choice),
+            lambda **how: model.generate_tokens(labels, schedule, runtime=how.get("runtime", runtime)),
+            lambda output, **how: model.decode_features(output[1], runtime=how.get("runtime", runtime)),
+            partial(model.prepare, schedule, runtime),
             schedule,
-            choice,
+            runtime,
         )
-        for choice in kernels
-        for schedule in schedules
-    ]
+
+    ways = [way(schedule, choice) for choice in kernels for schedule in schedules]
     if reference:
         ways.append(Way(REFERENCE, partial(reference.features, labels, **SAMPLING), reference.decode))
     return ways
@@ -260,7 +266,7 @@ def compare(model: ElasticVAR, reference: Reference, images: int) -> dict[str, f
     """
     labels, half = torch.arange(images), reference.half
     reference.half = False
-    with exact_convolutions():
+    with exact_float32(model.device):
         theirs = reference.decode(reference.features(labels, cfg=1.5, top_k=1, top_p=0.0))
         apart = (model.generate(labels, cfg=1.5, top_k=1) - theirs).abs()
     reference.half = half
@@ -285,9 +291,10 @@ def peak(model: ElasticVAR, reference: Reference | None, way: Way, batch: int) -
         weights = sum(t.nbytes for m in (reference.var, reference.vae) for t in (*m.parameters(), *m.buffers()))
         return {"peak_bytes": weights + _growth(lambda: way.decode(way.tokens()), reference.device)}
     way.begin()
-    with model.eager(), PeakMemory(model, way.schedule) as memory:
-        way.decode(way.tokens())
-    cost, ran = predict(model, way.schedule, batch), conditions(model)
+    eager = way.runtime.eager()
+    with PeakMemory(model, way.schedule, eager) as memory:
+        way.decode(way.tokens(runtime=eager), runtime=eager)
+    cost, ran = predict(model, way.schedule, batch, eager), conditions(model, eager)
     return {
         "peak_bytes": memory.bytes,
         "peak_bytes_predicted": cost["peak_bytes"],
@@ -317,7 +324,8 @@ def benchmark(
 ) -> Iterator[dict]:
     """All batch sizes of one model size."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    model = random_weights(depth).place(device, kernels=kernels[0])
+    model = random_weights(depth)
+    model.place(Runtime(device, model.dtype, kernels[0]))
     reference = Reference(reference_path, model, device) if reference_path else None
     sizes = sorted({min(batch, COMPARED) for batch in batches}) if reference else []
     images = {size: compare(model, reference, size) for size in sizes}
@@ -372,7 +380,7 @@ def _options() -> argparse.Namespace:
     try:
         options.device = choose_device(options.device)
         for kernels in options.kernels:
-            check_placement(options.device, kernels=kernels, cache_dtype=None, offload=None)
+            Runtime(options.device, kernels=kernels)
     except InputError as error:
         parser.error(str(error))
     options.name = options.name or f"{options.device.type}-{'-'.join(options.sizes)}"

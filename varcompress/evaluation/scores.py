@@ -15,14 +15,16 @@ from torch_fidelity.metric_isc import KEY_METRIC_ISC_MEAN, KEY_METRIC_ISC_STD, i
 from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, KEY_METRIC_KID_STD, kid_features_to_metric
 from torch_fidelity.metric_prc import KEY_METRIC_PRECISION, KEY_METRIC_RECALL, prc_features_to_metric
 
+from varcompress.cost import cache_bytes
 from varcompress.data import digits
 from varcompress.errors import InputError
 from varcompress.evaluation.features import DIGITS, EXTRACTORS, INCEPTION, Extractor, Features
 from varcompress.evaluation.reference import MIN_IMAGES, Reference, read_reference
+from varcompress.hardware import timed
 from varcompress.images import check_finite, to_uint8
 from varcompress.memory import PeakMemory, fitting_batch
 from varcompress.models.elastic import ElasticVAR
-from varcompress.profiling import conditions, timed
+from varcompress.profiling import conditions
 from varcompress.progress import Progress, silent
 from varcompress.sampling import PUBLISHED, Sampling
 from varcompress.schedule import Schedule
@@ -157,8 +159,8 @@ def _evaluate_schedule(
 ) -> dict:
     """One schedule's line of the result. The first batch runs once more, before the others, for memory and warm-up."""
     labels = balanced_labels(images, model.var.config.classes)
-    with model.eager(), PeakMemory(model, schedule) as memory:
-        model.generate(labels[:batch_size], schedule, sampling)
+    with PeakMemory(model, schedule) as memory:
+        model.generate(labels[:batch_size], schedule, sampling, runtime=model.runtime.eager())
     if model.device.type == "cuda":
         model.generate(labels[:batch_size], schedule, sampling)  # records the graph that the others replay
     parts: list[Features] = []  # only features are kept: 50,000 images of 256 pixels would fill 9 GiB
@@ -179,7 +181,7 @@ def _evaluate_schedule(
         "latency_ms": latency_ms,
         "images_per_second": batch_size / latency_ms * 1e3,
         "peak_bytes": memory.bytes,
-        "cache_bytes": schedule.cache_bytes(batch=batch_size, token_bytes=model.cache_token_bytes),
+        "cache_bytes": cache_bytes(model, schedule, batch_size, model.runtime),
     }
 
 

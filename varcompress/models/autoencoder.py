@@ -31,6 +31,11 @@ class TokenizerConfig:
         return 2 ** (len(self.channel_multipliers) - 1)
 
     @property
+    def map_elements(self) -> int:
+        """Elements of the decoder's map at full resolution, for one image."""
+        return self.channels * self.image_size**2
+
+    @property
     def image_size(self) -> int:
         """Side of an image in pixels."""
         return self.patch_nums[-1] * self.downsampling

@@ -4,27 +4,23 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Hashable, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Callable, Hashable, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from varcompress.errors import InputError
 from varcompress.fingerprint import rounded
-from varcompress.kernels.backend import CHOICES, choose
-from varcompress.models import generation, transformer
-from varcompress.models.cache import token_bytes
+from varcompress.hardware import exact_float32, without_autocast
+from varcompress.models import generation, inputs, linear, transformer
+from varcompress.models.generation import Observer
 from varcompress.models.graphs import Graphs
-from varcompress.models.linear import Linear, packable
-from varcompress.models.offload import StreamedBlocks, device_blocks, move_all_but_blocks
+from varcompress.models.offload import StreamedBlocks, move_all_but_blocks
+from varcompress.models.runtime import Runtime
 from varcompress.models.tokenizer import VQVAE
 from varcompress.models.transformer import VAR
 from varcompress.sampling import PUBLISHED, Sampling, image_index
 from varcompress.schedule import Schedule
-
-CACHE_DTYPES = {"int8": torch.int8, "float8": torch.float8_e4m3fn}
-OFFLOADS = ("bridge",)
 
 
 @dataclasses.dataclass
@@ -35,20 +31,6 @@ class Provenance:
     base_model: str | None = None  # Hub id of the checkpoint that was compressed
     license: str | None = None  # SPDX-style identifier as the Hub writes it
     recipe: dict | None = None  # the recipe that made it elastic, None for an untouched checkpoint
-
-
-def check_placement(device: torch.device, *, kernels: str, cache_dtype: str | None, offload: str | None) -> None:
-    """Raises InputError for what `ElasticVAR.place` cannot do."""
-    if kernels not in CHOICES:
-        raise InputError(f"kernels {kernels!r} are unknown: use {', '.join(CHOICES)}")
-    if cache_dtype not in (None, *CACHE_DTYPES):
-        raise InputError(f"cache dtype {cache_dtype!r} is unknown: use {' or '.join(CACHE_DTYPES)}, or leave it out")
-    if offload not in (None, *OFFLOADS):
-        raise InputError(f"offload {offload!r} is unknown: use {OFFLOADS[0]}, or leave it out")
-    try:
-        choose(kernels, device)
-    except ValueError as error:
-        raise InputError(f"kernels {kernels!r}: {error}: use auto or torch") from error
 
 
 def default_bridge(scales: int) -> int:
@@ -77,12 +59,9 @@ class ElasticVAR(nn.Module):
         self.bridge = default_bridge(len(var.config.patch_nums)) if bridge is None else bridge
         self.depths = tuple(depths)
         self.provenance = provenance or Provenance()
-        self.kernels = "auto"
-        self.cache_dtype: torch.dtype | None = None
         self._streamed: StreamedBlocks | None = None
         self._graphs = Graphs()
-        self._use_graphs = True
-        self._weights = [w for module in self.modules() for w in (module._parameters, module._buffers) if w]
+        self._placed = Runtime(self.device, self.dtype)
         self.eval()
 
     @property
@@ -91,7 +70,17 @@ class ElasticVAR(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
+        """Of the transformer and the decoder."""
         return self.var.pos_start.dtype
+
+    @property
+    def runtime(self) -> Runtime:
+        """How the model runs where a call says nothing else: as it was placed, on the device its weights are on now."""
+        return dataclasses.replace(self._placed, device=self.device, dtype=self.dtype)
+
+    @property
+    def offloaded(self) -> bool:
+        return self._streamed is not None
 
     def cast(self, dtype: torch.dtype) -> ElasticVAR:
         """Transformer and decoder to `dtype`.
@@ -107,49 +96,31 @@ class ElasticVAR(nn.Module):
             self.tokenizer.post_quant_conv.to(dtype)
         return self
 
+    def place(self, runtime: Runtime) -> ElasticVAR:
+        """Move and cast the model to where and how it is to run. An offloaded one has no `forward` and no training."""
+        self._graphs.clear()
+        self._streamed, self._placed = None, runtime
+        self.cast(runtime.dtype)
+        layout = torch.channels_last if runtime.device.type == "cuda" else torch.contiguous_format
+        for part in (self.tokenizer.decoder, self.tokenizer.post_quant_conv):
+            part.to(memory_format=layout)
+        if runtime.offload is None:
+            return self.to(runtime.device)
+        move_all_but_blocks(self.var, runtime.device)
+        self.tokenizer.to(runtime.device)
+        self._streamed = StreamedBlocks(self.var, runtime.device)
+        return self
+
     def _refuse_when_offloaded(self) -> None:
         if self.offloaded:
             raise InputError("an offloaded model only generates, as it is: load it again without offload")
-
-    def place(
-        self,
-        device: torch.device,
-        *,
-        kernels: str = "auto",
-        cache_dtype: str | None = None,
-        offload: str | None = None,
-    ) -> ElasticVAR:
-        """Move to a device and say how generation runs there.
-
-        kernels: "torch" for plain torch alone, "triton" for the fused kernels, "auto" for what is fast on the device;
-        cache_dtype: "int8" or "float8" stores keys and values in eight bits; offload: "bridge" keeps the layers that
-        a schedule's last scale does not run in host memory (then there is no `forward` and no training).
-        Raises InputError for anything else.
-        """
-        check_placement(device, kernels=kernels, cache_dtype=cache_dtype, offload=offload)
-        self._graphs.clear()
-        self._streamed = None
-        self.kernels, self.cache_dtype = kernels, CACHE_DTYPES.get(cache_dtype)
-        layout = torch.channels_last if device.type == "cuda" else torch.contiguous_format
-        for part in (self.tokenizer.decoder, self.tokenizer.post_quant_conv):
-            part.to(memory_format=layout)
-        if offload is None:
-            return self.to(device)
-        move_all_but_blocks(self.var, device)
-        self.tokenizer.to(device)
-        self._streamed = StreamedBlocks(self.var, device)
-        return self
 
     def _apply(self, *args: object, **kwargs: object) -> ElasticVAR:
         self._refuse_when_offloaded()
         self._graphs.clear()  # now, not at the next call: a model on its way from a GPU leaves no memory there
         return super()._apply(*args, **kwargs)
 
-    @property
-    def offloaded(self) -> bool:
-        return self._streamed is not None
-
-    def prepare(self, schedule: Schedule) -> None:
+    def prepare(self, schedule: Schedule, runtime: Runtime | None = None) -> None:
         """Bring weights to where a call under `schedule` wants them: packed on a CPU, or from host memory.
 
         Called by generation; measuring calls it before it begins.
@@ -157,41 +128,11 @@ class ElasticVAR(nn.Module):
         if self._streamed:
             self._streamed.begin(schedule)
         if self.device.type == "cpu":
-            packed = set(self.packed_layers())
-            for layer in self.var.modules():
-                if isinstance(layer, Linear):
-                    layer.pack() if layer in packed else layer.unpack()
+            linear.pack(self.var) if self.packs(runtime or self.runtime) else linear.unpack(self.var)
 
-    def packed_layers(self) -> list[Linear]:
-        """The layers of which generation uses packed copies."""
-        return [] if self.kernels == "torch" or self.offloaded else packable(self.var)
-
-    def held_weight_bytes(self, schedule: Schedule) -> int:
-        """Bytes of all weights that the device holds in a call, packed copies and streamed layers included."""
-        held = sum(tensor.nbytes for tensor in (*self.parameters(), *self.buffers()))
-        if self.offloaded:
-            block = sum(parameter.nbytes for parameter in self.var.blocks[0].parameters())
-            return held + (device_blocks(schedule) - self.var.config.depth) * block
-        return held + sum(layer.weight.nbytes for layer in self.packed_layers())
-
-    @property
-    def cache_token_bytes(self) -> int:
-        """Bytes of one layer's keys, or values, of one token in the cache."""
-        config = self.var.config
-        return token_bytes(width=config.width, heads=config.heads, dtype=self.cache_dtype or self.dtype)
-
-    @contextlib.contextmanager
-    def eager(self) -> Iterator[None]:
-        """For measuring: on a GPU, run operators one by one, visible to hooks and counters, not as recorded graphs.
-
-        Graphs recorded before are dropped, with the memory that they hold.
-        """
-        before, self._use_graphs = self._use_graphs, False
-        self._graphs.clear()
-        try:
-            yield
-        finally:
-            self._use_graphs = before
+    def packs(self, runtime: Runtime) -> bool:
+        """Whether generation uses packed copies of the weights."""
+        return runtime.kernels != "torch" and not self.offloaded and linear.packing_pays(self.var)
 
     def schedule(self, schedule: str | Schedule = "full") -> Schedule:
         """A schedule of this model, from its text form. Raises InputError for one that does not fit."""
@@ -212,26 +153,7 @@ class ElasticVAR(nn.Module):
 
     def labels(self, labels: Sequence[int] | Tensor) -> Tensor:
         """Class indices as a tensor (B,) on the model's device. Raises InputError for an unknown class."""
-        classes, labels = self.var.config.classes, _integers(labels)
-        if labels is None or labels.ndim != 1 or not len(labels):
-            raise InputError("labels must be a list of at least one class index, a whole number")
-        unknown = labels[(labels < 0) | (labels >= classes)]
-        if len(unknown):
-            raise InputError(f"class {int(unknown[0])} is unknown: this model has classes 0 to {classes - 1}")
-        return labels.to(self.device)
-
-    def _tokens(self, tokens: Tensor, images: int | None = None) -> Tensor:
-        """Tokens as int64 (B, L) on the model's device. Raises InputError for what is none, or not of `images`."""
-        config, found = self.var.config, _integers(tokens)
-        if found is None or found.ndim != 2 or found.shape[1] != config.tokens or not len(found):
-            shape = "" if found is None else f", not of shape {tuple(found.shape)}"
-            raise InputError(f"tokens must be whole numbers of shape (B, {config.tokens}){shape}")
-        if images not in (None, len(found)):
-            raise InputError(f"tokens of {len(found)} images for {images} labels: give as many of each")
-        low, high = torch.stack(found.aminmax()).tolist()
-        if low < 0 or high >= config.vocab:
-            raise InputError(f"token {low if low < 0 else high} is unknown: the codebook has 0 to {config.vocab - 1}")
-        return found.to(self.device)
+        return inputs.labels(labels, self.var.config, self.device)
 
     @torch.inference_mode()
     def generate(
@@ -241,6 +163,8 @@ class ElasticVAR(nn.Module):
         sampling: Sampling = PUBLISHED,
         *,
         first_index: int = 0,
+        runtime: Runtime | None = None,
+        observer: Observer | None = None,
         **settings: float,
     ) -> Tensor:
         """Images of the given classes: (B, 3, H, W) float32 in [0, 1].
@@ -248,10 +172,14 @@ class ElasticVAR(nn.Module):
         sampling: how tokens are drawn, by default as published; settings: its fields one by one (cfg, top_k, top_p,
         seed), in place of those of `sampling`. Image i of the call has the random stream (seed, first_index + i),
         whatever the batch size. An image whose logits overflow the dtype is NaN throughout.
+        runtime: `self.runtime` with other kernels, cache_dtype or graphs; observer: is told what happens, in a call
+        without graphs.
         Raises InputError for an unknown class, a schedule that does not fit, and a setting that means nothing.
         """
         sampling = dataclasses.replace(sampling, **settings)
-        return self.decode_features(self.generate_tokens(labels, schedule, sampling, first_index=first_index)[1])
+        how = {"runtime": runtime, "observer": observer}
+        _, f_hat = self.generate_tokens(labels, schedule, sampling, first_index=first_index, **how)
+        return self.decode_features(f_hat, **how)
 
     @torch.inference_mode()
     def generate_tokens(
@@ -261,6 +189,8 @@ class ElasticVAR(nn.Module):
         sampling: Sampling = PUBLISHED,
         *,
         first_index: int = 0,
+        runtime: Runtime | None = None,
+        observer: Observer | None = None,
         forced: Tensor | None = None,
         logits_out: list[Tensor] | None = None,
     ) -> tuple[Tensor, Tensor]:
@@ -271,23 +201,16 @@ class ElasticVAR(nn.Module):
         generation with the teacher-forced pass. Raises InputError as `generate` does, and for forced
         tokens of another shape or number.
         """
-        first_index = image_index(first_index)
+        first_index, runtime = image_index(first_index), self._checked(runtime)
         schedule, labels = self.schedule(schedule), self.labels(labels)
-        forced = None if forced is None else self._tokens(forced, len(labels))
-        call = generation.Call(
-            schedule,
-            len(labels),
-            sampling.cfg,
-            sampling.top_k,
-            sampling.top_p,
-            choose(self.kernels, self.device),
-            self.cache_dtype,
-            streamed=self.offloaded,
-        )
-        self.prepare(schedule)
+        forced = None if forced is None else inputs.tokens(forced, self.var.config, self.device, len(labels))
+        watched = observer is not None or forced is not None or logits_out is not None
+        # the seed is an input, so that one graph serves all
+        call = generation.Call(schedule, len(labels), dataclasses.replace(sampling, seed=0), runtime)
+        self.prepare(schedule, runtime)
         blocks = self._streamed or (lambda scale, layer: self.var.blocks[layer])
 
-        def body(labels: Tensor, seed: Tensor, images: Tensor) -> tuple[Tensor, Tensor]:
+        def body(labels: Tensor, seed: Tensor, image_ids: Tensor) -> tuple[Tensor, Tensor]:
             return generation.generate_tokens(
                 call,
                 self.var,
@@ -295,64 +218,72 @@ class ElasticVAR(nn.Module):
                 blocks,
                 labels,
                 seed,
-                images,
+                image_ids,
                 forced=forced,
                 logits_out=logits_out,
+                observer=observer,
             )
 
-        inputs = (
+        given = (
             labels,
             torch.full((), sampling.seed, dtype=torch.int64, device=self.device),  # no copy from the host to wait for
             torch.arange(first_index, first_index + len(labels), device=self.device),
         )
-        with self._current_device():
-            if self._graphed and forced is None and logits_out is None and not self.offloaded:
-                return self._replay(call, body, *inputs)
-            return body(*inputs)
+        with self._current_device(), without_autocast(self.device):
+            if not watched and runtime.graphed(call.largest_elements(self.var.config.width)):
+                return self._replay(call, body, *given)
+            return body(*given)
 
-    def _replay(self, key: Hashable, body: Callable[..., tuple[Tensor, ...]], *inputs: Tensor) -> tuple[Tensor, ...]:
-        """body(*inputs) as a graph of weights that are where they were when it was recorded."""
-        self._graphs.keep_if(
-            tuple(w.data_ptr() for weights in self._weights for w in weights.values() if w is not None)
-        )
-        return self._graphs.run(key, body, *inputs)
+    def _checked(self, runtime: Runtime | None) -> Runtime:
+        """How a call runs. Raises InputError for what would need the weights elsewhere."""
+        own = self.runtime
+        if runtime is None:
+            return own
+        if (runtime.device, runtime.dtype, runtime.offload) != (own.device, own.dtype, own.offload):
+            raise InputError("a call may change kernels, cache_dtype and graphs: for another device or dtype use place")
+        return runtime
+
+    def _replay(self, key: Hashable, body: Callable[..., tuple[Tensor, ...]], *given: Tensor) -> tuple[Tensor, ...]:
+        """body(*given) as a graph of weights that are where they were when it was recorded."""
+        tensors = (t for module in self.modules() for t in (*module._parameters.values(), *module._buffers.values()))
+        self._graphs.keep_if(tuple(tensor.data_ptr() for tensor in tensors if tensor is not None))
+        return self._graphs.run(key, body, *given)
 
     def _current_device(self) -> contextlib.AbstractContextManager:
         """Kernels and graphs go to the current GPU, which need not be the model's."""
         return torch.cuda.device(self.device) if self.device.type == "cuda" else contextlib.nullcontext()
 
-    @property
-    def _graphed(self) -> bool:
-        return self._use_graphs and self.device.type == "cuda"
-
     @torch.inference_mode()
-    def decode_features(self, f_hat: Tensor) -> Tensor:
+    def decode_features(
+        self, f_hat: Tensor, *, runtime: Runtime | None = None, observer: Observer | None = None
+    ) -> Tensor:
         """f_hat (B, C, P, P) to images (B, 3, H, W) float32 in [0, 1], a few at a time."""
-        with self._current_device():
-            parts = [self._decode_few(part) for part in f_hat.split(self.tokenizer.images_at_a_time)]
-        return torch.cat(parts) if len(parts) > 1 else parts[0]
-
-    def _decode_few(self, f_hat: Tensor) -> Tensor:
-        kernels = choose(self.kernels, self.device)
+        runtime = self._checked(runtime)
+        if observer:
+            observer.phase("decoder")
+        kernels, at_a_time = runtime.operations, self.tokenizer.images_at_a_time
+        largest = min(len(f_hat), at_a_time) * self.tokenizer.config.map_elements
 
         def body(f_hat: Tensor) -> tuple[Tensor]:
             return (self.tokenizer.decode_features(f_hat, kernels),)
 
-        (images,) = self._replay(("decode", len(f_hat), kernels), body, f_hat) if self._graphed else body(f_hat)
-        return images
+        with self._current_device(), without_autocast(self.device):
+            few = f_hat.split(at_a_time)
+            if observer is None and runtime.graphed(largest):
+                parts = [self._replay(("decode", len(part), kernels), body, part)[0] for part in few]
+            else:
+                parts = [body(part)[0] for part in few]
+        return torch.cat(parts) if len(parts) > 1 else parts[0]
 
     @torch.inference_mode()
     def encode(self, images: Tensor) -> Tensor:
         """Images in [0, 1], (B, 3, H, W), to tokens (B, L) int64. Raises InputError for another size."""
-        size = self.tokenizer.config.image_size
-        if images.ndim != 4 or tuple(images.shape[1:]) != (3, size, size):
-            raise InputError(f"images of shape {tuple(images.shape)}: this model takes (B, 3, {size}, {size})")
-        return self.tokenizer.encode(images.to(self.device, torch.float32))
+        return self.tokenizer.encode(inputs.images(images, self.tokenizer.config.image_size, self.device))
 
     @torch.inference_mode()
     def decode(self, tokens: Tensor) -> Tensor:
         """Tokens (B, L) int64 to images (B, 3, H, W) in [0, 1]. Raises InputError for what are no tokens."""
-        return self.decode_features(self.tokenizer.f_hat(self._tokens(tokens)))
+        return self.decode_features(self.tokenizer.f_hat(inputs.tokens(tokens, self.var.config, self.device)))
 
     def forward(self, labels: Sequence[int] | Tensor, tokens: Tensor, schedule: str | Schedule = "full") -> Tensor:
         """Teacher-forced logits (B, L, V) float32 of tokens (B, L) int64 under a schedule.
@@ -362,26 +293,9 @@ class ElasticVAR(nn.Module):
         """
         self._refuse_when_offloaded()
         schedule, labels = self.schedule(schedule), self.labels(labels)
-        tokens = self._tokens(tokens, len(labels))
+        tokens = inputs.tokens(tokens, self.var.config, self.device, len(labels))
         if not torch.is_grad_enabled():
             self.prepare(schedule)
-        with torch.no_grad():
+        with torch.no_grad(), exact_float32(self.device):
             teacher_input = self.tokenizer.teacher_input(tokens)
         return self.var(labels, teacher_input, schedule)
-
-    def save_pretrained(self, path: str | Path) -> Path:
-        """Write an elastic directory: config.json, model.safetensors, recipe.yaml, README.md. Returns its path."""
-        from varcompress.checkpoint import save_elastic  # the one arrow that points up: a convenience on the object
-
-        return save_elastic(self, path)
-
-
-def _integers(values: Sequence[int] | Tensor) -> Tensor | None:
-    """Whole numbers as an int64 tensor; None for anything else, which torch would round or refuse in its own words."""
-    try:
-        tensor = torch.as_tensor(values)
-    except (TypeError, ValueError, RuntimeError, OverflowError):
-        return None
-    if tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool:
-        return None
-    return tensor.long()

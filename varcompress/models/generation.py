@@ -10,14 +10,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from varcompress.kernels.backend import Kernels
 from varcompress.models.cache import KVCache
+from varcompress.models.runtime import Runtime
 from varcompress.models.tokenizer import Quantizer
 from varcompress.models.transformer import VAR, Block, Constants, Stream
+from varcompress.sampling import Sampling
 from varcompress.schedule import Schedule
 
+PHASES = ("transformer", "sampling", "decoder")
 # Of one scale that run through its layers together. More are no faster on a CPU (not measured on a GPU), and their
 # activations stand beside the cache when that is fullest.
 TOKENS_AT_A_TIME = 1 << 12
@@ -26,20 +28,29 @@ LOGITS_BYTES = 1 << 25  # of logits that exist at a time: the largest tensor of 
 
 @dataclass(frozen=True)
 class Call:
-    """What a call fixes before it begins: all but labels, seed and the indices of its images.
-
-    cache_dtype: of the stored keys and values, None for the model's own; streamed: whether layers that the last scale
-    does not run are there only once a scale.
-    """
+    """What a call fixes before it begins: all but labels, the indices of its images, and the seed of its sampling."""
 
     schedule: Schedule
-    images: int
-    cfg: float
-    top_k: int
-    top_p: float
-    kernels: Kernels
-    cache_dtype: torch.dtype | None = None
-    streamed: bool = False
+    num_images: int
+    sampling: Sampling
+    runtime: Runtime
+
+    def largest_elements(self, width: int) -> int:
+        """Elements of the residual at the largest scale."""
+        return 2 * self.num_images * max(side * side for side in self.schedule.patch_nums) * width
+
+
+class Observer:
+    """What a call tells of itself while it runs. This one listens to nothing: override what is of interest."""
+
+    def phase(self, name: str) -> None:
+        """One of PHASES begins. On a GPU that is queued work, not yet done."""
+
+    def cache(self, held_bytes: int) -> None:
+        """The key/value cache holds so many bytes from now on."""
+
+    def ran(self, block: Block) -> None:
+        """A layer has run, so that its matrices were read once."""
 
 
 def parts(schedule: Schedule, scale: int, batch: int, *, streamed: bool) -> list[slice]:
@@ -64,17 +75,20 @@ def generate_tokens(
     blocks: Blocks,
     labels: Tensor,
     seed: Tensor,
-    images: Tensor,
+    image_ids: Tensor,
     *,
     forced: Tensor | None = None,
     logits_out: list[Tensor] | None = None,
+    observer: Observer | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Tokens (B, L) int64 and f_hat (B, C, P, P) float32 for labels (B,), seed () and images (B,), all int64.
+    """Tokens (B, L) int64 and f_hat (B, C, P, P) float32 for labels (B,), seed () and image_ids (B,), all int64.
 
     forced: tokens (B, L) to feed instead of the ones drawn; logits_out: collects, per scale, the
     unguided conditional logits (B, p*p, V) float32. f_hat of an image whose logits are not finite is NaN.
     """
-    config, schedule = var.config, call.schedule
+    observer = observer or Observer()
+    observer.phase("transformer")
+    config, schedule, kernels = var.config, call.schedule, call.runtime.operations
     condition = var.class_emb(torch.cat((labels, torch.full_like(labels, config.classes))))
     shared, head_modulation = var.shared_modulation(condition), var.head_nm.modulation(condition)
     constants: dict[int, Constants] = {}
@@ -85,24 +99,26 @@ def generate_tokens(
         head_dim=config.width // config.heads,
         dtype=condition.dtype,
         device=condition.device,
-        stored=call.cache_dtype,
+        stored=call.runtime.stored_dtype,
     )
+    observer.cache(cache.nbytes)
     side, scales = config.patch_nums[-1], len(config.patch_nums)
-    f_hat = torch.zeros(len(labels), config.z_channels, side, side, device=labels.device)
+    f_hat = torch.zeros(len(labels), config.z_channels, side, side, dtype=torch.float32, device=labels.device)
     x, start, drawn = var.first_input(condition), 0, []
     for scale, end in enumerate(schedule.ends):
         cache.begin(scale)
         hidden = x.add_(var.scale_positions(scale, start, end))
         del x
-        batches = parts(schedule, scale, len(hidden), streamed=call.streamed)
+        batches = parts(schedule, scale, len(hidden), streamed=call.runtime.offload is not None)
         for batch in batches:
             stream = Stream(hidden[batch])
             for layer in schedule.layers[scale]:
                 block = blocks(scale, layer)
                 if layer not in constants:
                     constants[layer] = block.prepare(condition, shared)
-                block.step(stream, constants[layer].of(batch), cache, layer, batch, call.kernels)
-            result = stream.read(*(vector[batch] for vector in head_modulation), call.kernels)
+                block.step(stream, constants[layer].of(batch), cache, layer, batch, kernels)
+                observer.ran(block)
+            result = stream.read(*(vector[batch] for vector in head_modulation), kernels)
             del stream
             if len(batches) == 1:
                 hidden = result
@@ -115,22 +131,12 @@ def generate_tokens(
         if forced is not None:
             tokens = forced[:, start:end]
         else:
-            tokens = draw_tokens(
-                var.head,
-                hidden,
-                weight=call.cfg * scale / max(scales - 1, 1),
-                seed=seed,
-                images=images,
-                scale=scale,
-                top_k=call.top_k,
-                top_p=call.top_p,
-                vocab=config.vocab,
-                kernels=call.kernels,
-            )
+            tokens = draw_tokens(call, var.head, hidden, scale, seed, image_ids, observer)
             overflow = (tokens < 0).any(dim=1)  # said in the image, without a wait
             f_hat.masked_fill_(overflow[:, None, None, None], torch.nan)
             tokens = tokens.clamp_(min=0)
         del hidden
+        observer.phase("transformer")
         drawn.append(tokens)
         f_hat += quantize.contribution(scale, tokens)
         if scale + 1 < scales:
@@ -140,44 +146,30 @@ def generate_tokens(
     return torch.cat(drawn, dim=1), f_hat
 
 
-def images_at_a_time(tokens: int, vocab: int, element_bytes: int) -> int:
-    """Images whose logits, guided and not, fit in LOGITS_BYTES; at least one."""
-    return max(1, LOGITS_BYTES // (2 * tokens * vocab * element_bytes))
-
-
 def draw_tokens(
-    head: Callable[[Tensor], Tensor],
-    hidden: Tensor,
-    *,
-    weight: float,
-    seed: Tensor,
-    images: Tensor,
-    scale: int,
-    top_k: int,
-    top_p: float,
-    vocab: int,
-    kernels: Kernels,
+    call: Call, head: nn.Linear, hidden: Tensor, scale: int, seed: Tensor, image_ids: Tensor, observer: Observer
 ) -> Tensor:
     """Tokens (B, n) int64 of one scale, -1 where the logits are not finite, a few images at a time.
 
-    head: hidden states to logits; hidden: (2B, n, C), conditional rows, then unconditional ones, which
-    are not read where the guidance weight is 0; seed: () int64; images: (B,) int64, their random streams.
+    head: hidden states to logits; hidden: (2B, n, C), conditional rows, then unconditional ones, which are not read
+    where the guidance is 0; seed: () int64; image_ids: (B,) int64, the images' random streams. Guidance, filters and
+    the draw itself are one operation, in `kernels/draw.py`.
     """
+    guidance = call.sampling.guidance(scale, len(call.schedule.patch_nums))
     conditional, unconditional = hidden.chunk(2)
-    size = images_at_a_time(hidden.shape[1], vocab, hidden.element_size())
-    parts = []
-    for first in range(0, len(images), size):
+    size = images_at_a_time(hidden.shape[1], head.out_features, hidden.element_size())
+    drawn = []
+    for first in range(0, len(image_ids), size):
         few = slice(first, first + size)
-        parts.append(
-            kernels.draw(
-                head(conditional[few]),
-                head(unconditional[few]) if weight else None,
-                weight,
-                seed,
-                images[few],
-                scale,
-                top_k=top_k,
-                top_p=top_p,
-            )
-        )
-    return torch.cat(parts)
+        observer.phase("transformer")
+        logits = head(conditional[few]), head(unconditional[few]) if guidance else None
+        observer.phase("sampling")
+        filters = {"top_k": call.sampling.top_k, "top_p": call.sampling.top_p}
+        drawn.append(call.runtime.operations.draw(*logits, guidance, seed, image_ids[few], scale, **filters))
+        del logits
+    return torch.cat(drawn)
+
+
+def images_at_a_time(tokens: int, vocab: int, element_bytes: int) -> int:
+    """Images whose logits, guided and not, fit in LOGITS_BYTES; at least one."""
+    return max(1, LOGITS_BYTES // (2 * tokens * vocab * element_bytes))

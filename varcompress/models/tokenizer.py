@@ -7,13 +7,13 @@ decoder after it are in `autoencoder.py`.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from varcompress.hardware import exact_float32
 from varcompress.kernels.backend import TORCH, Kernels
 from varcompress.models import strips
 from varcompress.models.autoencoder import Decoder, Encoder, TokenizerConfig
@@ -22,11 +22,6 @@ PHI_RATIO = 0.5
 # Elements of the decoder's map at full resolution, of all images decoded together: beyond it a CPU is not faster; a
 # GPU's is chosen by memory.
 CPU_MAP_ELEMENTS, GPU_MAP_ELEMENTS = 1 << 22, 1 << 27
-
-
-def exact_convolutions() -> AbstractContextManager:
-    """Float32 convolutions in float32: a GPU would round their inputs to TF32, and tokens must be exact."""
-    return torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
 
 
 class Phi(nn.Conv2d):
@@ -67,7 +62,8 @@ class Quantizer(nn.Module):
         """Index of the nearest codebook entry by Euclidean distance: (N, C) -> (N,) int64."""
         codebook = self.embedding.weight
         distance = z.square().sum(dim=1, keepdim=True) + codebook.square().sum(dim=1)
-        return distance.addmm_(z, codebook.T, alpha=-2).argmin(dim=1)
+        with exact_float32(z.device):
+            return distance.addmm_(z, codebook.T, alpha=-2).argmin(dim=1)
 
     def contribution(self, scale: int, tokens: Tensor) -> Tensor:
         """What one decoded token map adds to f_hat: (B, p*p) int64 -> (B, C, P, P)."""
@@ -75,7 +71,7 @@ class Quantizer(nn.Module):
         h = self.embedding(tokens).transpose(1, 2).unflatten(2, (side, side))
         if scale < len(self.patch_nums) - 1:
             h = F.interpolate(h, size=(full, full), mode="bicubic")
-        with exact_convolutions():
+        with exact_float32(h.device):
             return self.quant_resi.at(scale, len(self.patch_nums))(h.contiguous())
 
     def next_input(self, scale: int, f_hat: Tensor) -> Tensor:
@@ -118,7 +114,7 @@ class VQVAE(nn.Module):
 
     def features(self, images: Tensor) -> Tensor:
         """Encoder features of images in [0, 1]: (B, 3, H, W) -> (B, C, P, P)."""
-        with exact_convolutions():
+        with exact_float32(images.device):
             return self.quant_conv(self.encoder(images * 2 - 1))
 
     def encode(self, images: Tensor) -> Tensor:
@@ -146,39 +142,8 @@ class VQVAE(nn.Module):
     def images_at_a_time(self) -> int:
         """Images that are decoded together, so that a map of the last level stays small; at least one."""
         limit = CPU_MAP_ELEMENTS if self.quantize.embedding.weight.device.type == "cpu" else GPU_MAP_ELEMENTS
-        return max(1, limit // (self.config.channels * self.config.image_size**2))
+        return max(1, limit // self.config.map_elements)
 
     def decode(self, tokens: Tensor) -> Tensor:
         """Tokens (B, L) int64 to images (B, 3, H, W) in [0, 1]."""
         return self.decode_features(self.f_hat(tokens))
-
-
-def decoder_flops(config: TokenizerConfig, *, in_strips: bool = False) -> int:
-    """FLOPs of the decoder for one image: convolutions and attention, two per multiply-add.
-
-    in_strips: as a CPU computes it (`strips.py`), which doubles the resolution with kernels of 2 x 2.
-    """
-
-    def conv(channels: int, out_channels: int, kernel: int, side: int) -> int:
-        return 2 * channels * out_channels * kernel * kernel * side * side
-
-    def res(channels: int, out_channels: int, side: int) -> int:
-        shortcut = 0 if channels == out_channels else conv(channels, out_channels, 1, side)
-        return conv(channels, out_channels, 3, side) + conv(out_channels, out_channels, 3, side) + shortcut
-
-    def attention(channels: int, side: int) -> int:
-        return conv(channels, 4 * channels, 1, side) + 4 * side**4 * channels
-
-    widths = [config.channels * m for m in config.channel_multipliers]
-    side, width, z = config.patch_nums[-1], widths[-1], config.z_channels
-    total = conv(z, z, config.kernel, side) + conv(z, width, 3, side) + 2 * res(width, width, side)
-    total += attention(width, side)
-    for level in reversed(range(len(widths))):
-        for _ in range(config.res_blocks + 1):
-            total += res(width, widths[level], side)
-            width = widths[level]
-            total += attention(width, side) if level == len(widths) - 1 else 0
-        if level:
-            side *= 2
-            total += conv(width, width, 2 if in_strips else 3, side)
-    return total + conv(width, strips.MIN_OUTPUTS if in_strips else 3, 3, side)

@@ -161,6 +161,11 @@ class Block(nn.Module):
         else:
             self.ada_lin = nn.Sequential(nn.SiLU(), ConditionLinear(width, 6 * width))
 
+    @property
+    def matrix_bytes(self) -> int:
+        """Bytes of the matrices that every scale reads: AdaLN's are read once a call."""
+        return sum(layer.weight.nbytes for layer in (self.attn.mat_qkv, self.attn.proj, self.ffn.fc1, self.ffn.fc2))
+
     def modulation(self, condition: Tensor, shared: Tensor | None) -> tuple[Tensor, ...]:
         """gamma1, gamma2, scale1, scale2, shift1, shift2, each (B, 1, C); the same at every scale."""
         if shared is not None:

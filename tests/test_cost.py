@@ -1,0 +1,70 @@
+"""The arithmetic of cost against what the code allocates, on models whose tensors have shapes and no values."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from varcompress import cost
+from varcompress.memory import LiveTensors
+from varcompress.models import generation
+from varcompress.models.autoencoder import TokenizerConfig
+from varcompress.models.elastic import ElasticVAR
+from varcompress.models.runtime import Runtime
+from varcompress.models.tokenizer import VQVAE
+from varcompress.models.transformer import VAR, VARConfig
+from varcompress.sampling import PUBLISHED
+
+PATCH_NUMS = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
+CLOSE = 1 / 50  # of what a call allocates beyond the weights
+
+
+def official(depth: int, dtype: torch.dtype) -> ElasticVAR:
+    """A model of the official shape that holds no memory."""
+    with torch.device("meta"):
+        var = VAR(VARConfig(depth, 64 * depth, depth, PATCH_NUMS, 4096, 32, 1000, False, 256 * depth))
+        model = ElasticVAR(var, VQVAE(TokenizerConfig(160, (1, 1, 2, 2, 4), 2, 32, 4096, 4, 3, PATCH_NUMS)))
+    return model.cast(dtype)
+
+
+def appear(model: ElasticVAR, runtime: Runtime) -> None:
+    """Give the model tensors on a device, as the mode that is active makes them; `place` would move values."""
+    model._placed = runtime
+    for module in model.modules():
+        for name, value in module._parameters.items():
+            if value is not None:
+                empty = torch.empty(value.shape, dtype=value.dtype, device=runtime.device)
+                module._parameters[name] = nn.Parameter(empty)
+
+
+@pytest.mark.parametrize(
+    ("depth", "device", "dtype", "batches"),
+    [
+        (16, "cuda", torch.bfloat16, (1, 8, 64)),
+        (30, "cuda", torch.bfloat16, (1, 8, 64)),
+        (16, "cpu", torch.float32, (1,)),  # in strips: more takes minutes
+    ],
+)
+def test_the_predicted_peak_is_what_the_code_allocates(depth, device, dtype, batches):
+    """Plain torch: a Triton launcher and a graph need the device itself."""
+    runtime = Runtime(torch.device(device), dtype, kernels="torch", graphs=False)
+    model = official(depth, dtype)
+    with FakeTensorMode(), torch.device(device), torch.inference_mode():
+        appear(model, runtime)
+        blocks = model.var.blocks
+        for schedule in map(model.schedule, ("full", "d2@6")):
+            for num_images in batches:
+                call = generation.Call(schedule, num_images, PUBLISHED, runtime)
+                given = torch.zeros(num_images, dtype=torch.int64), torch.zeros((), dtype=torch.int64)
+                ids = torch.arange(num_images)
+                with LiveTensors() as tensors:
+                    _, f_hat = generation.generate_tokens(
+                        call, model.var, model.tokenizer.quantize, lambda scale, layer: blocks[layer], *given, ids
+                    )
+                    model.decode_features(f_hat)
+                    del f_hat
+                predicted = cost.peak_bytes(model, schedule, num_images) - cost.weight_bytes(model, schedule, runtime)
+                print(depth, device, str(schedule), num_images, tensors.peak_bytes/2**20, predicted/2**20, tensors.peak_bytes/predicted)
+                assert tensors.peak_bytes == pytest.approx(predicted, rel=CLOSE)
