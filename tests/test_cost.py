@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 import torch
 from torch import nn
@@ -18,7 +20,7 @@ from varcompress.models.transformer import VAR, VARConfig
 from varcompress.sampling import PUBLISHED
 
 PATCH_NUMS = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
-CLOSE = 1 / 50  # of what a call allocates beyond the weights
+CLOSE = 1 / 100  # of what a call allocates beyond the weights
 
 
 def official(depth: int, dtype: torch.dtype) -> ElasticVAR:
@@ -36,7 +38,48 @@ def appear(model: ElasticVAR, runtime: Runtime) -> None:
         for name, value in module._parameters.items():
             if value is not None:
                 empty = torch.empty(value.shape, dtype=value.dtype, device=runtime.device)
+                if value.ndim == 4 and runtime.device.type == "cuda":
+                    empty = empty.contiguous(memory_format=torch.channels_last)
                 module._parameters[name] = nn.Parameter(empty)
+
+
+class Unlaunched:
+    """A Triton kernel that is never launched: its launcher allocates, and that is all that counts here."""
+
+    def __getitem__(self, grid):
+        return lambda *arguments, **options: None
+
+
+# Operators that, without a GPU, torch believes to take another way than on one: what each allocates there.
+
+
+def convolution(x, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
+    side = (x.shape[2] + 2 * padding[0] - weight.shape[2]) // stride[0] + 1
+    return channels_last(x, len(x), len(weight), side, side)
+
+
+def interpolation(x, size=None, scale_factor=None, mode="nearest", plain=torch.nn.functional.interpolate, **more):
+    if mode != "nearest":
+        return plain(x, size, scale_factor, mode, **more)
+    return channels_last(x, *x.shape[:2], *(scale_factor * side for side in x.shape[2:]))
+
+
+def channels_last(x, *shape):
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+
+
+def attention(q, k, v, attn_mask=None, scale=None):
+    return torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, scale=scale)[0]
+
+
+ON_A_GPU = {
+    "torch.nn.functional.conv2d": convolution,
+    "torch.nn.functional.interpolate": interpolation,
+    "torch.nn.functional.scaled_dot_product_attention": attention,
+}
+LAUNCHED = ("modulate._modulate", "qkv._split_heads", "draw._draw")
+LAUNCHED += ("group_norm._sum_slab", "group_norm._combine", "group_norm._apply")
+ON_A_GPU |= {f"varcompress.kernels.{kernel}": Unlaunched() for kernel in LAUNCHED}
 
 
 @pytest.mark.parametrize(
@@ -47,9 +90,12 @@ def appear(model: ElasticVAR, runtime: Runtime) -> None:
         (16, "cpu", torch.float32, (1,)),  # in strips: more takes minutes
     ],
 )
-def test_the_predicted_peak_is_what_the_code_allocates(depth, device, dtype, batches):
-    """Plain torch: a Triton launcher and a graph need the device itself."""
-    runtime = Runtime(torch.device(device), dtype, kernels="torch", graphs=False)
+def test_the_predicted_peak_is_what_the_code_allocates(depth, device, dtype, batches, monkeypatch):
+    """All but what a graph holds, which needs the device itself."""
+    monkeypatch.setattr(ElasticVAR, "_current_device", lambda self: contextlib.nullcontext())  # there is none
+    for name, stand_in in ON_A_GPU.items() if device == "cuda" else ():
+        monkeypatch.setattr(name, stand_in)
+    runtime = Runtime(torch.device(device), dtype, kernels="auto" if device == "cuda" else "torch", graphs=False)
     model = official(depth, dtype)
     with FakeTensorMode(), torch.device(device), torch.inference_mode():
         appear(model, runtime)
@@ -66,5 +112,4 @@ def test_the_predicted_peak_is_what_the_code_allocates(depth, device, dtype, bat
                     model.decode_features(f_hat)
                     del f_hat
                 predicted = cost.peak_bytes(model, schedule, num_images) - cost.weight_bytes(model, schedule, runtime)
-                print(depth, device, str(schedule), num_images, tensors.peak_bytes/2**20, predicted/2**20, tensors.peak_bytes/predicted)
                 assert tensors.peak_bytes == pytest.approx(predicted, rel=CLOSE)
