@@ -22,13 +22,14 @@ from varcompress.models import generation
 from varcompress.models.autoencoder import TokenizerConfig
 from varcompress.models.graphs import Graphs, _Recorded
 from varcompress.models.linear import ConditionLinear, Linear, PackedLinear, pack
-from varcompress.models.runtime import Runtime
+from varcompress.models.runtime import GRAPHED_ELEMENTS, Runtime
 from varcompress.models.strips import STRIP_ELEMENTS, largest_map
 from varcompress.models.tokenizer import VQVAE
 from varcompress.sampling import Sampling
 from varcompress.schedule import Schedule
 
 CPU = torch.device("cpu")
+needs_packing = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN")
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 SCHEDULES = ["full", "d2@2", "d3@1", "6x1,4x1,2x2"]
 
@@ -209,6 +210,7 @@ def test_whatever_a_graph_depends_on_is_in_its_key(replaying, monkeypatch):
         lambda model: model.var.double().float(),
         lambda model: setattr(model.var.head.weight, "data", model.var.head.weight.data.clone()),
         lambda model: model.tokenizer.to(torch.float64).float(),
+        lambda model: setattr(model.var.blocks[0].attn, "proj", copy.deepcopy(model.var.blocks[0].attn.proj)),
     ],
 )
 def test_graphs_are_forgotten_when_weights_have_moved(replaying, change):
@@ -227,6 +229,45 @@ def test_a_model_that_moves_leaves_no_graph_behind(replaying):
     model.generate([1, 2])
     model.float()
     assert not model._graphs._recorded
+
+
+@needs_packing
+@pytest.mark.parametrize("kernels", ["auto", "torch"])
+def test_autocast_around_a_call_changes_nothing(kernels):
+    model = placed(random_model(), kernels=kernels)
+    tokens, f_hat = model.generate_tokens([1, 2], "d2@2")
+    images = model.decode(tokens)
+    with torch.autocast("cpu", torch.bfloat16):
+        now_tokens, now = model.generate_tokens([1, 2], "d2@2")
+        assert torch.equal(model.decode(tokens), images)
+    assert torch.equal(now_tokens, tokens)
+    assert torch.equal(now, f_hat)
+
+
+@given(
+    num_images=st.integers(1, 64),
+    depth=st.sampled_from([2, 30]),
+    offload=st.sampled_from([None, "bridge"]),
+    on=st.booleans(),
+)
+def test_large_calls_and_streamed_ones_run_without_a_graph(num_images, depth, offload, on):
+    schedule = Schedule.parse("full", depth=depth, patch_nums=(1, 4, 16), bridge=1)
+    runtime = Runtime(torch.device("cuda"), torch.bfloat16, kernels="torch", offload=offload, graphs=on)
+    call = generation.Call(schedule, num_images, Sampling(), runtime)
+    small = 2 * num_images * 256 * 1920 <= GRAPHED_ELEMENTS
+    assert runtime.graphed(call.largest_elements(1920)) == (small and on and offload is None)
+    assert not Runtime(CPU).graphed(1)
+
+
+def test_a_call_changes_only_what_needs_no_other_weights(tiny):
+    assert tiny.generate([1], runtime=replace(tiny.runtime, cache_dtype="int8")).shape == (1, 3, 8, 8)
+    for change in (
+        {"dtype": torch.bfloat16},
+        {"offload": "bridge"},
+        {"device": torch.device("cuda"), "kernels": "torch"},
+    ):
+        with pytest.raises(InputError, match="for another device or dtype use place"):
+            tiny.generate([1], runtime=replace(tiny.runtime, **change))
 
 
 # -- the cache in eight bits ----------------------------------------------------------------------
@@ -351,8 +392,6 @@ def test_offloading_changes_nothing_on_a_gpu():
 
 
 # -- packed weights -------------------------------------------------------------------------------
-
-needs_packing = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN")
 
 
 @needs_packing
