@@ -32,14 +32,14 @@ class Kernels(NamedTuple):
 def _draw(
     conditional: Tensor,
     unconditional: Tensor | None,
-    weight: float,
+    guidance: float,
     seed: Tensor,
-    images: Tensor,
+    image_ids: Tensor,
     scale: int,
     **filters,
 ) -> Tensor:
     """`draw` with the numbers of `uniform`, as `draw_triton` has them inside."""
-    return draw(conditional, unconditional, weight, uniform(seed, images, scale, conditional.shape[1]), **filters)
+    return draw(conditional, unconditional, guidance, uniform(seed, image_ids, scale, conditional.shape[1]), **filters)
 
 
 TORCH = Kernels(False, modulate, add_modulate, split_heads, _draw, group_norm)

@@ -20,12 +20,12 @@ BYTES_PER_LOGIT = 28  # of temporaries, at most, for each of them
 
 
 def draw(
-    conditional: Tensor, unconditional: Tensor | None, weight: float, uniforms: Tensor, *, top_k: int, top_p: float
+    conditional: Tensor, unconditional: Tensor | None, guidance: float, uniforms: Tensor, *, top_k: int, top_p: float
 ) -> Tensor:
     """Tokens drawn by inverting the guided and filtered distribution: (B, n) int64.
 
-    conditional, unconditional: (B, n, V) logits; unconditional may be None where weight is 0.
-    uniforms: (B, n) float32 in [0, 1). Guided logits are (1 + weight) * conditional - weight *
+    conditional, unconditional: (B, n, V) logits; unconditional may be None where guidance is 0.
+    uniforms: (B, n) float32 in [0, 1). Guided logits are (1 + guidance) * conditional - guidance *
     unconditional in float32, and tokens are compared by their distance to the largest.
 
     top-k keeps the k nearest and what ties with the k-th; 0 keeps all. Of these, top-p keeps a
@@ -40,7 +40,7 @@ def draw(
     arguments = (conditional.flatten(0, 1), None if unconditional is None else unconditional.flatten(0, 1))
     for start in range(0, len(tokens), rows):
         part = slice(start, start + rows)
-        logits = _guide(*(None if logits is None else logits[part] for logits in arguments), weight)
+        logits = _guide(*(None if logits is None else logits[part] for logits in arguments), guidance)
         top = logits.amax(dim=-1, keepdim=True)
         if top_k == 1:
             drawn = logits.argmax(dim=-1)
@@ -55,19 +55,19 @@ def chunk(device: torch.device) -> int:
     return CPU_CHUNK if device.type == "cpu" else GPU_CHUNK
 
 
-def _guide(conditional: Tensor, unconditional: Tensor | None, weight: float) -> Tensor:
+def _guide(conditional: Tensor, unconditional: Tensor | None, guidance: float) -> Tensor:
     if unconditional is None:
         return conditional.float()
-    return torch.sub(conditional.float() * (1 + weight), unconditional, alpha=weight)
+    return torch.sub(conditional.float() * (1 + guidance), unconditional, alpha=guidance)
 
 
 def _filter(distance: Tensor, top_k: int, top_p: float) -> Tensor:
     """Unnormalised probabilities of the tokens that both filters keep, 0 for the others: (rows, V)."""
     vocab = distance.shape[-1]
     count, nucleus = (top_k if 0 < top_k < vocab else vocab), 0 < top_p < 1
-    weights = distance.neg().exp_()
+    probs = distance.neg().exp_()
     if count == vocab and not nucleus:
-        return weights
+        return probs
     # as integers, which compare faster
     near = distance.view(torch.int32).topk(count, largest=False, sorted=nucleus).values.view(torch.float32)
     if nucleus:
@@ -81,20 +81,20 @@ def _filter(distance: Tensor, top_k: int, top_p: float) -> Tensor:
     else:
         limit = near.amax(dim=-1, keepdim=True)
     # the comparison as float32: a product with bool is several times slower
-    return weights.mul_(torch.le(distance, limit, out=torch.empty_like(distance)))
+    return probs.mul_(torch.le(distance, limit, out=torch.empty_like(distance)))
 
 
-def _invert(weights: Tensor, uniforms: Tensor) -> Tensor:
-    """The first token whose cumulative weight exceeds uniform * total: (rows, V), (rows, 1) -> (rows,)."""
-    cumulative = weights.cumsum(dim=-1)
-    if weights.device.type == "cpu":  # it sums in order: nothing falls, and nothing rises where the weight is 0
+def _invert(probs: Tensor, uniforms: Tensor) -> Tensor:
+    """The first token whose cumulative probability exceeds uniform * total: (rows, V), (rows, 1) -> (rows,)."""
+    cumulative = probs.cumsum(dim=-1)
+    if probs.device.type == "cpu":  # it sums in order: nothing falls, and nothing rises where the probability is 0
         return torch.searchsorted(cumulative, _target(cumulative[:, -1:], uniforms), right=True).squeeze(-1)
-    return _first(cumulative, weights, uniforms)
+    return _first(cumulative, probs, uniforms)
 
 
-def _first(cumulative: Tensor, weights: Tensor, uniforms: Tensor) -> Tensor:
-    """`_invert` where a parallel sum may fall or rise by a rounding: a token of weight 0 is never the first."""
-    cumulative = cumulative.masked_fill(weights == 0, 0)
+def _first(cumulative: Tensor, probs: Tensor, uniforms: Tensor) -> Tensor:
+    """`_invert` where a parallel sum may fall or rise by a rounding: a token of probability 0 is never the first."""
+    cumulative = cumulative.masked_fill(probs == 0, 0)
     return (cumulative > _target(cumulative.amax(dim=-1, keepdim=True), uniforms)).int().argmax(dim=-1)
 
 
@@ -106,9 +106,9 @@ def _target(total: Tensor, uniforms: Tensor) -> Tensor:
 def draw_triton(
     conditional: Tensor,
     unconditional: Tensor | None,
-    weight: float,
+    guidance: float,
     seed: Tensor,
-    images: Tensor,
+    image_ids: Tensor,
     scale: int,
     *,
     top_k: int,
@@ -116,28 +116,28 @@ def draw_triton(
 ) -> Tensor:
     """`draw` with the numbers of `uniform`, in one kernel: (B, n) int64.
 
-    seed: int64, 0-dim, and images: (B,) int64, both on the logits' device. Logits and images
+    seed: int64, 0-dim, and image_ids: (B,) int64, both on the logits' device. Logits and image_ids
     are contiguous. Raises ValueError for other shapes and layouts.
     """
     batch, positions, vocab = conditional.shape
     out = torch.empty(batch, positions, dtype=torch.int64, device=conditional.device)
     if unconditional is not None and unconditional.shape != conditional.shape:
         raise ValueError(f"logits of shapes {tuple(conditional.shape)} and {tuple(unconditional.shape)}")
-    if images.shape != (batch,) or seed.numel() != 1:
-        raise ValueError(f"images must be {(batch,)}, and seed one number")
-    if not all(tensor is None or tensor.is_contiguous() for tensor in (conditional, unconditional, images)):
-        raise ValueError("logits and images must be contiguous")
-    if not seed.dtype == images.dtype == torch.int64:
-        raise ValueError("seed and images must be int64")
+    if image_ids.shape != (batch,) or seed.numel() != 1:
+        raise ValueError(f"image_ids must be {(batch,)}, and seed one number")
+    if not all(tensor is None or tensor.is_contiguous() for tensor in (conditional, unconditional, image_ids)):
+        raise ValueError("logits and image_ids must be contiguous")
+    if not seed.dtype == image_ids.dtype == torch.int64:
+        raise ValueError("seed and image_ids must be int64")
     block = triton.next_power_of_2(vocab)
     _draw[(positions, batch)](
         conditional,
         unconditional,
         seed,
-        images,
+        image_ids,
         out,
-        float(1 + weight),
-        float(weight),
+        float(1 + guidance),
+        float(guidance),
         scale,
         top_k if 0 < top_k < vocab else vocab,
         float(top_p) if 0 < top_p < 1 else 1.0,
@@ -153,10 +153,10 @@ def _draw(
     conditional_pointer,
     unconditional_pointer,  # None for no guidance
     seed_pointer,
-    images_pointer,
+    image_ids_pointer,
     out_pointer,
     gain,
-    weight,
+    guidance,
     scale,
     top_k,
     top_p,
@@ -171,28 +171,28 @@ def _draw(
     logit = tl.load(conditional_pointer + row * VOCAB + token, mask=inside, other=0.0).to(tl.float32)
     if unconditional_pointer is not None:
         other = tl.load(unconditional_pointer + row * VOCAB + token, mask=inside, other=0.0).to(tl.float32)
-        logit = tl.fma(other, -weight, logit * gain)
+        logit = tl.fma(other, -guidance, logit * gain)
     # NaN as infinity, because a maximum may pass over it
     top = tl.max(tl.where(inside, tl.where(logit == logit, logit, float("inf")), -float("inf")))
     distance = tl.where(inside, top - logit, float("inf"))
     bits = distance.to(tl.int32, bitcast=True)
-    weights = tl.exp(-distance)
+    probs = tl.exp(-distance)
 
     limit = 0x7F800000  # infinity
     if top_k < VOCAB:
         limit = _reach(bits, inside.to(tl.float32), top_k, limit)
-        weights = tl.where(bits <= limit, weights, 0.0)
+        probs = tl.where(bits <= limit, probs, 0.0)
     if top_p < 1:
-        limit = _reach(bits, weights, top_p * tl.sum(weights), limit)
-        weights = tl.where(bits <= limit, weights, 0.0)
+        limit = _reach(bits, probs, top_p * tl.sum(probs), limit)
+        probs = tl.where(bits <= limit, probs, 0.0)
 
-    number = tl.load(images_pointer + image)
+    number = tl.load(image_ids_pointer + image)
     low, high = (number & 0xFFFFFFFF).to(tl.uint32), (number >> 32).to(tl.uint32)
     word, _, _, _ = tl.philox(tl.load(seed_pointer), position, scale, low, high)
     uniform = tl.where(top_k == 1, 0.0, (word >> 8).to(tl.float32) * 5.9604644775390625e-08)  # 2^-24
-    # A parallel sum may fall by a rounding from one token to the next: never trust it where the weight is 0.
-    possible = weights > 0
-    exceeds = possible & (tl.cumsum(weights, 0) > uniform * tl.sum(weights))
+    # A parallel sum may fall by a rounding from one token to the next: never trust it where the probability is 0.
+    possible = probs > 0
+    exceeds = possible & (tl.cumsum(probs, 0) > uniform * tl.sum(probs))
     drawn = tl.minimum(tl.min(tl.where(exceeds, token, VOCAB)), tl.max(tl.where(possible, token, -1)))
     drawn = tl.where(tl.abs(top) < float("inf"), drawn, -1)
     tl.store(out_pointer + row, drawn)

@@ -35,13 +35,16 @@ def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], seed: int | Tensor) -
     return c0, c1, c2, c3
 
 
-def uniform(seed: int | Tensor, images: Tensor, scale: int, positions: int) -> Tensor:
-    """Uniform numbers in [0, 1) for the tokens of one scale: images (B,) int64 -> (B, positions) float32.
+def uniform(seed: int | Tensor, image_ids: Tensor, scale: int, positions: int) -> Tensor:
+    """Uniform numbers in [0, 1) for the tokens of one scale: image_ids (B,) int64 -> (B, positions) float32.
 
-    seed: a whole number, or a 0-dim int64 tensor on the images' device.
+    seed: a whole number, or a 0-dim int64 tensor on the device of image_ids.
     """
-    position = torch.arange(positions, device=images.device)
+    position = torch.arange(positions, device=image_ids.device)
     counter = torch.broadcast_tensors(
-        position[None, :], images.new_full((1, 1), scale), (images & _WORD)[:, None], (images >> 32 & _WORD)[:, None]
+        position[None, :],
+        image_ids.new_full((1, 1), scale),
+        (image_ids & _WORD)[:, None],
+        (image_ids >> 32 & _WORD)[:, None],
     )
     return (philox(counter, seed)[0] >> 8).float() * 2.0**-24

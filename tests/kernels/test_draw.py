@@ -344,7 +344,7 @@ def test_other_layouts_are_refused():
     settings = {"top_k": 0, "top_p": 0.0}
     with pytest.raises(ValueError, match="shapes"):
         draw_triton(logits, logits[:1], 1.0, seed, images, 0, **settings)
-    with pytest.raises(ValueError, match="images must be"):
+    with pytest.raises(ValueError, match="image_ids must be"):
         draw_triton(logits, None, 0.0, seed, images[:1], 0, **settings)
     with pytest.raises(ValueError, match="contiguous"):
         draw_triton(logits.mT.contiguous().mT, None, 0.0, seed, images, 0, **settings)

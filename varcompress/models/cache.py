@@ -7,8 +7,8 @@ ranks of the next, a survivor only ever moves to higher rows, and moving from th
 first never overwrites what has not moved yet. The arena is therefore exactly
 `Schedule.peak_rows` long, with no second buffer and no concatenation.
 
-Stored in eight bits (int8, float8), every key and value of a head and token has a scale of its own
-beside it, and a layer's are turned back into the model's dtype while the layer runs.
+Stored in eight bits (int8, float8), every key and value of a head and token has a quantisation scale of
+its own beside it, and a layer's are turned back into the model's dtype while the layer runs.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from torch import Tensor
 
 from varcompress.schedule import Schedule
 
-SCALE_DTYPE = torch.bfloat16
+QUANT_SCALE_DTYPE = torch.bfloat16
 # The largest value of each eight-bit type.
 QUANTISED = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
 
 
 def token_bytes(*, width: int, heads: int, dtype: torch.dtype) -> int:
     """Bytes that one layer's keys, or values, of one token take when stored in `dtype`."""
-    return width * dtype.itemsize + (heads * SCALE_DTYPE.itemsize if dtype in QUANTISED else 0)
+    return width * dtype.itemsize + (heads * QUANT_SCALE_DTYPE.itemsize if dtype in QUANTISED else 0)
 
 
 class KVCache:
@@ -33,7 +33,7 @@ class KVCache:
 
     rows: (2, batch, heads, peak_rows, head_dim); index 0 keys, 1 values. `batch` counts guided
     rows, so it is twice the number of images. dtype: of the model; stored: of the rows, int8 and
-    float8_e4m3fn besides the model's own; those have scales (2, batch, heads, peak_rows, 1).
+    float8_e4m3fn besides the model's own; those have quant_scales (2, batch, heads, peak_rows, 1).
     """
 
     def __init__(
@@ -50,7 +50,9 @@ class KVCache:
         self.schedule, self.dtype = schedule, dtype
         shape = (2, batch, heads, schedule.peak_rows)
         self.rows = torch.empty(*shape, head_dim, dtype=stored or dtype, device=device)
-        self.scales = torch.empty(*shape, 1, dtype=SCALE_DTYPE, device=device) if stored in QUANTISED else None
+        self.quant_scales = (
+            torch.empty(*shape, 1, dtype=QUANT_SCALE_DTYPE, device=device) if stored in QUANTISED else None
+        )
         by_life = sorted(schedule.layers[0], key=lambda layer: -schedule.layer_tokens[layer])
         self._rank = {layer: rank for rank, layer in enumerate(by_life)}
         self._segment = 0
@@ -62,7 +64,7 @@ class KVCache:
         return sum(part.nbytes for part in self._parts())
 
     def _parts(self) -> list[Tensor]:
-        return [self.rows] if self.scales is None else [self.rows, self.scales]
+        return [self.rows] if self.quant_scales is None else [self.rows, self.quant_scales]
 
     def begin(self, scale: int) -> None:
         """Enter `scale` (from 0). Drops the layers that the schedule no longer reads and makes room for the others."""
@@ -81,7 +83,7 @@ class KVCache:
         Returns (2, batch, heads, tokens, head_dim).
         """
         rows = self._of(self.rows, layer, self._start, self._start + tokens)[:, batch]
-        return rows if self.scales is None else torch.empty(rows.shape, dtype=self.dtype, device=rows.device)
+        return rows if self.quant_scales is None else torch.empty(rows.shape, dtype=self.dtype, device=rows.device)
 
     def read(self, layer: int, new: Tensor, batch: slice = slice(None)) -> Tensor:
         """All keys and values of a layer, once `new` is written: (2, batch, heads, tokens so far, head_dim).
@@ -90,17 +92,19 @@ class KVCache:
         """
         end = self._start + new.shape[3]
         rows = self._of(self.rows, layer, 0, end)[:, batch]
-        if self.scales is None:
+        if self.quant_scales is None:
             return rows
-        scales = self._of(self.scales, layer, 0, end)[:, batch]
+        quant_scales = self._of(self.quant_scales, layer, 0, end)[:, batch]
         largest = QUANTISED[rows.dtype]
         # in float32, because float16 has no number as small as the least scale
-        scale = (new.abs().amax(dim=-1, keepdim=True).float() / largest).clamp_min(torch.finfo(SCALE_DTYPE).tiny)
-        scales[:, :, :, self._start :] = scale
+        quant_scale = (new.abs().amax(dim=-1, keepdim=True).float() / largest).clamp_min(
+            torch.finfo(QUANT_SCALE_DTYPE).tiny
+        )
+        quant_scales[:, :, :, self._start :] = quant_scale
         # divided by the scale as it is stored, whose rounding may put the largest value a little past the type's end
-        new.div_(scales[:, :, :, self._start :]).clamp_(-largest, largest)
+        new.div_(quant_scales[:, :, :, self._start :]).clamp_(-largest, largest)
         rows[:, :, :, self._start :] = new if rows.dtype.is_floating_point else new.round_()
-        return rows.to(self.dtype).mul_(scales)
+        return rows.to(self.dtype).mul_(quant_scales)
 
     def _of(self, part: Tensor, layer: int, start: int, end: int) -> Tensor:
         base = self._rank[layer] * self.schedule.segments[self._segment].tokens
