@@ -37,7 +37,7 @@ def distill(
     On several GPUs: torchrun --nproc-per-node 8 -m varcompress distill …
     """
     from varcompress.training import distill
-    from varcompress.training.distributed import is_first, local_device
+    from varcompress.training.distributed import is_rank_zero, local_device
     from varcompress.training.log import summary
     from varcompress.training.recipe import load_recipe
 
@@ -54,7 +54,7 @@ def distill(
             progress=progress,
             note=note,
         )
-    if not is_first():
+    if not is_rank_zero():
         return
     result = {
         "kind": "distill",

@@ -223,7 +223,7 @@ def main() -> None:
     vae = train_tokenizer(images, options.tokenizer_steps)
     save(vae, options.out / "vae_digits.pth")
     var = train_transformer(vae, images, labels, options.transformer_steps)
-    save(var, options.out / "var_digits.pth", {"lvl_1L": var.scale_index()[None]})
+    save(var, options.out / "var_digits.pth", {"lvl_1L": var.layout.scale[None]})
     save(train_features(images, labels, options.features_steps), options.out / "features.pth")
 
 

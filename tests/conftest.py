@@ -60,7 +60,7 @@ def tiny() -> ElasticVAR:
 def official_state(model: ElasticVAR) -> tuple[dict, dict]:
     """State dicts as the public training code writes them, buffers included."""
     config = model.var.config
-    levels = model.var.scale_index()[None]
+    levels = model.var.layout.scale[None]
     var = {**model.var.state_dict(), "lvl_1L": levels}
     seen = levels[0][:, None] >= levels[0][None, :]
     var["attn_bias_for_masking"] = torch.where(seen, 0.0, -torch.inf)[None, None]

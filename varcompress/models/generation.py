@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from varcompress.models.cache import KVCache
 from varcompress.models.runtime import Runtime
 from varcompress.models.tokenizer import Quantizer
-from varcompress.models.transformer import VAR, Block, Constants, Stream
+from varcompress.models.transformer import VAR, Block, Constants, Residual
 from varcompress.sampling import Sampling
 from varcompress.schedule import Schedule
 
@@ -111,15 +111,15 @@ def generate_tokens(
         del x
         batches = parts(schedule, scale, len(hidden), streamed=call.runtime.offload is not None)
         for batch in batches:
-            stream = Stream(hidden[batch])
+            residual = Residual(hidden[batch])
             for layer in schedule.layers[scale]:
                 block = blocks(scale, layer)
                 if layer not in constants:
                     constants[layer] = block.prepare(condition, shared)
-                block.step(stream, constants[layer].of(batch), cache, layer, batch, kernels)
+                block.step(residual, constants[layer].of(batch), cache, layer, batch, kernels)
                 observer.ran(block)
-            result = stream.read(*(vector[batch] for vector in head_modulation), kernels)
-            del stream
+            result = residual.read(*(vector[batch] for vector in head_modulation), kernels)
+            del residual
             if len(batches) == 1:
                 hidden = result
             else:

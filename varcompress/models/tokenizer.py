@@ -90,10 +90,13 @@ class Quantizer(nn.Module):
         return torch.cat(maps, dim=1)
 
     def partial_sums(self, tokens: Tensor) -> Iterator[Tensor]:
-        """f_hat after each scale: (B, L) int64 -> K tensors (B, C, P, P). Differentiable in codebook and phi."""
+        """f_hat after each scale: tokens (B, L) int64 -> K tensors (B, C, P, P) float32.
+
+        Differentiable in codebook and phi.
+        """
         f_hat = None
         for scale, scale_tokens in enumerate(tokens.split([p * p for p in self.patch_nums], dim=1)):
-            added = self.contribution(scale, scale_tokens)
+            added = self.contribution(scale, scale_tokens).float()
             f_hat = added if f_hat is None else f_hat + added
             yield f_hat
 

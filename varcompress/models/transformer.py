@@ -9,12 +9,14 @@ generation, which `generation.py` puts together.
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 from varcompress.kernels.backend import Kernels
@@ -24,6 +26,8 @@ from varcompress.models.linear import ConditionLinear, Linear
 from varcompress.schedule import Schedule
 
 MAX_LOG_SCALE = math.log(100)
+# All but cuDNN's, whose backward pass gives NaN under a mask at some lengths, such as the 2,240 tokens of 512 px.
+MASKED_BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 @dataclass(frozen=True)
@@ -50,8 +54,24 @@ class VARConfig:
         return self.hidden / self.width
 
 
+class Layout(NamedTuple):
+    """Where the tokens of an image stand: the scale of each, (L,) int64, and which sees which, (L, L) bool."""
+
+    scale: Tensor
+    mask: Tensor  # block-causal: [i, j] says whether token i sees token j, which is of its own scale or an earlier one
+
+    @classmethod
+    def of(cls, patch_nums: tuple[int, ...], device: torch.device) -> Layout:
+        """The layout of images with these scales."""
+        scale = torch.tensor([k for k, side in enumerate(patch_nums) for _ in range(side * side)], device=device)
+        return cls(scale, scale[:, None] >= scale)
+
+
 class Constants(NamedTuple):
-    """What a layer computes once per call: AdaLN vectors (B, 1, C), qkv bias (3C,), temperature (heads,) float32."""
+    """What a layer computes once per call of generation.
+
+    The six AdaLN vectors are (B, 1, C), the bias of queries, keys and values (3C,), the temperature (heads,) float32.
+    """
 
     gamma1: Tensor
     gamma2: Tensor
@@ -63,14 +83,15 @@ class Constants(NamedTuple):
     temperature: Tensor
 
     def of(self, batch: slice) -> Constants:
-        """Those of a part of the batch."""
+        """The constants of some rows of the batch."""
         return Constants(*(vector[batch] for vector in self[:6]), self.bias, self.temperature)
 
 
-class Stream:
-    """The residual stream x (B, n, C) of one scale, and the last branch, which waits with its gate to be added.
+class Residual:
+    """The residual x (B, n, C) of one scale, together with the last branch, which has not been added to it yet.
 
-    So that the sum, LayerNorm and modulation before the next branch are one operation, and nothing is held longer.
+    The branch waits with its gate until the next one reads the residual. The sum, LayerNorm and modulation are then
+    one operation, and no intermediate result is held longer than it is needed.
     """
 
     def __init__(self, x: Tensor) -> None:
@@ -78,11 +99,11 @@ class Stream:
         self._waiting: tuple[Tensor, Tensor] | None = None
 
     def add(self, branch: Tensor, gate: Tensor) -> None:
-        """Let a branch (B, n, C) wait with its gate (B, 1, C)."""
+        """Add `gate * branch` when the residual is read next; branch: (B, n, C), gate: (B, 1, C)."""
         self._waiting = branch, gate
 
     def read(self, scale: Tensor, shift: Tensor, kernels: Kernels) -> Tensor:
-        """What the next branch reads: LayerNorm and modulation of the sum."""
+        """LayerNorm and modulation of the sum, which the next branch reads: (B, n, C). scale and shift: (B, 1, C)."""
         if self._waiting is None:
             return kernels.modulate(self.x, scale, shift)
         waiting, self._waiting = self._waiting, None
@@ -107,7 +128,7 @@ class Attention(nn.Module):
         return torch.cat((self.q_bias, torch.zeros_like(self.q_bias), self.v_bias))
 
     def temperature(self) -> Tensor:
-        """What multiplies the normalised queries: (heads,) float32."""
+        """The factor of the normalised queries, one per head: (heads,) float32."""
         return self.scale_mul_1H11.flatten().float().clamp_max(MAX_LOG_SCALE).exp()
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -119,15 +140,16 @@ class Attention(nn.Module):
         return q, k, v
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Queries (B, heads, n, head_dim), keys and values (B, heads, m, head_dim), mask (n, m) -> (B, n, C)."""
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=1.0)
+        """Queries (B, heads, n, head_dim), keys and values (B, heads, m, head_dim), mask (n, m) bool -> (B, n, C)."""
+        with nullcontext() if mask is None else sdpa_kernel(MASKED_BACKENDS):
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=1.0)
         return self.proj(out.transpose(1, 2).flatten(2))
 
 
 def cast(module: nn.Module, dtype: torch.dtype) -> None:
-    """Blocks, or a whole transformer, to `dtype`, but for the temperatures of attention.
+    """Convert blocks, or a whole transformer, to `dtype`, and leave the temperatures of attention in float32.
 
-    Their exponential multiplies every logit of a head, and would carry a rounding into all of them.
+    The exponential of a temperature multiplies every logit of its head, and would carry a rounding into all of them.
     """
     attentions = [part for part in module.modules() if isinstance(part, Attention)]
     temperatures = [attention.scale_mul_1H11.data.float() for attention in attentions]
@@ -167,36 +189,47 @@ class Block(nn.Module):
         return sum(layer.weight.nbytes for layer in (self.attn.mat_qkv, self.attn.proj, self.ffn.fc1, self.ffn.fc2))
 
     def modulation(self, condition: Tensor, shared: Tensor | None) -> tuple[Tensor, ...]:
-        """gamma1, gamma2, scale1, scale2, shift1, shift2, each (B, 1, C); the same at every scale."""
+        """The AdaLN vectors gamma1, gamma2, scale1, scale2, shift1, shift2, each (B, 1, C); the same at every scale.
+
+        condition: (B, C); shared: (B, 1, 6, C) in models whose layers share a part of them, else None.
+        """
         if shared is not None:
             return (self.ada_gss + shared).unbind(2)
         return self.ada_lin(condition).unflatten(-1, (6, -1))[:, None].unbind(2)
 
-    def forward(self, x: Tensor, modulation: tuple[Tensor, ...], mask: Tensor) -> Tensor:
-        """Teacher-forced: x (B, n, C), all scales side by side under a block-causal mask."""
-        gamma1, gamma2, scale1, scale2, shift1, shift2 = modulation
+    def forward(self, x: Tensor, condition: Tensor, shared: Tensor | None, mask: Tensor) -> Tensor:
+        """The teacher-forced pass, in which all scales stand side by side: x (B, n, C) -> (B, n, C).
+
+        condition and shared: see `modulation`; mask: (n, n) bool, block-causal. The AdaLN vectors are computed in here
+        so that activation checkpointing keeps the condition in their place, and so that whoever shards a block's
+        weights (FSDP) can gather all of them when the block is called.
+        """
+        gamma1, gamma2, scale1, scale2, shift1, shift2 = self.modulation(condition, shared)
         branch = self.attn.attend(*self.attn.project(modulate(x, scale1, shift1)), mask)
         x = torch.addcmul(x, branch, gamma1)
         return torch.addcmul(x, self.ffn(modulate(x, scale2, shift2)), gamma2)
 
     def prepare(self, condition: Tensor, shared: Tensor | None) -> Constants:
-        """What stays the same at every scale of a call, for class embeddings (B, C)."""
+        """Compute what stays the same at every scale of a call of generation; arguments as in `modulation`."""
         return Constants(*self.modulation(condition, shared), self.attn.bias(), self.attn.temperature())
 
     def step(
-        self, stream: Stream, constants: Constants, cache: KVCache, layer: int, batch: slice, kernels: Kernels
+        self, residual: Residual, constants: Constants, cache: KVCache, layer: int, batch: slice, kernels: Kernels
     ) -> None:
-        """Generation: the stream holds one scale of part of the batch; the cache holds earlier ones. No mask."""
-        stream.add(self._attend(stream, constants, cache, layer, batch, kernels), constants.gamma1)
-        hidden = self.ffn.fc1(stream.read(constants.scale2, constants.shift2, kernels), gelu=True)
-        stream.add(self.ffn.fc2(hidden), constants.gamma2)  # not self.ffn, within which its input would live on
+        """Run one scale in generation, which needs no mask: the cache holds the earlier scales.
+
+        residual: that of the rows `batch` of the call; constants: of the same rows.
+        """
+        residual.add(self._attend(residual, constants, cache, layer, batch, kernels), constants.gamma1)
+        hidden = self.ffn.fc1(residual.read(constants.scale2, constants.shift2, kernels), gelu=True)
+        residual.add(self.ffn.fc2(hidden), constants.gamma2)  # not self.ffn, within which its input would live on
 
     def _attend(
-        self, stream: Stream, constants: Constants, cache: KVCache, layer: int, batch: slice, kernels: Kernels
+        self, residual: Residual, constants: Constants, cache: KVCache, layer: int, batch: slice, kernels: Kernels
     ) -> Tensor:
         # plain torch adds the bias within the matrix product, the fused kernel while it reads
         within, after = (None, constants.bias) if kernels.adds_bias else (constants.bias, None)
-        qkv = self.attn.mat_qkv(stream.read(constants.scale1, constants.shift1, kernels), within)
+        qkv = self.attn.mat_qkv(residual.read(constants.scale1, constants.shift1, kernels), within)
         new = cache.new(layer, qkv.shape[1], batch)
         q = kernels.split_heads(qkv, after, constants.temperature, *new)
         del qkv
@@ -213,7 +246,7 @@ class HeadNorm(nn.Module):
         self.ada_lin = nn.Sequential(nn.SiLU(), ConditionLinear(width, 2 * width))
 
     def modulation(self, condition: Tensor) -> tuple[Tensor, ...]:
-        """scale and shift, each (B, 1, C)."""
+        """The AdaLN vectors scale and shift, each (B, 1, C), of condition (B, C)."""
         return self.ada_lin(condition).unflatten(-1, (2, -1))[:, None].unbind(2)
 
 
@@ -237,52 +270,71 @@ class VAR(nn.Module):
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
         self.head_nm = HeadNorm(width)
         self.head = Linear(width, config.vocab)
-        self.checkpointing = False  # recompute activations in the backward pass; set by the training loop
+        self._layout: Layout | None = None
 
     @property
     def device(self) -> torch.device:
         return self.pos_start.device
 
     def scale_positions(self, scale: int, start: int, end: int) -> Tensor:
-        """Position plus level embedding of the tokens start to end, which are those of `scale`: (1, n, C)."""
+        """Position plus level embedding of the tokens of `scale`, which go from `start` to `end`: (1, n, C)."""
         return self.pos_1LC[:, start:end] + self.lvl_embed.weight[scale]
 
-    def scale_index(self) -> Tensor:
-        """The scale of each token: (L,) int64."""
-        sides = torch.tensor(self.config.patch_nums, device=self.device)
-        return torch.arange(len(sides), device=self.device).repeat_interleave(sides**2)
+    @property
+    def layout(self) -> Layout:
+        """The scale of each token and the mask, on the model's device, where they are made once."""
+        if self._layout is None or self._layout.scale.device != self.device:
+            with torch.inference_mode(False):  # a later pass may train
+                self._layout = Layout.of(self.config.patch_nums, self.device)
+        return self._layout
 
     def positions(self) -> Tensor:
         """Position plus level embedding of every token: (1, L, C)."""
-        return self.pos_1LC + self.lvl_embed(self.scale_index())
+        return self.pos_1LC + self.lvl_embed(self.layout.scale)
 
     def shared_modulation(self, condition: Tensor) -> Tensor | None:
         """The part of the AdaLN vectors that all layers share, (B, 1, 6, C); None in models without."""
         return self.shared_ada_lin(condition).unflatten(-1, (6, -1))[:, None] if self.config.shared_aln else None
 
     def first_input(self, condition: Tensor) -> Tensor:
-        """Input of scale 1 from class embeddings: (B, C) -> (B, p_1^2, C), position not yet added."""
+        """The input of scale 1, its position not yet added: class embeddings (B, C) -> (B, p_1^2, C)."""
         return condition[:, None] + self.pos_start
 
-    def forward(self, labels: Tensor, teacher_input: Tensor, schedule: Schedule) -> Tensor:
-        """Teacher-forced logits under a schedule.
+    def forward(
+        self, labels: Tensor, teacher_input: Tensor, schedule: Schedule, *, checkpointing: bool = False
+    ) -> Tensor:
+        """Teacher-forced logits under a schedule: (B, L, V) float32.
 
-        labels: (B,) int64; teacher_input: (B, L - p_1^2, z_channels), see `VQVAE.teacher_input`.
-        Returns (B, L, V) float32. A layer sees only the tokens of the scales that it runs at; the
-        block-causal mask makes that exactly what cached generation computes.
+        labels: (B,) int64; teacher_input: (B, L - p_1^2, z_channels), see `VQVAE.teacher_input`; checkpointing:
+        recompute the activations of each layer in the backward pass instead of keeping them.
+        A layer sees only the tokens of the scales that it runs at; the block-causal mask makes that exactly what
+        cached generation computes.
         """
         condition = self.class_emb(labels)
         x = torch.cat((self.first_input(condition), self.word_embed(teacher_input.to(condition.dtype))), dim=1)
         x = x + self.positions()
         shared = self.shared_modulation(condition)
-        scale = self.scale_index()
-        mask = scale[:, None] >= scale[None, :]
+        later = x.new_empty(len(x), 0, x.shape[2])  # the tokens that the layer at hand does not see
         for layer in schedule.layers[0]:
             seen = schedule.layer_tokens[layer]
-            arguments = (x[:, :seen], self.blocks[layer].modulation(condition, shared), mask[:seen, :seen])
-            if self.checkpointing and torch.is_grad_enabled():
-                y = checkpoint(self.blocks[layer], *arguments, use_reentrant=False)
+            x, later = split_at(seen, x, later)
+            block, mask = self.blocks[layer], self.layout.mask[:seen, :seen]
+            if checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, x, condition, shared, mask, use_reentrant=False)
             else:
-                y = self.blocks[layer](*arguments)
-            x = y if seen == x.shape[1] else torch.cat((y, x[:, seen:]), dim=1)
+                x = block(x, condition, shared, mask)
+        x, later = split_at(self.config.tokens, x, later)
         return self.head(modulate(x, *self.head_nm.modulation(condition))).float()
+
+
+def split_at(tokens: int, x: Tensor, later: Tensor) -> tuple[Tensor, Tensor]:
+    """Move tokens between x (B, n, C) and `later` (B, m, C), which follow them, until x has `tokens` of them.
+
+    Neither is a view of what they were before: of a view, a layer would keep the whole base for its backward pass.
+    """
+    surplus = x.shape[1] - tokens
+    if surplus > 0:
+        return x[:, :tokens].clone(), torch.cat((x[:, tokens:], later), dim=1)
+    if surplus < 0:
+        return torch.cat((x, later[:, :-surplus]), dim=1), later[:, -surplus:].clone()
+    return x, later

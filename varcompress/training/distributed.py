@@ -16,7 +16,7 @@ from torch import Tensor
 from varcompress.errors import InputError
 
 BUCKET_ELEMENTS = 2**24  # gradients are averaged in pieces of 64 MiB: few calls, little memory
-PATIENCE = timedelta(hours=2)  # others wait while one process writes a checkpoint or encodes the last images
+PATIENCE = timedelta(hours=2)  # the others wait while rank 0 writes a checkpoint or the slowest encodes its images
 T = TypeVar("T")
 
 
@@ -28,8 +28,8 @@ def local_device(device: str | torch.device | None = None) -> torch.device:
     return chosen
 
 
-def is_first() -> bool:
-    """Whether this process is the one that speaks and writes."""
+def is_rank_zero() -> bool:
+    """Whether this process has rank 0, and with it the task to print and to write; without torchrun it has."""
     return os.environ.get("RANK", "0") == "0"
 
 
@@ -41,7 +41,7 @@ class Ranks:
     count: int = 1
 
     @property
-    def first(self) -> bool:
+    def is_rank_zero(self) -> bool:
         return self.rank == 0
 
     def barrier(self) -> None:
@@ -49,10 +49,13 @@ class Ranks:
         if self.count > 1:
             dist.barrier()
 
-    def on_first(self, function: Callable[[], T]) -> T:
-        """The result of `function`, which the first process alone runs. Its InputError ends the others silently."""
+    def on_rank_zero(self, function: Callable[[], T]) -> T:
+        """Run `function` on rank 0 alone and return its result on all ranks.
+
+        Where it raises an InputError, rank 0 raises it, and the others exit with status 2 without a word.
+        """
         answer: list = [None, None]
-        if self.first:
+        if self.is_rank_zero:
             try:
                 answer[0] = function()
             except InputError as error:
@@ -60,8 +63,20 @@ class Ranks:
         if self.count > 1:
             dist.broadcast_object_list(answer, src=0)
         if answer[1] is not None:
-            raise answer[1] if self.first else SystemExit(2)
+            raise answer[1] if self.is_rank_zero else SystemExit(2)
         return answer[0]
+
+    def check_same(self, function: Callable[[], str], what: str, remedy: str) -> str:
+        """Run `function` on all ranks and return its result, which must be the same on all of them.
+
+        what: what it is the digest of; remedy: how to make it the same. Both go into the InputError of rank 0.
+        """
+        own = function()
+        if self.count > 1:
+            found = [""] * self.count
+            dist.all_gather_object(found, own)
+            self.on_rank_zero(lambda: _check_equal(found, what, remedy))
+        return own
 
     @torch.no_grad()
     def average_(self, tensors: list[Tensor]) -> None:
@@ -74,6 +89,13 @@ class Ranks:
             flat /= self.count
             pieces = flat.split([tensor.numel() for tensor in bucket])
             torch._foreach_copy_(bucket, [piece.view_as(tensor) for piece, tensor in zip(pieces, bucket, strict=True)])
+
+
+def _check_equal(found: list[str], what: str, remedy: str) -> None:
+    others = [str(rank) for rank, value in enumerate(found) if value != found[0]]
+    if others:
+        ranks = f"rank {others[0]} has" if len(others) == 1 else f"ranks {', '.join(others)} have"
+        raise InputError(f"{what} must be the same in all processes, but {ranks} others than rank 0: {remedy}")
 
 
 def _buckets(tensors: list[Tensor]) -> Iterator[list[Tensor]]:
@@ -90,7 +112,7 @@ def _buckets(tensors: list[Tensor]) -> Iterator[list[Tensor]]:
 
 @contextmanager
 def joined(device: torch.device) -> Iterator[Ranks]:
-    """Join the processes that torchrun started, or stand alone."""
+    """The ranks of the processes that torchrun started, joined for the block; without torchrun, this process alone."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield Ranks()
         return

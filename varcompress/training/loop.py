@@ -33,6 +33,8 @@ from varcompress.training.recipe import Recipe, load_recipe
 from varcompress.training.state import RunDirectory
 
 EMBEDDED = "digits"  # the model that brings its own images
+SAME_MODEL = "open the same file everywhere, or one --revision of the Hub's"
+SHARE_OUT = "the output directory must be the same one on all machines"
 
 
 def distill(
@@ -54,28 +56,29 @@ def distill(
     tokens: a directory that keeps the encoded images for further runs; note: called with remarks.
 
     Under torchrun every process calls this, and each takes its share of the batch. Returns the
-    trained model, float32. Raises InputError for a recipe that does not fit the model or the data,
-    and for an `out` that holds anything else.
+    trained model, in float32. Raises InputError for a recipe that does not fit the model or the
+    data, for an `out` that holds anything else, and for processes that opened different weights.
     """
     recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
     directory = RunDirectory(out)
     with joined(local_device(model.device)) as ranks:
-        ranks.on_first(lambda: check_fit(recipe, model, ranks))
-        if not ranks.first:
+        ranks.on_rank_zero(lambda: check_fit(recipe, model, ranks))
+        if not ranks.is_rank_zero:
             progress = note = silent
         model.to(local_device(model.device)).float()
         model.tokenizer.requires_grad_(False)
         model.var.requires_grad_(True).zero_grad()
-        ranks.on_first(lambda: directory.check(resume=resume))
-        if ranks.on_first(lambda: directory.finished):
+        ranks.on_rank_zero(lambda: directory.check(resume=resume))
+        if ranks.on_rank_zero(lambda: directory.finished):
             note(f"{out}: that run is finished already")
             return directory.result(recipe).to(model.device)
 
-        folder = ranks.on_first(lambda: _folder(model, data))
-        ranks.on_first(lambda: _check_size(recipe, len(folder.files if folder else load_digits()[1])))
-        identity = {"recipe": recipe.to_dict(), "model": weights_digest(model) if ranks.first else ""}
-        identity["data"] = folder.digest if folder else EMBEDDED
-        done = ranks.on_first(lambda: directory.begin(identity, note=note, resume=resume))
+        folder = ranks.on_rank_zero(lambda: _folder(model, data))
+        ranks.on_rank_zero(lambda: _check_size(recipe, len(folder.files if folder else load_digits()[1])))
+        digest = ranks.check_same(partial(weights_digest, model), "the weights of the model", SAME_MODEL)
+        data_digest = folder.digest if folder else EMBEDDED
+        identity = {"recipe": recipe.to_dict(), "model": digest, "data": data_digest}
+        done = ranks.on_rank_zero(lambda: directory.begin(identity, note=note, resume=resume))
 
         if folder is None:
             encoded = encode_images(model, load_digits, recipe.views)
@@ -83,14 +86,17 @@ def distill(
             store = TokenStore(tokens or directory.tokens_path, folder, model, recipe.views)
             create = store.create if tokens or done else partial(directory.create_tokens, store.create)
             encoded = _encode(store, create, ranks, progress, note)
-            ranks.on_first(lambda: _check_size(recipe, len(encoded)))  # again, now that unreadable ones are out
+            ranks.on_rank_zero(lambda: _check_size(recipe, len(encoded)))  # again, now that unreadable ones are out
         steps = plan(recipe, len(encoded) // recipe.batch_size)  # a pass drops its last, incomplete batch
-        with StepLog(directory.steps_path, done) if ranks.first else nullcontext() as log:
-            train(model, recipe, steps[done:], encoded, directory, log, ranks, progress)
+        with StepLog(directory.steps_path, done) if ranks.is_rank_zero else nullcontext() as log:
+            try:
+                train(model, recipe, steps[done:], encoded, directory, log, ranks, progress)
+            finally:
+                model.var.zero_grad()  # of a step that was interrupted; they are as large as the weights
 
         model.bridge, model.depths = recipe.bridge, recipe.depths
         model.provenance = replace(model.provenance, recipe=recipe.to_dict())
-        ranks.on_first(lambda: directory.finish(model))
+        ranks.on_rank_zero(lambda: directory.finish(model))
     return model
 
 
@@ -104,14 +110,15 @@ def train(
     ranks: Ranks,
     progress: Progress = silent,
 ) -> None:
-    """Run `steps`, which follow the saved state if there is one. The first process saves and logs."""
+    """Run `steps`, which follow the saved state if there is one. Rank 0 saves and logs."""
     var = model.var
-    var.checkpointing = recipe.activation_checkpointing
     schedules = {depth: model.schedule(f"d{depth}@{recipe.bridge}") for depth in recipe.depths}
     schedules[None] = model.schedule("full")
     parameters = list(var.parameters())
     optimizer = adamw(var, recipe)
     directory.load(var, optimizer)
+    if steps and steps[0].number > 1:
+        ranks.check_same(partial(weights_digest, var), "the weights of the state to continue from", SHARE_OUT)
     epoch = None
     for step in steps:
         began = time.perf_counter()
@@ -123,16 +130,11 @@ def train(
 
         token_loss = torch.zeros(var.config.tokens, device=model.device)  # (L,), mean over this process's images
         for places in micro_batches(step, recipe, ranks):
-            labels, tokens = (tensor.to(model.device) for tensor in epoch.samples(places))
-            with fitting_memory(model.device, len(labels), _memory_remedy(recipe)):
-                loss = token_losses(model, labels, tokens, schedule, recipe.dtype) / recipe.accumulation
-                loss.mean().backward()
-            token_loss += loss.detach()
-
+            token_loss += backward(model, *epoch.samples(places), schedule, recipe)
         # Layers that a step leaves out have no gradient: neither clipping nor AdamW touches them.
         gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
         ranks.average_([*gradients, token_loss])
-        gradient_norm = clip_(gradients, recipe.gradient_clip)
+        gradient_norm = nn.utils.clip_grad_norm_(parameters, recipe.gradient_clip or math.inf)  # the norm before it
         per_scale = [part.mean() for part in token_loss.split([p * p for p in var.config.patch_nums])]
         loss, gradient_norm, *per_scale = torch.stack([token_loss.mean(), gradient_norm, *per_scale]).tolist()
         _check_finite(step, loss, gradient_norm)  # before the weights move: no state of a spoilt model is saved
@@ -141,7 +143,7 @@ def train(
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-        if ranks.first:
+        if ranks.is_rank_zero:
             log.append(
                 {
                     "step": step.number,
@@ -161,7 +163,21 @@ def train(
                 directory.save(var, optimizer, step.number)
         what = f"distill: phase {step.phase}, p {step.p:.2f}, {schedule}, loss {loss:.3f}"
         progress(step.number, steps[-1].number, what)
-    var.checkpointing = False
+
+
+def backward(model: ElasticVAR, labels: Tensor, tokens: Tensor, schedule: Schedule, recipe: Recipe) -> Tensor:
+    """Add the gradients of one pass of a step, and return its share of the loss of the step: (L,) float32.
+
+    labels: (B,) int64; tokens: (B, L) int64; both may be on the host.
+    """
+    labels, tokens = labels.to(model.device), tokens.to(model.device)
+    with fitting_memory(model.device, len(labels), _memory_remedy(recipe)):
+        losses = token_losses(
+            model, labels, tokens, schedule, recipe.dtype, checkpointing=recipe.activation_checkpointing
+        )
+        losses = losses / recipe.accumulation
+        losses.mean().backward()
+    return losses.detach()
 
 
 def _memory_remedy(recipe: Recipe) -> str:
@@ -177,22 +193,32 @@ def _check_finite(step: Step, loss: float, gradient_norm: float) -> None:
 
 
 def token_losses(
-    model: ElasticVAR, labels: Tensor, tokens: Tensor, schedule: Schedule, dtype: str = "float32"
+    model: ElasticVAR,
+    labels: Tensor,
+    tokens: Tensor,
+    schedule: Schedule,
+    dtype: str = "float32",
+    *,
+    checkpointing: bool = False,
 ) -> Tensor:
     """Teacher-forced cross-entropy under a schedule, in nats.
 
     labels (B,), the null class included, and tokens (B, L), int64 -> the mean over the batch at each place, (L,).
+    checkpointing: recompute activations in the backward pass instead of keeping them.
     """
     with torch.no_grad():
         teacher_input = model.tokenizer.teacher_input(tokens)
     with torch.autocast(model.device.type, torch.bfloat16, enabled=dtype == "bfloat16"):
-        logits = model.var(labels, teacher_input, schedule)
+        logits = model.var(labels, teacher_input, schedule, checkpointing=checkpointing)
     losses = F.cross_entropy(logits.flatten(0, 1), tokens.flatten(), reduction="none")
     return losses.view(tokens.shape).mean(dim=0)
 
 
 def micro_batches(step: Step, recipe: Recipe, ranks: Ranks) -> Iterator[slice]:
-    """The places of the epoch that this process runs, one slice per pass. All processes together cover the batch."""
+    """The places in the epoch of the images that this process runs, one slice per pass.
+
+    All processes together cover the batch.
+    """
     size = recipe.batch_size // (ranks.count * recipe.accumulation)
     for micro in range(recipe.accumulation):
         start = step.place * recipe.batch_size + (micro * ranks.count + ranks.rank) * size
@@ -200,13 +226,16 @@ def micro_batches(step: Step, recipe: Recipe, ranks: Ranks) -> Iterator[slice]:
 
 
 def learning_rate_at(number: int, steps: int, recipe: Recipe) -> float:
-    """The learning rate of step `number` (from 1) of `steps`: a linear rise, under a linear fall over the whole run."""
+    """The learning rate of step `number` (from 1) of `steps`.
+
+    It rises linearly over the warm-up and falls linearly over the whole run, and the two are multiplied.
+    """
     rise = min(1.0, number / max(recipe.warmup_steps, 1))
     return recipe.learning_rate * rise * (1 - (1 - recipe.learning_rate_end) * number / steps)
 
 
 def adamw(var: VAR, recipe: Recipe) -> torch.optim.AdamW:
-    """AdamW over the transformer. Weight decay is for the matrices of linear layers, not for biases and embeddings."""
+    """AdamW over the transformer. Only the matrices of linear layers decay, not biases and embeddings."""
     matrices = [module.weight for module in var.modules() if isinstance(module, nn.Linear)]
     known = set(map(id, matrices))
     rest = [parameter for parameter in var.parameters() if id(parameter) not in known]
@@ -214,17 +243,8 @@ def adamw(var: VAR, recipe: Recipe) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups, lr=recipe.learning_rate, betas=recipe.betas, fused=True)
 
 
-@torch.no_grad()
-def clip_(gradients: list[Tensor], limit: float) -> Tensor:
-    """Scale gradients down to a common norm of at most `limit` (0: never). Returns the norm they had, a scalar."""
-    norm = torch.stack(torch._foreach_norm(gradients)).norm()
-    if limit:
-        torch._foreach_mul_(gradients, (limit / (norm + 1e-6)).clamp_max(1.0))
-    return norm
-
-
 def check_fit(recipe: Recipe, model: ElasticVAR, ranks: Ranks) -> None:
-    """Raises InputError when a recipe asks for what the model, or the number of processes, has no room for."""
+    """Refuse a recipe that asks for what the model, or the number of processes, has no room for."""
     depth, scales = model.var.config.depth, len(model.var.config.patch_nums)
     if recipe.depths[0] >= depth:
         raise InputError(
@@ -262,8 +282,8 @@ def _encode(
     progress: Progress,
     note: Note,
 ) -> TokenData:
-    """Encode an image folder, each process its share, and say which images could not be read."""
-    ranks.on_first(create)
+    """Encode an image folder, each process a share of it, and say which images could not be read."""
+    ranks.on_rank_zero(create)
     store.encode(ranks.rank, ranks.count, progress)
     ranks.barrier()
     data = store.read()

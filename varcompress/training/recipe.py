@@ -17,14 +17,17 @@ from varcompress.files import disk_errors, write_text
 from varcompress.sampling import MAX_SEED
 
 
-def _within(low: float, high: float = math.inf, default: object = MISSING) -> object:
-    """A field whose number, or each of whose numbers, lies between two bounds, both included."""
-    return field(default=default, metadata={"low": low, "high": high})
+def _within(low: float, high: float = math.inf, default: object = MISSING, *, machine: bool = False) -> object:
+    """A field whose number, or each of whose numbers, lies between two bounds, both included.
+
+    machine: it says only how the machine is used, as `machine_fields` has it.
+    """
+    return field(default=default, metadata={"low": low, "high": high, "machine": machine})
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """Depths, phases, optimiser and batch of one distillation. Raises InputError for a value out of range."""
+    """Depths, phases, optimiser and batch of one distillation. A value out of range is refused by its name."""
 
     name: str
     depths: tuple[int, ...] = _within(2)  # subnets to train, largest first
@@ -41,12 +44,13 @@ class Recipe:
     betas: tuple[float, float] = _within(0, 1 - 1e-9, default=(0.9, 0.95))
     gradient_clip: float = _within(0, default=2.0)  # largest norm of the gradient; 0 switches clipping off
     batch_size: int = _within(1, default=1024)  # images per step, on all devices together
-    accumulation: int = _within(1, default=1)  # passes into which each device splits its share of the batch
+    accumulation: int = _within(1, default=1, machine=True)  # passes of a device over its share of the batch
     label_drop: float = _within(0, 1, default=0.1)  # probability of the null class, for guidance
     views: int = _within(1, 256, default=1)  # of each image: the centre, then random crops
     dtype: Literal["float32", "bfloat16"] = "bfloat16"  # of the arithmetic; weights and optimiser are float32
-    activation_checkpointing: bool = False  # recompute activations in the backward pass: slower, far less memory
-    checkpoint_every: int = _within(1, default=1000)  # steps between states that --resume can continue from
+    # recompute activations in the backward pass: slower, far less memory
+    activation_checkpointing: bool = field(default=False, metadata={"machine": True})
+    checkpoint_every: int = _within(1, default=1000, machine=True)  # steps between two states to --resume from
     seed: int = _within(0, MAX_SEED, default=0)
 
     def __post_init__(self) -> None:
@@ -72,7 +76,7 @@ class Recipe:
 
     @classmethod
     def from_dict(cls, values: dict, where: object = "recipe") -> Recipe:
-        """A recipe from plain values. Raises InputError that names an unknown, ill-typed or missing key."""
+        """A recipe from plain values. An unknown, ill-typed or missing key is named, after `where` it was read."""
         hints = get_type_hints(cls)
         converted = {}
         for key, value in values.items():
@@ -89,8 +93,16 @@ class Recipe:
         return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
 
 
+def machine_fields() -> frozenset[str]:
+    """Names of the fields that say only how the machine is used, and may change when a run is continued.
+
+    What is learned differs by no more than the order in which numbers are added.
+    """
+    return frozenset(item.name for item in fields(Recipe) if item.metadata.get("machine"))
+
+
 def load_recipe(source: str | Path, settings: Iterable[str] = ()) -> Recipe:
-    """A recipe by name or from a YAML file, with `key=value` settings applied on top. Raises InputError."""
+    """A recipe by name or from a YAML file, with `key=value` settings applied on top."""
     where, text = _source(source)
     try:
         values = yaml.safe_load(text)
@@ -109,7 +121,7 @@ def recipe_names() -> list[str]:
 
 
 def recipe_text(name: str) -> str:
-    """The YAML of a recipe that the package brings, comments included. Raises InputError for an unknown name."""
+    """The YAML of a recipe that the package brings, comments included."""
     names = recipe_names()
     if name not in names:
         raise InputError(
@@ -126,7 +138,7 @@ def recipe_title(name: str) -> str:
 def copy_recipe(name: str, destination: str | Path) -> Path:
     """Copy a recipe that the package brings to a file, or into a directory under its own name.
 
-    Returns the file. Raises InputError rather than overwrite one.
+    Returns the file. One that is there already is not overwritten but an InputError.
     """
     text, path = recipe_text(name), Path(destination)
     if path.is_dir():

@@ -26,7 +26,7 @@ from varcompress.files import disk_errors, replacing, sweep, write_json
 from varcompress.models.elastic import ElasticVAR
 from varcompress.models.transformer import VAR
 from varcompress.progress import Note
-from varcompress.training.recipe import Recipe
+from varcompress.training.recipe import Recipe, machine_fields
 
 STEPS, WORK = "steps.jsonl", ".training"
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")
@@ -48,7 +48,7 @@ class RunDirectory:
         return is_elastic(self.out) and not self._state.is_file()
 
     def check(self, *, resume: bool) -> None:
-        """Raises InputError when a run may not write here: no step that was saved is ever overwritten."""
+        """Refuse to write where something else is: no step that was saved is ever overwritten."""
         if self.work.is_dir() and not self.finished:
             if self.step() and not resume:
                 raise InputError(f"{self.out}: holds an unfinished run: continue it with --resume, or choose another")
@@ -61,10 +61,10 @@ class RunDirectory:
             check_output(self.out)
 
     def begin(self, identity: dict, *, note: Note, resume: bool) -> int:
-        """Start or continue a run; returns the number of steps already done.
+        """Start or continue a run, and return the number of steps that are done already.
 
-        identity: {"recipe": {...}, "model": digest, "data": digest}. Raises InputError when the run
-        that is there was started with something else, naming it.
+        identity: {"recipe": {...}, "model": digest, "data": digest}. Raises InputError when the run that is there was
+        started with another, and names the difference; what only says how the machine is used may differ.
         """
         done = self.step()
         if done:
@@ -144,7 +144,7 @@ class RunDirectory:
         shutil.rmtree(self.work, ignore_errors=True)
 
     def result(self, recipe: Recipe) -> ElasticVAR:
-        """The checkpoint of a finished run. Raises InputError when another recipe made it."""
+        """The checkpoint of a finished run, which the same recipe must have made."""
         model = load_elastic(self.out)
         _compare(self.out, {"recipe": model.provenance.recipe or {}}, {"recipe": recipe.to_dict()})
         self.clear()
@@ -152,12 +152,12 @@ class RunDirectory:
 
 
 def _compare(out: Path, started: dict, now: dict) -> None:
-    """Raises InputError that names what differs between the run that is there and this one."""
+    """Refuse to go on with a run that is not this one, naming what differs; how the machine is used may differ."""
     before, after = started["recipe"], now["recipe"]
     differences = [
         f"{key} was {before.get(key)}, now {after.get(key)}"
         for key in {**before, **after}
-        if before.get(key) != after.get(key)
+        if key not in machine_fields() and before.get(key) != after.get(key)
     ]
     if differences:
         raise InputError(f"{out}: was made with another recipe: {'; '.join(differences)}")
