@@ -17,7 +17,6 @@ from safetensors import SafetensorError
 from varcompress.errors import InputError
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-SCRATCH = "varcompress-{}-"  # of a process: what a scratch folder's name begins with
 
 
 @contextlib.contextmanager
@@ -53,9 +52,16 @@ def write_json(path: Path, content: object) -> None:
 
 
 def sweep(folder: Path) -> None:
-    """Remove what writers left in a folder that were killed before they had finished; no other may be at work there."""
-    for left in folder.glob(".*.tmp"):
-        shutil.rmtree(left, ignore_errors=True)
+    """Remove what writers left in a folder that were killed before they had finished; no other may be at work there.
+
+    That is a folder of `replacing`, and, from versions before it, a file NAME.tmp or safetensors' own .tmpXXXXXX.
+    """
+    for pattern in ("*.tmp", ".tmp??????"):
+        for left in folder.glob(pattern):
+            if left.is_dir():
+                shutil.rmtree(left, ignore_errors=True)
+            else:
+                left.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

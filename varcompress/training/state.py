@@ -20,7 +20,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from varcompress.checkpoint import check_output, is_elastic, load_elastic
+from varcompress.checkpoint import check_output, is_elastic, load_elastic, save_elastic
 from varcompress.errors import InputError
 from varcompress.files import disk_errors, replacing, sweep, write_json
 from varcompress.models.elastic import ElasticVAR
@@ -133,7 +133,7 @@ class RunDirectory:
         whole = self.work / "finished"
         with disk_errors(self.out):
             shutil.rmtree(whole, ignore_errors=True)
-            model.save_pretrained(whole)
+            save_elastic(model, whole)
             for file in sorted(whole.iterdir()):
                 os.replace(file, self.out / file.name)
             self.clear()
