@@ -6,7 +6,15 @@ import pytest
 import yaml
 
 from varcompress.errors import InputError
-from varcompress.training.recipe import Recipe, copy_recipe, load_recipe, recipe_names, recipe_text, recipe_title
+from varcompress.training.recipe import (
+    Recipe,
+    copy_recipe,
+    load_recipe,
+    machine_fields,
+    recipe_names,
+    recipe_text,
+    recipe_title,
+)
 
 SMALL = {"name": "small", "depths": [4, 2], "bridge": 2}
 
@@ -30,6 +38,10 @@ def test_every_recipe_of_the_package_is_valid_and_survives_yaml(name):
     assert recipe.name == name
     assert recipe_title(name)
     assert Recipe.from_dict(yaml.safe_load(yaml.safe_dump(recipe.to_dict()))) == recipe
+
+
+def test_what_says_only_how_the_machine_is_used_is_named_once():
+    assert machine_fields() == {"accumulation", "activation_checkpointing", "checkpoint_every"}
 
 
 def test_a_file_is_read_and_floats_without_a_dot_are_floats(tmp_path):

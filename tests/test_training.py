@@ -8,6 +8,7 @@ import json
 import os
 import random
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -170,6 +171,36 @@ def test_the_bridge_trains_the_layers_outside_a_subnet(tiny):
     tokens, labels = torch.randint(0, 40, (3, 30)), torch.tensor([1, 2, 9])
     token_losses(model, labels, tokens, model.schedule("d2@1")).mean().backward()
     assert all(parameter.grad is not None for parameter in model.var.parameters())
+
+
+def test_clipping_limits_the_gradient_and_the_norm_before_it_is_logged(tiny, images, tmp_path):
+    found = {}
+    for clip in (0, 1e6, 1e-12):
+        recipe = changed(gradient_clip=clip, epochs_ramp=0, epochs_subnet=0)
+        distill(copy.deepcopy(tiny), recipe, data=images, out=tmp_path / str(clip))
+        found[clip] = losses(tmp_path / str(clip))
+    assert found[0] == found[1e6]
+    assert 0 < found[0][0]["gradient_norm"] == found[1e-12][0]["gradient_norm"]
+    # what is left of the gradient is small beside AdamW's epsilon, so that nothing moves
+    assert abs(found[1e-12][-1]["loss"] - found[0][-1]["loss"]) > 0.01
+
+
+def test_a_step_that_raises_leaves_nothing_behind(tiny, images, tmp_path):
+    model, runs = copy.deepcopy(tiny), []
+
+    def count(module, given):
+        runs.append(module)
+        if len(runs) == 8:  # in the backward pass of the fourth step, where layers run again
+            raise Interrupt
+
+    model.var.blocks[0].register_forward_pre_hook(count)
+    with pytest.raises(Interrupt):
+        distill(model, changed(activation_checkpointing=True), data=images, out=tmp_path / "out")
+    assert all(parameter.grad is None for parameter in model.var.parameters())
+    runs.clear()
+    tokens, labels = torch.randint(0, 40, (3, 30)), torch.tensor([1, 2, 9])
+    token_losses(model, labels, tokens, model.schedule("full")).mean().backward()
+    assert len(runs) == 1  # nothing is recomputed where nobody asks for it
 
 
 def test_passes_and_processes_cover_the_batch_once():
@@ -384,6 +415,41 @@ def test_resume_refuses_another_recipe_model_or_data(tiny, images, tmp_path):
     distill(copy.deepcopy(tiny), SMALL, data=images, out=out, resume=True, note=str)
 
 
+def test_a_resumed_run_may_use_the_machine_in_another_way(undisturbed, tiny, images, tmp_path):
+    """As the advice of a run that ran out of memory is; it learns the same but for rounding."""
+    out, other = tmp_path / "out", changed(accumulation=2, activation_checkpointing=True, checkpoint_every=4)
+    with pytest.raises(Interrupt):
+        distill(copy.deepcopy(tiny), SMALL, data=images, out=out, progress=interrupt_at(10))
+    inexact = changed(dtype="bfloat16", accumulation=2)
+    with pytest.raises(InputError, match=r"another recipe: dtype was float32, now bfloat16$"):
+        distill(copy.deepcopy(tiny), inexact, data=images, out=out, resume=True, note=str)
+    distill(copy.deepcopy(tiny), other, data=images, out=out, resume=True, note=str)
+    assert load_elastic(out).provenance.recipe == other.to_dict()
+    for one, two in zip(losses(undisturbed), losses(out), strict=True):
+        assert two["loss"] == pytest.approx(one["loss"], rel=1e-4)
+    before, notes = weights(out), []
+    distill(copy.deepcopy(tiny), SMALL, data=images, out=out, resume=True, note=notes.append)
+    assert "finished already" in notes[0]
+    assert weights(out) == before
+
+
+def test_a_killed_save_leaves_nothing_after_the_run_is_continued(undisturbed, tiny, images, tmp_path):
+    """The files are those of this version and of earlier ones; tests/test_files.py kills real writers."""
+    out = tmp_path / "out"
+    with pytest.raises(Interrupt):
+        distill(copy.deepcopy(tiny), SMALL, data=images, out=out, progress=interrupt_at(4))
+    work = out / ".training"
+    for name in (".tmpX1y2Z3", "state.safetensors.tmp", "run.json.tmp"):
+        (work / name).write_bytes(b"half")
+    (work / ".state.safetensors.999999999.tmp").mkdir()
+    (work / ".state.safetensors.999999999.tmp" / ".tmpX1y2Z3").write_bytes(b"half")
+    with pytest.raises(Interrupt):
+        distill(copy.deepcopy(tiny), SMALL, data=images, out=out, resume=True, note=str, progress=interrupt_at(4))
+    assert sorted(path.name for path in work.iterdir()) == ["run.json", "state.safetensors", "tokens"]
+    distill(copy.deepcopy(tiny), SMALL, data=images, out=out, resume=True, note=str)
+    assert weights(out) == weights(undisturbed)
+
+
 def test_resume_with_nothing_there_starts_afresh(undisturbed, tiny, images, tmp_path):
     notes = []
     distill(copy.deepcopy(tiny), SMALL, data=images, out=tmp_path / "new", resume=True, note=notes.append)
@@ -471,31 +537,40 @@ def test_a_state_that_cannot_be_written_leaves_the_earlier_one(undisturbed, tiny
 
 
 WORKER = """
-import json, sys
+import os, sys
 from pathlib import Path
+import torch
 from varcompress.checkpoint import load_official
+from varcompress.errors import InputError
 from varcompress.fingerprint import weights_digest
 from varcompress.training import distill
-from varcompress.training.recipe import load_recipe
-import os, torch
 torch.set_num_threads(1)
-files, recipe, images, out = map(Path, sys.argv[1:])
-model = load_official(files / "var.pth", files / "vae.pth")
-distill(model, recipe, data=images, out=out, resume=True, note=print)
 rank = os.environ.get("RANK", "0")
+files, recipe, images, out, *tokens = (Path(path.replace("RANK", rank)) for path in sys.argv[1:])
+model = load_official(files / "var.pth", files / "vae.pth")
+try:
+    distill(model, recipe, data=images, out=out, resume=True, note=print, tokens=tokens[0] if tokens else None)
+except InputError as error:  # as the command line does
+    print("error:", error, file=sys.stderr)
+    sys.exit(2)
 (out / f"rank{rank}.txt").write_text(weights_digest(model))
 """
+TORCHRUN = ("-m", "torch.distributed.run", "--nproc-per-node=2", "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0")
 
 
 @pytest.fixture(scope="module")
 def worker(tmp_path_factory, tiny_files, images):
-    """Builds the command line of a run in a process of its own: worker(recipe, out, *launcher)."""
+    """Builds the command line of a run in a process of its own: worker(recipe, out, *launcher).
+
+    RANK in a path stands for the rank of the process.
+    """
     folder = tmp_path_factory.mktemp("worker")
     (folder / "worker.py").write_text(WORKER)
 
-    def command(recipe, out, *launcher):
-        (folder / f"{Path(out).name}.yaml").write_text(json.dumps(recipe.to_dict()))
-        arguments = (folder / "worker.py", tiny_files, folder / f"{Path(out).name}.yaml", images, out)
+    def command(recipe, out, *launcher, files=tiny_files, tokens=()):
+        recipe_file = folder / f"{Path(out).name.replace('RANK', '')}.yaml"
+        recipe_file.write_text(json.dumps(recipe.to_dict()))
+        arguments = (folder / "worker.py", files, recipe_file, images, out, *tokens)
         return [sys.executable, *launcher, *map(str, arguments)]
 
     return command
@@ -525,8 +600,7 @@ def test_killed_at_random_moments_it_reaches_the_same_weights(tiny_files, images
 
 def test_two_processes_train_as_one_does(undisturbed, worker, tmp_path):
     recipe = changed(accumulation=2)
-    torchrun = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "--rdzv-backend", "c10d")
-    command = worker(recipe, tmp_path / "two", *torchrun, "--rdzv-endpoint", "localhost:0")
+    command = worker(recipe, tmp_path / "two", *TORCHRUN)
     subprocess.run(command, env=ENVIRONMENT, check=True, capture_output=True, timeout=180)
     for one, two in zip(losses(undisturbed), losses(tmp_path / "two"), strict=True):
         assert two["loss"] == pytest.approx(one["loss"], rel=1e-4)
@@ -534,3 +608,32 @@ def test_two_processes_train_as_one_does(undisturbed, worker, tmp_path):
         assert {k: two[k] for k in ("step", "phase", "schedule")} == {k: one[k] for k in ("step", "phase", "schedule")}
     digests = {(tmp_path / "two" / f"rank{rank}.txt").read_text() for rank in range(2)}
     assert digests == {weights_digest(load_elastic(tmp_path / "two"))}
+
+
+def test_processes_that_opened_different_weights_do_not_train(worker, tiny_files, tmp_path):
+    """As nodes do whose caches hold different revisions of a model."""
+    for rank in range(2):
+        shutil.copytree(tiny_files, tmp_path / f"files{rank}")
+    other = torch.load(tmp_path / "files1" / "var.pth")
+    other["head.bias"][3] += 1e-6
+    torch.save(other, tmp_path / "files1" / "var.pth")
+    command = worker(SMALL, tmp_path / "out", *TORCHRUN, files=tmp_path / "filesRANK")
+    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=180, check=False)
+    assert done.returncode != 0
+    line = "error: the weights of the model must be the same in all processes, but rank 1 has others than rank 0: open"
+    assert [found.startswith(line) for found in done.stderr.splitlines() if found.startswith("error:")] == [True]
+    assert not (tmp_path / "out").exists()
+
+
+def test_processes_that_see_different_states_do_not_go_on(worker, tiny_files, images, tmp_path):
+    """As nodes do whose output directories are not the same one."""
+    (tmp_path / "out1").mkdir()
+    model = load_official(tiny_files / "var.pth", tiny_files / "vae.pth")
+    with pytest.raises(Interrupt):
+        distill(model, SMALL, data=images, out=tmp_path / "out0", tokens=tmp_path / "tokens", progress=interrupt_at(4))
+    command = worker(SMALL, tmp_path / "outRANK", *TORCHRUN, tokens=[tmp_path / "tokens"])
+    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=180, check=False)
+    assert done.returncode != 0
+    line = "error: the weights of the state to continue from must be the same in all processes, but rank 1 has others"
+    assert [found.startswith(line) for found in done.stderr.splitlines() if found.startswith("error:")] == [True]
+    assert len(losses(tmp_path / "out0")) == 3
