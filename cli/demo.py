@@ -17,7 +17,7 @@ def demo(
 ) -> None:
     """Distil, profile and evaluate the embedded model: the whole path in a few minutes, on any machine."""
     from varcompress.demo import run_demo
-    from varcompress.report import demo_table
+    from varcompress.report.tables import demo_table
 
     note("The embedded model: 30 layers, 4 scales, trained on 8 x 8 handwritten digits.")
     with progress_bar() as progress:

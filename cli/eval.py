@@ -58,14 +58,16 @@ def evaluate(
     The defaults are VAR's published settings. Labels are balanced over classes.
     Images are rounded to 8 bits before they are scored.
     """
-    from varcompress import report
     from varcompress.checkpoint import is_elastic
     from varcompress.evaluation import evaluate as run
+    from varcompress.publish import record
+    from varcompress.report.tables import eval_table
+    from varcompress.results import EVAL, check_folder
 
     if directory is None and is_elastic(model):
         directory = Path(model)  # where push looks for results
     if directory is not None:
-        report.check_results(directory, "eval")
+        check_folder(directory, EVAL)
     loaded = loading.open(model)
     with progress_bar() as progress:
         result = run(
@@ -82,8 +84,8 @@ def evaluate(
     if as_json:
         print_json(result)
     else:
-        out.print(report.eval_table(result))
+        out.print(eval_table(result))
     if directory is None:
         note("Nothing was written: --out DIR keeps this result and its plot.")
     else:
-        note(f"Written: {', '.join(map(str, report.write_results(result, directory)))}")
+        note(f"Written: {', '.join(map(str, record(result, directory)))}")

@@ -16,7 +16,7 @@ def inspect(
 ) -> None:
     """Say what a model is, which layers its schedules run, and their cost by arithmetic."""
     from varcompress.cost import describe
-    from varcompress.report import inspect_table
+    from varcompress.report.tables import inspect_table
 
     result = describe(Loading(vae, "cpu", dtype, revision).open(model), schedules)
     if as_json:

@@ -73,7 +73,7 @@ class Loading:
     offload: str | None = None
 
     def open(self, model: str) -> ElasticVAR:
-        from varcompress.hub import load
+        from varcompress.loading import load
 
         return load(model, **dataclasses.asdict(self))
 

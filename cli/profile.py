@@ -31,14 +31,16 @@ def profile(
     as_json: Json = False,
 ) -> None:
     """Measure time, memory, weights and FLOPs of schedules, each beside what arithmetic predicts."""
-    from varcompress import report
     from varcompress.checkpoint import is_elastic
     from varcompress.profiling import profile
+    from varcompress.publish import record
+    from varcompress.report.tables import profile_table
+    from varcompress.results import PROFILE, check_folder
 
     if directory is None and is_elastic(model):
         directory = Path(model)  # where push looks for results
     if directory is not None:
-        report.check_results(directory, "profile")
+        check_folder(directory, PROFILE)
     loaded = loading.open(model)
     with progress_bar() as progress:
         result = profile(
@@ -52,8 +54,8 @@ def profile(
     if as_json:
         print_json(result)
     else:
-        out.print(report.profile_table(result))
+        out.print(profile_table(result))
     if directory is None:
         note("Nothing was written: --out DIR keeps this result and its plot.")
     else:
-        note(f"Written: {', '.join(map(str, report.write_results(result, directory)))}")
+        note(f"Written: {', '.join(map(str, record(result, directory)))}")

@@ -40,7 +40,7 @@ def push(
     A picture samples.png in MODEL's directory comes along too.
     Needs `hf auth login`. Everything appears in one commit, or not at all.
     """
-    from varcompress.hub import push as publish
+    from varcompress.publish import push as publish
 
     result = publish(
         model,

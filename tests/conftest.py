@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from typing import NamedTuple
 
+import huggingface_hub
 import pytest
 import torch
 from hypothesis import settings
@@ -12,12 +13,16 @@ from hypothesis import settings
 if not torch.cuda.is_available():  # before the first import of Triton, whose kernels then run on a CPU
     os.environ["TRITON_INTERPRET"] = "1"
 
+from tests.hub_server import TOKEN, HubServer, point_client_at
 from varcompress.cli.app import main
 from varcompress.models.autoencoder import TokenizerConfig
-from varcompress.models.elastic import ElasticVAR
+from varcompress.models.elastic import ElasticVAR, Provenance
 from varcompress.models.runtime import Runtime
 from varcompress.models.tokenizer import VQVAE
 from varcompress.models.transformer import VAR, VARConfig
+from varcompress.publish import save
+
+RECIPE = {"depths": [4, 2], "bridge": 2, "learning_rate": 1e-4, "seed": 0}
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -78,6 +83,28 @@ def tiny_files(tiny, tmp_path_factory):
     torch.save(var, folder / "var.pth")
     torch.save(vae, folder / "vae.pth")
     return folder
+
+
+@pytest.fixture(scope="session")
+def elastic(tiny, tmp_path_factory):
+    """An elastic directory of the tiny model, made by a recipe."""
+    folder = tmp_path_factory.mktemp("elastic") / "model"
+    model = ElasticVAR(tiny.var, tiny.tokenizer, bridge=2, depths=(4, 2))
+    model.provenance = Provenance("tiny", "FoundationVision/var", "mit", RECIPE)
+    return save(model, folder)
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    """A Hub on the loopback, where TOKEN belongs to `ann`. The client's address, cache and token point to it."""
+    with HubServer() as server:
+        server.tokens[TOKEN] = {"ann"}
+        point_client_at(server.endpoint, monkeypatch)
+        constants = huggingface_hub.constants
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True, raising=False)  # older clients have none
+        monkeypatch.setenv("HF_TOKEN", TOKEN)
+        yield server
 
 
 class Outcome(NamedTuple):

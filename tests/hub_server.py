@@ -15,8 +15,11 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qs, unquote, urlsplit
 
+import huggingface_hub
+import pytest
 import yaml
 
+TOKEN = "hf_" + "a" * 34
 HANG_UP = 0  # a status for `refuse`: close the connection without an answer
 REGULAR = (".json", ".md", ".yaml", ".gitattributes")
 
@@ -327,3 +330,11 @@ def git_hash(content: bytes) -> str:
 
 def sha256(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
+
+
+def point_client_at(endpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What HF_ENDPOINT does when it is set before the client is imported."""
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", endpoint)
+    template = endpoint + "/{repo_id}/resolve/{revision}/{filename}"
+    for module in (huggingface_hub.constants, huggingface_hub.file_download):  # the latter in older clients
+        monkeypatch.setattr(module, "HUGGINGFACE_CO_URL_TEMPLATE", template, raising=False)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import re
@@ -11,13 +10,10 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 from varcompress import __version__
-from varcompress.checkpoint import save_elastic
 from varcompress.cli.output import say
-from varcompress.demo import plot_samples
-from varcompress.errors import InputError
+from varcompress.publish import save
 
 SAMPLE = ["sample", "digits", "--classes", "1", "--out", "a.png"]
 
@@ -90,7 +86,7 @@ def test_a_tilde_is_the_home_directory_in_every_option(tiny, tiny_files, tmp_pat
     assert code == 0, err
     assert json.loads(out)
     monkeypatch.setenv("HOME", str(tmp_path))
-    save_elastic(tiny, tmp_path / "model")
+    save(tiny, tmp_path / "model")
     profile = ["--device=cpu", "--runs=1", "--batch-size=1", "-s", "d2"]
     assert run("profile", "~/model", *profile)[0] == 0
     assert (tmp_path / "model" / "profile.json").is_file()
@@ -127,21 +123,6 @@ def test_an_output_below_a_file_is_refused_before_anything_is_loaded(tmp_path, r
     code, _, err = run("sample", "nonsense", "--classes=1", f"--out={tmp_path / 'file' / 'new' / 'a.png'}")
     assert code == 2
     assert f"{tmp_path / 'file'} is no directory" in err
-
-
-def test_a_full_disk_ends_the_demo_with_one_line(tmp_path, monkeypatch):
-    def full(*_, **__):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    row = {"schedule": "full", "cache_bytes": 1, "speedup": 1.0}
-    samples = {"untrained subnets": {"full": torch.zeros(2, 3, 8, 8)}, "distilled": {"full": torch.zeros(2, 3, 8, 8)}}
-    rows = {"schedules": [row, row]}
-    plot_samples(samples, rows, tmp_path / "samples.png")
-    before = (tmp_path / "samples.png").read_bytes()
-    monkeypatch.setattr("matplotlib.figure.Figure.savefig", full)
-    with pytest.raises(InputError, match=r"samples.png: could not be written \(No space left on device\); .* MiB"):
-        plot_samples(samples, rows, tmp_path / "samples.png")
-    assert (tmp_path / "samples.png").read_bytes() == before
 
 
 @pytest.mark.parametrize("command", ["sample", "profile", "eval"])

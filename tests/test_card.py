@@ -8,8 +8,9 @@ import pytest
 import yaml
 from huggingface_hub import ModelCard
 
-from varcompress.card import TASK, is_generated, model_card
 from varcompress.models.elastic import ElasticVAR, Provenance
+from varcompress.publish import save
+from varcompress.report.card import TASK, is_generated, model_card
 
 COST = {"latency_ms": 20.0, "images_per_second": 400.0, "peak_bytes": 3 * 2**20, "cache_bytes": 2**20}
 PROFILE_ROW = {
@@ -89,9 +90,9 @@ def test_tables(distilled):
     card = model_card(distilled, [PROFILE, EVAL], plots={"profile.png": "Plot"})
     speed, quality = section(card, "Speed and memory"), section(card, "Image quality")
     assert "batch of 8 in float32 on Some CPU" in speed
-    assert "| `d2@2` | 8.0 | 400.00 | 2.50 | 1.00 | 3.00 | 0.50 |" in speed
-    assert "| schedule | FID | IS | KID | Recall | latency, ms |" in quality
-    assert "| `full` | 12.30 | 40.10 ± 1.50 | – | – |" in quality
+    assert "| `d2@2` | 8.00 | 400 | 2.50 | 1.00 | 3.00 | 0.500 |" in speed
+    assert "| schedule | FID | IS | KID | recall | latency, ms |" in quality
+    assert "| `full` | 12.3 | 40.1 ± 1.50 | – | – |" in quality
     assert "no KID, precision or recall" in quality
     assert "![Plot](profile.png)" in card
 
@@ -112,7 +113,7 @@ def test_nothing_measured(distilled):
 
 
 def test_how_to_load_runs_as_it_stands(distilled, tmp_path):
-    path = distilled.save_pretrained(tmp_path / "model")
+    path = save(distilled, tmp_path / "model")
     code = re.search(r"```python\n(.*?)```", model_card(distilled, repo=str(path)), re.DOTALL)[1]
     names: dict = {}
     exec(code, names)

@@ -18,7 +18,6 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from tests.conftest import random_model
-from varcompress.card import model_card
 from varcompress.checkpoint import (
     build_tokenizer,
     build_var,
@@ -74,7 +73,7 @@ def test_elastic_round_trip(shared_aln, tmp_path):
     model = random_model(shared_aln=shared_aln, patch_nums=(1, 2, 4), seed=1)
     model.bridge, model.depths = 1, (3, 2)
     model.provenance = Provenance("mine", "someone/base", "apache-2.0", RECIPE)
-    again = load_elastic(model.save_pretrained(tmp_path / "new" / "folder"))
+    again = load_elastic(save_elastic(model, tmp_path / "new" / "folder"))
     assert_equal_weights(model, again)
     assert (again.bridge, again.depths, again.provenance) == (1, (3, 2), model.provenance)
     assert torch.equal(model.generate([1, 2], "d2", seed=5), again.generate([1, 2], "d2", seed=5))
@@ -108,15 +107,6 @@ def test_saving_again_replaces_the_model_and_nothing_else(elastic):
     assert not list(folder.glob(".*"))
 
 
-def test_a_generated_card_goes_with_its_model(elastic):
-    _, folder = elastic
-    assert "d4" in (folder / "README.md").read_text()
-    other = random_model(seed=3)
-    other.provenance.name = "another"
-    save_elastic(other, folder)
-    assert (folder / "README.md").read_text() == model_card(other)
-
-
 @pytest.mark.parametrize("kind", ["profile", "eval"])
 def test_results_never_come_to_lie_beside_other_weights(elastic, kind):
     _, folder = elastic
@@ -134,14 +124,6 @@ def test_a_result_that_says_not_of_which_weights_it_is(elastic):
     _, folder = elastic
     (folder / "profile.json").write_text('{"kind": "profile"}')
     refused("profile.json there would belong to other weights", save_elastic, load_elastic(folder), folder)
-
-
-def test_a_generated_card_is_known_whatever_the_model_beside_it(elastic):
-    _, folder = elastic
-    (folder / "config.json").write_text("{")  # damaged: saving mends it, and its card with it
-    other = random_model(seed=3)
-    save_elastic(other, folder)
-    assert (folder / "README.md").read_text() == model_card(other)
 
 
 # -- which weights ----------------------------------------------------------------------------------

@@ -7,11 +7,12 @@ import json
 import pytest
 
 from varcompress.fingerprint import fingerprint
+from varcompress.publish import save
 
 
 @pytest.fixture
 def elastic(tiny, tmp_path):
-    return tiny.save_pretrained(tmp_path / "elastic")
+    return save(tiny, tmp_path / "elastic")
 
 
 @pytest.fixture
@@ -27,6 +28,8 @@ def test_profile_prints_a_table_and_writes_beside_the_model(quick, elastic):
     assert [result.stdout.count(name) for name in ("d4@2", "d2@2")] == [3, 3]
     assert {path.name for path in elastic.iterdir()} - before == {"profile.json", "profile.png"}
     assert "profile.json" in result.stderr.replace("\n", "")
+    assert "Not measured." not in (elastic / "README.md").read_text()
+    assert "### Speed and memory" in (elastic / "README.md").read_text()
 
 
 def test_profile_of_files_writes_where_it_is_told(quick, tiny_files, tmp_path):

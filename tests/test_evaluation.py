@@ -30,6 +30,7 @@ from varcompress.images import to_uint8
 from varcompress.models.autoencoder import TokenizerConfig
 from varcompress.models.elastic import ElasticVAR, Provenance
 from varcompress.models.tokenizer import VQVAE
+from varcompress.publish import save
 from varcompress.sampling import Sampling
 
 CPU = torch.device("cpu")
@@ -503,8 +504,9 @@ def test_eval_prints_a_table_and_leaves_no_litter(run, files, tmp_path, pixels, 
 
 
 def test_eval_writes_into_an_elastic_directory(run, model, tmp_path):
-    model.save_pretrained(tmp_path / "elastic")
+    save(model, tmp_path / "elastic")
     outcome = run("eval", tmp_path / "elastic", "--images", 12, "-s", "d2@2", "--device", "cpu", "--json")
     assert outcome.exit_code == 0, outcome.stderr
+    assert "### Image quality" in (tmp_path / "elastic" / "README.md").read_text()
     assert {"eval.json", "eval.png"} <= {path.name for path in (tmp_path / "elastic").iterdir()}
     assert json.loads(outcome.stdout)["reference"] == "embedded digits"

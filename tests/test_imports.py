@@ -21,7 +21,7 @@ LAYERS = (
     {"cost"},
     {"memory", "results"},
     {"checkpoint", "report", "hub", "drawing", "data"},
-    {"load", "profiling", "evaluation"},
+    {"loading", "profiling", "evaluation"},
     {"publish"},
     {"training"},
     {"demo"},

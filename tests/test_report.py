@@ -1,8 +1,8 @@
-"""Tables fit and hold every figure; plots are readable PNGs; files replace nothing that is not theirs."""
+"""Tables fit and hold every figure; plots are readable PNGs."""
 
 from __future__ import annotations
 
-import json
+import errno
 import re
 
 import numpy as np
@@ -12,17 +12,9 @@ from rich.console import Console
 
 from varcompress.errors import InputError
 from varcompress.profiling import describe, profile
-from varcompress.report import (
-    NOT_GIVEN,
-    check_results,
-    demo_table,
-    eval_table,
-    inspect_table,
-    plot_eval,
-    plot_profile,
-    profile_table,
-    write_results,
-)
+from varcompress.report.format import NOT_GIVEN, count, mebibytes, number
+from varcompress.report.plots import plot_eval, plot_profile, plot_samples
+from varcompress.report.tables import demo_table, eval_table, inspect_table, profile_table
 
 NAMES = ["full", "d16@6", "d8@6", "d4@6", "30x1,20x1,16x2,12x2,8x1,4x2,2x1", "30x6,16x2,8x2"]
 DIGITS = ("digits_fd", "digits_is", "digits_kid", "digits_precision", "digits_recall")
@@ -46,8 +38,8 @@ def big_profile(names: list[str]) -> dict:
         "cache_ratio": 1.0,
     }
     counts = {"peak_bytes": 41_171_000_000, "cache_bytes": 20_054_016_000, "weight_bytes": 26_542_000_000}
-    for name, count in {**counts, "flops": 266_048_000_000_000}.items():
-        row |= {name: count, f"{name}_predicted": int(0.99 * count)}
+    for name, value in {**counts, "flops": 266_048_000_000_000}.items():
+        row |= {name: value, f"{name}_predicted": int(0.99 * value)}
     where = {"model": "var_d30", "device": "NVIDIA H100 80GB HBM3", "dtype": "bfloat16", "torch": "2.11.0"}
     return {
         "kind": "profile",
@@ -127,7 +119,7 @@ def test_demo_table():
         assert part in text
 
 
-# -- plots and files ------------------------------------------------------------------------------
+# -- plots ----------------------------------------------------------------------------------------
 
 
 def pixels(path) -> np.ndarray:
@@ -156,41 +148,6 @@ def test_scores_that_are_missing_have_no_point(tmp_path):
     assert pixels(tmp_path / "eval.png").size
 
 
-def test_results_are_written_and_replaced(tmp_path):
-    folder = tmp_path / "new" / "place"
-    result = big_profile(["full"])
-    paths = write_results(result, folder)
-    assert sorted(path.name for path in folder.iterdir()) == ["profile.json", "profile.png"]
-    assert json.loads(paths[0].read_text()) == result
-    result["runs"] = 7
-    write_results(result, folder)
-    assert json.loads(paths[0].read_text())["runs"] == 7
-    assert [path.name for path in write_results(scored(NAMES, DIGITS), folder)] == ["eval.json", "eval.png"]
-
-
-@pytest.mark.parametrize("content", ["not json", "[]", '{"kind": "eval"}', "{}"])
-def test_files_of_others_stay(tmp_path, content):
-    (tmp_path / "profile.json").write_text(content)
-    with pytest.raises(InputError, match="holds something else"):
-        write_results(big_profile(["full"]), tmp_path)
-    assert (tmp_path / "profile.json").read_text() == content
-    assert not (tmp_path / "profile.png").exists()
-
-
-def test_a_file_is_no_folder(tmp_path):
-    (tmp_path / "file").touch()
-    with pytest.raises(InputError, match="is a file, not a directory"):
-        check_results(tmp_path / "file", "profile")
-
-
-def test_an_earlier_result_is_kept_beside_the_new_one(tmp_path):
-    write_results(scored(["full", "d8@6"], DIGITS), tmp_path)
-    earlier = (tmp_path / "eval.json").read_text()
-    write_results(scored(["full"], DIGITS), tmp_path)
-    assert (tmp_path / "eval.json.old").read_text() == earlier
-    assert (tmp_path / "eval.json").read_text() != earlier
-
-
 def test_a_profile_says_how_it_ran_and_what_an_eight_bit_cache_does():
     plain = big_profile(NAMES[:2])
     assert "logits" not in text_of(profile_table(plain), 100)
@@ -201,3 +158,40 @@ def test_a_profile_says_how_it_ran_and_what_an_eight_bit_cache_does():
     text = text_of(profile_table(rounded), 100)
     assert "bfloat16, kernels triton, cache dtype int8, offload bridge, packed weights, batch" in " ".join(text.split())
     assert text.count("1.23%") == text.count("98.7%") == 2
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (None, NOT_GIVEN),
+        (0, "0"),
+        (0.0123, "0.0123"),
+        (0.5, "0.500"),
+        (8, "8.00"),
+        (12.34, "12.3"),
+        (-99.6, "-99.6"),
+        (123456, "123,456"),
+    ],
+)
+def test_numbers_have_three_figures(value, text):
+    assert number(value) == text
+
+
+def test_bytes_and_counts():
+    assert (mebibytes(3 * 2**20), mebibytes(None)) == ("3.00", NOT_GIVEN)
+    assert (count(1, "image"), count(2000, "image")) == ("1 image", "2,000 images")
+
+
+def test_a_full_disk_while_a_plot_is_drawn(tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    row = {"schedule": "full", "cache_bytes": 1, "speedup": 1.0}
+    images = {"full": np.zeros((2, 8, 8, 3), np.uint8)}
+    samples, result = {"untrained subnets": images, "distilled": images}, {"schedules": [row, row]}
+    plot_samples(samples, result, tmp_path / "samples.png")
+    before = (tmp_path / "samples.png").read_bytes()
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", full)
+    with pytest.raises(InputError, match=r"samples.png: could not be written \(No space left on device\); .* MiB"):
+        plot_samples(samples, result, tmp_path / "samples.png")
+    assert (tmp_path / "samples.png").read_bytes() == before

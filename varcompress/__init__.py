@@ -6,24 +6,39 @@ import importlib
 from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
-__all__ = ["InputError", "Schedule", "__version__", "distill", "evaluate", "load", "profile", "push"]
+__all__ = [
+    "InputError",
+    "Sampling",
+    "Schedule",
+    "__version__",
+    "distill",
+    "evaluate",
+    "load",
+    "profile",
+    "push",
+    "save",
+]
 
 # Names are looked up on first use, so that `varcompress --help` does not wait for torch.
 _HOMES = {
     "InputError": "varcompress.errors",
+    "Sampling": "varcompress.sampling",
     "Schedule": "varcompress.schedule",
     "distill": "varcompress.training",
     "evaluate": "varcompress.evaluation",
-    "load": "varcompress.hub",
+    "load": "varcompress.loading",
     "profile": "varcompress.profiling",
-    "push": "varcompress.hub",
+    "push": "varcompress.publish",
+    "save": "varcompress.publish",
 }
 
 if TYPE_CHECKING:
     from varcompress.errors import InputError
     from varcompress.evaluation import evaluate
-    from varcompress.hub import load, push
+    from varcompress.loading import load
     from varcompress.profiling import profile
+    from varcompress.publish import push, save
+    from varcompress.sampling import Sampling
     from varcompress.schedule import Schedule
     from varcompress.training import distill
 

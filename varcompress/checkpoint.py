@@ -6,7 +6,6 @@ the tokenizer; everything about the model is read from the shapes it holds. An e
     config.json         shapes, bridge, depths, base model
     model.safetensors   `var.*` and `tokenizer.*`, the official keys behind those prefixes
     recipe.yaml         the recipe that made it, when there was one
-    README.md           the model card
 """
 
 from __future__ import annotations
@@ -26,7 +25,6 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from varcompress.card import is_generated, model_card
 from varcompress.errors import InputError
 from varcompress.files import disk_errors, replacing, write_text
 from varcompress.fingerprint import values_digest
@@ -34,13 +32,12 @@ from varcompress.models.autoencoder import TokenizerConfig
 from varcompress.models.elastic import ElasticVAR, Provenance
 from varcompress.models.tokenizer import VQVAE
 from varcompress.models.transformer import VAR, VARConfig
+from varcompress.results import check_owner
 
 FORMAT = 1
-CONFIG, WEIGHTS, RECIPE, CARD = "config.json", "model.safetensors", "recipe.yaml", "README.md"
+CONFIG, WEIGHTS, RECIPE = "config.json", "model.safetensors", "recipe.yaml"
 # Rebuilt from the shapes, never learned: accepted in a checkpoint and dropped.
 BUFFERS = ("lvl_1L", "attn_bias_for_masking", "zero_k_bias", "ema_vocab_hit_SV")
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-MEASURED = ("profile", "eval")  # kinds of results that belong to one set of weights
 Shapes = Mapping[str, tuple[int, ...]]
 Built = TypeVar("Built", bound=nn.Module)
 
@@ -181,12 +178,12 @@ def load_official(path: str | Path, vae: str | Path, **provenance) -> ElasticVAR
 def save_elastic(model: ElasticVAR, path: str | Path) -> Path:
     """Write an elastic directory. Each file appears whole or not at all; other files there are left alone.
 
-    The card of a model that lay there is replaced, unless it was edited. Raises InputError when `path` is not
-    a directory, holds something else or results of other weights, or the disk is full.
+    Raises InputError when `path` is not a directory, holds something else or results of other weights, or the disk is
+    full.
     """
     path = Path(path)
     check_output(path)
-    _check_results(model, path)
+    check_owner(path, values_digest(model))  # of the weights as they will lie there
     tensors = {
         f"{part}.{key}": value.detach().cpu().contiguous()
         for part in ("var", "tokenizer")
@@ -201,8 +198,6 @@ def save_elastic(model: ElasticVAR, path: str | Path) -> Path:
             (path / RECIPE).unlink(missing_ok=True)  # that of the model which lay here before
         else:
             write_text(path / RECIPE, yaml.safe_dump(model.provenance.recipe, sort_keys=False))
-        if not has_own_card(path):
-            write_text(path / CARD, model_card(model))
     return path
 
 
@@ -217,30 +212,6 @@ def config_text(model: ElasticVAR) -> str:
         **{key: value for key, value in dataclasses.asdict(model.provenance).items() if key != "recipe"},
     }
     return json.dumps(config, indent=2) + "\n"
-
-
-def has_own_card(path: Path) -> bool:
-    """Whether a directory holds a card that a person wrote or edited."""
-    card = path / CARD
-    return card.is_file() and not is_generated(card.read_text(encoding="utf-8", errors="replace"))
-
-
-def _check_results(model: ElasticVAR, path: Path) -> None:
-    """Raises InputError when results in `path` are of other weights than these, as they are to be saved."""
-    measured = {file.name: weights for file in sorted(path.glob("*.json")) if (weights := _measured_weights(file))}
-    if any(weights != values_digest(model) for weights in measured.values()):
-        raise InputError(
-            f"{path}: {', '.join(measured)} there would belong to other weights: choose another directory or move them"
-        )
-
-
-def _measured_weights(path: Path) -> str | None:
-    """The fingerprint in a result, None for a file that is none."""
-    try:
-        result = json.loads(path.read_text(encoding="utf-8"))
-        return result.get("weights", "unknown") if result["kind"] in MEASURED else None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return None
 
 
 def load_elastic(path: str | Path) -> ElasticVAR:

@@ -6,16 +6,17 @@ import time
 import warnings
 from pathlib import Path
 
-import torch
+import numpy as np
 
 from varcompress.evaluation import evaluate
-from varcompress.files import disk_errors, replacing, write_json
-from varcompress.hub import load
 from varcompress.images import to_uint8
+from varcompress.loading import load
 from varcompress.models.elastic import ElasticVAR
 from varcompress.profiling import profile
 from varcompress.progress import Note, Progress, silent
-from varcompress.report import plot_eval, plot_profile
+from varcompress.publish import SAMPLES, record
+from varcompress.report.plots import plot_samples
+from varcompress.results import DEMO, DemoResult, write_result
 from varcompress.training import distill
 from varcompress.training.recipe import load_recipe
 from varcompress.training.state import RunDirectory
@@ -30,7 +31,7 @@ def run_demo(
     batch_size: int = 100,
     progress: Progress = silent,
     note: Note = warnings.warn,
-) -> dict:
+) -> DemoResult:
     """Distil, profile and evaluate `digits` into the elastic directory `out`.
 
     A demo that was interrupted goes on with the distillation where it stopped; a finished one only measures again.
@@ -51,8 +52,8 @@ def run_demo(
     samples["distilled subnets"] = sample_rows(model)
     after = evaluate(model, **settings)
     costs = profile(model, batch_size=64, runs=9, progress=progress)
-    result = {
-        "kind": "demo",
+    result: DemoResult = {
+        "kind": DEMO,
         "device": costs["device"],
         "score": SCORE,
         "images": images,
@@ -71,46 +72,16 @@ def run_demo(
         "untrained": before,  # not a file of its own: `push` would take it for a result of the distilled weights
         "seconds": time.monotonic() - started,
     }
-    files = {"eval": after, "profile": costs, "demo": result}
-    for name, content in files.items():
-        with disk_errors(out / f"{name}.json"):
-            write_json(out / f"{name}.json", content)
-    plot_eval(after, out / "eval.png")
-    plot_profile(costs, out / "profile.png")
-    plot_samples(samples, result, out / "samples.png")
+    plot_samples(samples, result, out / SAMPLES)
+    for measured in (after, costs):
+        record(measured, out)
+    write_result(result, out)
     result["files"] = sorted(str(path) for path in out.iterdir() if not path.name.startswith("."))
     return result
 
 
-def sample_rows(model: ElasticVAR) -> dict[str, torch.Tensor]:
-    """One image of every class under every schedule, from the same random streams: {schedule: (10, 3, H, W)}."""
+def sample_rows(model: ElasticVAR) -> dict[str, np.ndarray]:
+    """One image of every class under every schedule, from the same random streams: {schedule: (10, H, W, 3) uint8}."""
     classes = range(model.var.config.classes)
-    return {str(schedule): model.generate(classes, schedule, seed=1) for schedule in model.default_schedules()}
-
-
-def plot_samples(samples: dict[str, dict[str, torch.Tensor]], result: dict, path: Path) -> None:
-    """A picture of rows of samples, one panel per state of the weights, with what each schedule saves."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    rows = result["schedules"]
-    figure, axes = pyplot.subplots(len(rows), len(samples), figsize=(13, 0.72 * len(rows) + 0.5), layout="constrained")
-    for column, (title, images) in zip(axes.T, samples.items(), strict=True):
-        column[0].set_title(title, fontsize=12)
-        for axis, row in zip(column, rows, strict=True):
-            strip = torch.cat(list(to_uint8(images[row["schedule"]])), dim=2)
-            axis.imshow(strip.permute(1, 2, 0).numpy(), interpolation="nearest")
-            axis.set(xticks=[], yticks=[])
-            axis.spines[:].set_visible(False)
-    for axis, row in zip(axes[:, 0], rows, strict=True):
-        axis.set_ylabel(row["schedule"], rotation=0, ha="right", va="center", fontsize=11)
-    for axis, row in zip(axes[:, -1], rows, strict=True):
-        axis.yaxis.set_label_position("right")
-        cache = row["cache_bytes"] / rows[0]["cache_bytes"]
-        label = f"{row['speedup']:.1f}× speed\n{cache:.0%} cache"
-        axis.set_ylabel(label, rotation=0, ha="left", va="center", fontsize=10)
-    with disk_errors(path), replacing(path) as temporary:
-        figure.savefig(temporary, dpi=110, format="png")
-    pyplot.close(figure)
+    drawn = {str(schedule): model.generate(classes, schedule, seed=1) for schedule in model.default_schedules()}
+    return {schedule: to_uint8(images).permute(0, 2, 3, 1).cpu().numpy() for schedule, images in drawn.items()}

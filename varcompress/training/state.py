@@ -20,12 +20,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from varcompress.checkpoint import check_output, is_elastic, load_elastic, save_elastic
+from varcompress.checkpoint import check_output, is_elastic, load_elastic
 from varcompress.errors import InputError
 from varcompress.files import disk_errors, replacing, sweep, write_json
 from varcompress.models.elastic import ElasticVAR
 from varcompress.models.transformer import VAR
 from varcompress.progress import Note
+from varcompress.publish import save
 from varcompress.training.recipe import Recipe, machine_fields
 
 STEPS, WORK = "steps.jsonl", ".training"
@@ -133,7 +134,7 @@ class RunDirectory:
         whole = self.work / "finished"
         with disk_errors(self.out):
             shutil.rmtree(whole, ignore_errors=True)
-            save_elastic(model, whole)
+            save(model, whole)
             for file in sorted(whole.iterdir()):
                 os.replace(file, self.out / file.name)
             self.clear()

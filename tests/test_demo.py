@@ -1,0 +1,37 @@
+"""What the demo draws, on whatever device its images are."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from PIL import Image
+
+from varcompress.demo import sample_rows
+from varcompress.models.elastic import ElasticVAR
+from varcompress.report.plots import plot_samples
+
+
+class OnDevice(torch.Tensor):
+    """A tensor that numpy cannot read, as one on a GPU, until it was brought to the CPU."""
+
+    def numpy(self, *_, **__):
+        raise TypeError("can't convert cuda:0 device type tensor to numpy. Use Tensor.cpu() first")
+
+    __array__ = numpy
+
+    def cpu(self):
+        return self.as_subclass(torch.Tensor)
+
+
+class ModelOnDevice(ElasticVAR):
+    def generate(self, *arguments, **options):
+        return super().generate(*arguments, **options).as_subclass(OnDevice)
+
+
+def test_samples_of_another_device_are_drawn(tiny, tmp_path):
+    model = ModelOnDevice(tiny.var, tiny.tokenizer, bridge=2, depths=(4, 2))
+    rows = sample_rows(model)
+    costs = [{"schedule": str(s), "cache_bytes": 2, "speedup": 1.5} for s in model.default_schedules()]
+    plot_samples({"before": rows, "after": rows}, {"schedules": costs}, tmp_path / "samples.png")
+    with Image.open(tmp_path / "samples.png") as image:
+        assert len(np.unique(np.asarray(image.convert("RGB"))[::3, ::3].reshape(-1, 3), axis=0)) > 100

@@ -1,0 +1,60 @@
+"""How tables, plots and cards write numbers, scores and names."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+MIB = 2**20
+NOT_GIVEN = "\N{EN DASH}"
+LONG_NAME = 16
+
+
+def number(value: float | None) -> str:
+    """Three figures, or all before the point; a dash for None."""
+    if value is None:
+        return NOT_GIVEN
+    places = next((places for limit, places in ((100, 0), (10, 1), (1, 2), (0.1, 3)) if abs(value) >= limit), None)
+    return f"{value:.3g}" if places is None else f"{value:,.{places}f}"
+
+
+def mebibytes(size_bytes: float | None) -> str:
+    """Bytes as a number of MiB."""
+    return number(None if size_bytes is None else size_bytes / MIB)
+
+
+def count(things: int, thing: str) -> str:
+    """1 image, 2,000 images."""
+    return f"{things:,} {thing}{'' if things == 1 else 's'}"
+
+
+def score(row: dict, key: str) -> str:
+    """A score of a row with its spread, where it has one."""
+    spread = row.get(f"{key}_std")
+    return number(row.get(key)) + (f" ± {number(spread)}" if spread is not None else "")
+
+
+def joined(values: Iterable) -> str:
+    """1, 2, 3."""
+    return ", ".join(map(str, values))
+
+
+def folded(schedule: str) -> str:
+    """A long schedule name on several lines, broken at its commas."""
+    lines = [""]
+    for part in schedule.split(","):
+        glue = "," if lines[-1] else ""
+        if len(lines[-1]) + len(part) > LONG_NAME:
+            lines[-1] += glue
+            lines.append(part)
+        else:
+            lines[-1] += glue + part
+    return "\n".join(lines)
+
+
+def where(result: dict) -> str:
+    """The model of a result, its device, its dtype, and how it ran where that is not as usual."""
+    usual = {"kernels": "torch", "cache_dtype": result["dtype"], "offload": None}
+    said = [f"{key.replace('_', ' ')} {result[key]}" for key, value in usual.items() if result.get(key, value) != value]
+    if result.get("packed_weights"):
+        said.append("packed weights")
+    return joined([f"{result['model']} on {result['device']}", result["dtype"], *said])

@@ -1,0 +1,208 @@
+"""Results as tables for the terminal, made from the plain dicts that `profile`, `evaluate` and `describe` return."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rich import box
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from varcompress.report.format import MIB, count, folded, joined, mebibytes, number, score, where
+from varcompress.results import METRICS, DemoResult, EvalResult, Metric, ProfileResult
+
+Rows = Sequence[dict]
+
+
+def profile_table(result: ProfileResult) -> RenderableType:
+    """What `profile` measured: time, work and memory per schedule, predictions in brackets."""
+    rows = result["schedules"]
+    batch = f"batch of {result['batch_size']}"
+    head = (
+        f"{where(result)}, {batch}, median of {count(result['runs'], 'run')}\n"
+        "In brackets: what arithmetic predicts; the speed-up is that of FLOPs."
+    )
+    time = _table(
+        f"Time of a {batch}, ms",
+        {
+            "latency": lambda r: number(r["latency_ms"]),
+            "quartiles": lambda r: "-".join(map(number, r["latency_spread_ms"])),
+            "images/s": lambda r: number(r["images_per_second"]),
+            "trans-\nformer": lambda r: number(r["transformer_ms"]),
+            "sampling": lambda r: number(r["sampling_ms"]),
+            "decoder": lambda r: number(r["decoder_ms"]),
+        },
+        rows,
+    )
+    work = _table(
+        "Speed-up over full, and work (predicted)",
+        {
+            "speed-up": lambda r: _beside(r, "speedup"),
+            "without decoder": lambda r: _beside(r, "speedup_without_decoder"),
+            "GFLOP": lambda r: _beside(r, "flops", 1e9),
+            "weights, MiB": lambda r: _beside(r, "weight_bytes", MIB),
+        },
+        rows,
+    )
+    memory = _table(
+        "Memory (predicted)",
+        {
+            "peak, MiB": lambda r: _beside(r, "peak_bytes", MIB),
+            "of full": lambda r: f"{r['memory_ratio']:.0%}",
+            "cache, MiB": lambda r: _beside(r, "cache_bytes", MIB),
+            "of full ": lambda r: f"{r['cache_ratio']:.0%}",
+        },
+        rows,
+    )
+    rounded = [row for row in rows if "logit_error" in row]
+    effect = _table(
+        f"What a cache in {result.get('cache_dtype')} does to the logits of the same tokens",
+        {
+            "error": lambda r: f"{r['logit_error']:.2%}",
+            "same largest logit": lambda r: f"{r['same_top_token']:.1%}",
+        },
+        rounded,
+    )
+    return _stacked(head, time, work, memory, *([effect] if rounded else []))
+
+
+def eval_table(result: EvalResult) -> RenderableType:
+    """What `evaluate` measured: scores per schedule, and what the same run cost."""
+    rows, settings = result["schedules"], result["settings"]
+    head = (
+        f"{where(result)}, batch of {result['batch_size']}\n"
+        f"{count(settings['images'], 'image')} against {result['reference']}, features {result['features']}\n"
+        f"cfg {settings['cfg']}, top-k {settings['top_k']}, top-p {settings['top_p']}, seed {settings['seed']}, "
+        f"rounded to {settings['rounding']}"
+    )
+    scores = {
+        _heading(metric): lambda r, key=key: score(r, key)
+        for key, metric in METRICS.items()
+        if any(key in row for row in rows)
+    }
+    cost = {
+        "latency, ms": lambda r: number(r["latency_ms"]),
+        "images/s": lambda r: number(r["images_per_second"]),
+        "peak, MiB": lambda r: mebibytes(r["peak_bytes"]),
+        "cache, MiB": lambda r: mebibytes(r["cache_bytes"]),
+    }
+    notes = [Text(note) for note in result.get("notes", [])]
+    return _stacked(head, _table("Scores", scores, rows), _table("Cost of the same run", cost, rows), *notes)
+
+
+def demo_table(result: DemoResult) -> RenderableType:
+    """What the demo showed: each schedule's score before and after distilling, and what the schedule saves."""
+    metric = METRICS[result["score"]]
+    head = f"{result['device']}; {metric.name} of {count(result['images'], 'image')} ({metric.better} is better)"
+    columns = {
+        "untrained": lambda r: number(r["untrained"]),
+        "distilled": lambda r: number(r["distilled"]),
+        "latency, ms": lambda r: number(r["latency_ms"]),
+        "speed-up": lambda r: number(r["speedup"]),
+        "cache, MiB": lambda r: mebibytes(r["cache_bytes"]),
+        "peak, MiB": lambda r: mebibytes(r["peak_bytes"]),
+    }
+    title = f"{metric.name} of untrained and distilled subnets, and the cost of a batch of {result['batch_size']}"
+    return _stacked(head, _table(title, columns, result["schedules"]))
+
+
+def inspect_table(result: dict) -> RenderableType:
+    """What `describe` says of a model: its shape, its schedules' layers, and their cost by arithmetic."""
+    rows = result["schedules"]
+    cost = _table(
+        f"Cost of one guided image in {result['dtype']}, by arithmetic",
+        {
+            "cache, MiB": lambda r: mebibytes(r["cache_bytes"]),
+            "of full": lambda r: f"{r['cache_ratio']:.0%}",
+            "GFLOP": lambda r: number(r["flops"] / 1e9),
+            "speed-up": lambda r: number(r["speedup_predicted"]),
+            "without decoder": lambda r: number(r["speedup_without_decoder_predicted"]),
+        },
+        rows,
+    )
+    return Group(_facts(result), _layers(rows), cost)
+
+
+def _facts(result: dict) -> Table:
+    parameters, recipe = result["parameters"], result["recipe"]
+    entries, size = result["codebook"]
+    trained = f"trained for depths {joined(result['depths'])}" if result["depths"] else "untouched, no subnet trained"
+    facts = {
+        "model": f"{result['model']}: {result['checkpoint']} checkpoint, {trained}",
+        "transformer": f"{result['depth']} layers, width {result['width']}, {result['heads']} heads, "
+        f"{number(parameters['transformer'] / 1e6)} M parameters" + (", shared AdaLN" * result["shared_aln"]),
+        "tokenizer": f"{number(parameters['tokenizer'] / 1e6)} M parameters, codebook {entries:,} x {size}",
+        "scales": f"{joined(result['patch_nums'])}: {result['tokens']:,} tokens",
+        "images": f"{result['image_size']} x {result['image_size']} pixels, {result['classes']:,} classes",
+        "bridge": f"{count(result['bridge'], 'scale')} of {len(result['patch_nums'])} run all layers",
+        "base model": result["base_model"],
+        "licence": result["license"],
+        "recipe": recipe and ", ".join(f"{key} {_value(value)}" for key, value in recipe.items()),
+    }
+    table = Table.grid(padding=(0, 2))
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+    for name, fact in facts.items():
+        if fact is not None:
+            table.add_row(name, Text(fact))
+    return table
+
+
+def _layers(rows: Rows) -> Table:
+    """Schedule, scales, and the layers that run there."""
+    table = Table(title="Layers that run", title_justify="left", box=box.SIMPLE, pad_edge=False, collapse_padding=True)
+    table.add_column("schedule", no_wrap=True)
+    table.add_column("scales", no_wrap=True)
+    table.add_column("count", justify="right", no_wrap=True)
+    table.add_column("layers", overflow="fold")
+    for row in rows:
+        for place, segment in enumerate(row["segments"]):
+            scales, layers = segment["scales"], segment["layers"]
+            table.add_row(
+                "" if place else folded(row["schedule"]), _span(*scales), str(len(layers)), Text(_runs(layers))
+            )
+    return table
+
+
+def _table(title: str, columns: dict, rows: Rows) -> Table:
+    """A table of one line per schedule. columns: heading -> text of a row."""
+    table = Table(title=title, title_justify="left", box=box.SIMPLE, pad_edge=False, collapse_padding=True)
+    table.add_column("schedule", no_wrap=True)
+    for heading in columns:
+        table.add_column(heading, justify="right", overflow="fold")
+    for row in rows:
+        table.add_row(folded(row["schedule"]), *(Text(cell(row)) for cell in columns.values()))
+    return table
+
+
+def _heading(metric: Metric) -> str:
+    return f"{metric.name} {'↑' if metric.more_is_better else '↓'}".replace(" ", "\n", metric.name.count(" "))
+
+
+def _stacked(head: str, *parts: RenderableType) -> Group:
+    return Group(Text(head), "", *parts)
+
+
+def _beside(row: dict, key: str, unit: float = 1) -> str:
+    """What was measured, then in brackets what was predicted."""
+    return f"{number(row[key] / unit)} ({number(row[f'{key}_predicted'] / unit)})"
+
+
+def _value(value: object) -> str:
+    return joined(value) if isinstance(value, list | tuple) else str(value)
+
+
+def _span(first: int, last: int) -> str:
+    return str(first) if first == last else f"{first}-{last}"
+
+
+def _runs(layers: Sequence[int]) -> str:
+    """Ascending indices, unbroken runs of three or more written as a span: 0-29, or 0 4 8 12."""
+    runs: list[list[int]] = []
+    for layer in layers:
+        if runs and layer == runs[-1][-1] + 1:
+            runs[-1].append(layer)
+        else:
+            runs.append([layer])
+    return " ".join(_span(run[0], run[-1]) if len(run) > 2 else " ".join(map(str, run)) for run in runs)

@@ -1,0 +1,270 @@
+"""Results: what they hold, what their metrics are called, the files they lie in, and whose weights they are of."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Collection, Iterator
+from pathlib import Path
+from typing import NamedTuple, TypedDict
+
+from varcompress.errors import InputError
+from varcompress.files import disk_errors, write_json
+
+PROFILE, EVAL, DEMO = "profile", "eval", "demo"
+MEASURED = (PROFILE, EVAL)  # kinds that belong to one set of weights, and are published with it
+EARLIER = ".old"  # added to the name of a result whose place a newer one took
+
+
+class Metric(NamedTuple):
+    """What a score is called where people read it, the features it is computed on, and which direction is better."""
+
+    name: str
+    features: str
+    more_is_better: bool
+    has_spread: bool = False  # KEY_std goes with it
+
+    @property
+    def better(self) -> str:
+        """more or less."""
+        return "more" if self.more_is_better else "less"
+
+
+# Those on the digits' own small feature network have names of their own: they are no FID or IS on Inception.
+METRICS = {
+    "fid": Metric("FID", "inception", False),
+    "is": Metric("IS", "inception", True, has_spread=True),
+    "kid": Metric("KID", "inception", False, has_spread=True),
+    "precision": Metric("precision", "inception", True),
+    "recall": Metric("recall", "inception", True),
+    "digits_fd": Metric("digits FD", "digits", False),
+    "digits_is": Metric("digits IS", "digits", True, has_spread=True),
+    "digits_kid": Metric("digits KID", "digits", False, has_spread=True),
+    "digits_precision": Metric("digits precision", "digits", True),
+    "digits_recall": Metric("digits recall", "digits", True),
+}
+
+
+def score_fields(features: str) -> tuple[str, ...]:
+    """The fields of a row that hold scores on these features: key by key, each followed by its spread."""
+    chosen = {key: metric for key, metric in METRICS.items() if metric.features == features}
+    return tuple(field for key, metric in chosen.items() for field in ([key, f"{key}_std"][: 1 + metric.has_spread]))
+
+
+# -- fields -------------------------------------------------------------------------------------
+
+
+class Conditions(TypedDict):
+    """Under what a result was had."""
+
+    model: str
+    weights: str  # their fingerprint
+    device: str
+    torch: str
+    dtype: str
+    kernels: str  # torch or triton
+    packed_weights: bool
+    cache_dtype: str
+    offload: str | None
+
+
+class CacheEffect(TypedDict, total=False):
+    """What a cache in eight bits does to the logits of the same tokens; empty where the cache has more."""
+
+    logit_error: float  # root mean square of the difference over that of the logits
+    same_top_token: float  # share of tokens whose largest logit stays the largest
+
+
+class Cost(TypedDict):
+    """What a schedule costs per batch, as every result tells it."""
+
+    schedule: str
+    latency_ms: float
+    images_per_second: float
+    peak_bytes: int
+    cache_bytes: int
+
+
+class ProfileRow(Cost, CacheEffect):
+    """A schedule of a profile. What ends in _predicted is arithmetic, beside what was measured."""
+
+    latency_spread_ms: list[float]  # first and third quartile
+    without_decoder_ms: float
+    transformer_ms: float
+    sampling_ms: float
+    decoder_ms: float
+    peak_bytes_predicted: int
+    cache_bytes_predicted: int
+    weight_bytes: int
+    weight_bytes_predicted: int
+    flops: int
+    flops_predicted: int
+    flops_without_decoder_predicted: int
+    speedup: float  # over `full`, as are the ratios
+    speedup_predicted: float
+    speedup_without_decoder: float
+    speedup_without_decoder_predicted: float
+    memory_ratio: float
+    cache_ratio: float
+
+
+class ProfileResult(Conditions):
+    """What `profile` returns and profile.json holds."""
+
+    kind: str
+    batch_size: int
+    settings: dict  # the fields of Sampling
+    runs: int
+    schedules: list[ProfileRow]
+
+
+_FIELDS = [field for features in ("inception", "digits") for field in score_fields(features)]
+Scores = TypedDict("Scores", dict.fromkeys(_FIELDS, float | None), total=False)
+"""The scores on the features of an eval; None where the reference cannot give one."""
+
+
+class EvalRow(Cost, Scores):
+    """A schedule of an eval: its cost and its scores."""
+
+
+class EvalResult(Conditions):
+    """What `evaluate` returns and eval.json holds."""
+
+    kind: str
+    batch_size: int
+    reference: str
+    features: str
+    settings: dict  # the fields of Sampling, the number of images, and how they were rounded
+    notes: list[str]  # what a reader must know before setting these scores beside others
+    schedules: list[EvalRow]
+
+
+class DemoRow(TypedDict):
+    """A schedule of the demo: its score before and after distilling, and what it costs."""
+
+    schedule: str
+    untrained: float
+    distilled: float
+    latency_ms: float
+    speedup: float
+    cache_bytes: int
+    peak_bytes: int
+
+
+class DemoResult(TypedDict):
+    """What the demo returns; demo.json lacks `files`."""
+
+    kind: str
+    device: str
+    score: str  # a key of METRICS
+    images: int
+    batch_size: int
+    schedules: list[DemoRow]
+    untrained: EvalResult
+    seconds: float
+    files: list[str]
+
+
+# -- reading ------------------------------------------------------------------------------------
+
+
+def read_result(path: str | Path) -> dict:
+    """The profile or eval result in a JSON file. Raises InputError where there is none."""
+    path = Path(path)
+    try:
+        return check_result(str(path), json.loads(path.read_text(encoding="utf-8")))
+    except InputError:
+        raise
+    except (OSError, ValueError) as error:
+        why = getattr(error, "strerror", None) or error
+        raise InputError(f"{path}: not a readable JSON file ({why})") from error
+
+
+def check_result(source: str, content: object) -> dict:
+    """`content`, which came from `source`, if it is a profile or eval result. Raises InputError if it is none."""
+    if not isinstance(content, dict) or content.get("kind") not in MEASURED:
+        raise InputError(f"{source}: not a result: give what {' or '.join(MEASURED)} wrote (KIND.json)")
+    return content
+
+
+def results_in(folder: Path) -> dict[Path, dict]:
+    """The profile and eval results in a folder: eval-2.json comes before eval-10.json."""
+    found = {}
+    for path in sorted(folder.glob("*.json"), key=lambda path: (len(path.stem), path.stem)):
+        with contextlib.suppress(InputError):  # config.json, logs and the like are no results
+            found[path] = read_result(path)
+    return found
+
+
+@contextlib.contextmanager
+def intact(source: str, result: dict) -> Iterator[None]:
+    """For a block that reads a result's fields: where one is missing or wrong, an InputError says so."""
+    try:
+        yield
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, StopIteration) as error:
+        if isinstance(error, InputError):
+            raise
+        detail = f"lacks {error}" if isinstance(error, KeyError) else "is damaged"
+        raise InputError(f"{source}: the {result['kind']} result {detail}: measure it again") from error
+
+
+# -- whose weights ------------------------------------------------------------------------------
+
+
+def check_weights(source: str, result: dict, weights: Collection[str]) -> None:
+    """Raises InputError unless a result was measured on the weights that have one of these fingerprints."""
+    if result.get("weights") not in weights:
+        raise InputError(
+            f"{source}: was not measured on these weights: measure them with `varcompress {result['kind']}`, "
+            "or take it away"
+        )
+
+
+def check_owner(folder: Path, weights: str) -> None:
+    """Raises InputError when results in `folder` are not of the weights with this fingerprint, which come to lie there.
+
+    A result that says not of which weights it is could be of others.
+    """
+    measured = results_in(folder)
+    if any(result.get("weights") != weights for result in measured.values()):
+        names = ", ".join(sorted(path.name for path in measured))
+        raise InputError(
+            f"{folder}: {names} there would belong to other weights: choose another directory or move them"
+        )
+
+
+# -- writing ------------------------------------------------------------------------------------
+
+
+def check_folder(folder: str | Path, kind: str) -> Path:
+    """The folder for results of `kind`. Raises InputError where writing would take the place of something else."""
+    folder = Path(folder)
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"{folder}: is a file, not a directory: choose another --out")
+    present = folder / f"{kind}.json"
+    if present.exists() and _kind(present) != kind:
+        raise InputError(f"{present}: is there and holds something else: choose another --out")
+    return folder
+
+
+def write_result(result: dict, folder: str | Path) -> Path:
+    """Write a result of any kind as KIND.json; returns its path. An earlier one is kept beside it, as KIND.json.old.
+
+    Raises InputError where something else would be replaced, or a disk is full.
+    """
+    folder = check_folder(folder, result["kind"])
+    path = folder / f"{result['kind']}.json"
+    with disk_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        if path.exists():
+            path.replace(path.with_name(path.name + EARLIER))
+        write_json(path, result)
+    return path
+
+
+def _kind(path: Path) -> object:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return content.get("kind") if isinstance(content, dict) else None
