@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import os
+import signal
 import sys
 from typing import Annotated, NoReturn
 
@@ -17,7 +18,8 @@ from varcompress.errors import InputError
 
 # Typer brings click or a copy of its own, by its version: the class behind all usage errors is found through it.
 UsageError = typer.BadParameter.__mro__[2]
-BAD_INPUT, INTERRUPTED = 2, 130
+BAD_INPUT, INTERRUPTED = 2, 128 + signal.SIGINT
+TERMINATED = 128 + signal.SIGTERM
 
 
 class Commands(TyperGroup):
@@ -73,7 +75,11 @@ app.add_typer(importlib.import_module("varcompress.cli.recipes").app, name="reci
 
 
 def main(arguments: list[str] | None = None) -> NoReturn:
-    """Run a command and exit. Bad input is one line on stderr and exit code 2, never a traceback."""
+    """Run a command and exit. Bad input is one line on stderr and exit code 2, never a traceback.
+
+    A SIGTERM ends it as Ctrl-C does, so that what it keeps in temporary places goes.
+    """
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))
     arguments = [_with_home(argument) for argument in (sys.argv[1:] if arguments is None else arguments)]
     try:
         status = app(arguments, prog_name="varcompress", standalone_mode=False)
@@ -85,7 +91,11 @@ def main(arguments: list[str] | None = None) -> NoReturn:
         status = _refuse(f"{error.filename}: {error.strerror}" if error.filename else str(error))
     except (KeyboardInterrupt, typer.Abort):
         status = INTERRUPTED
-    if status == INTERRUPTED:  # which is also what typer returns for Ctrl-C
+    except SystemExit as end:
+        if end.code != TERMINATED:
+            raise
+        status = TERMINATED
+    if status in (INTERRUPTED, TERMINATED):  # the first is also what typer returns for Ctrl-C
         note("interrupted")
     sys.exit(status if isinstance(status, int) else 0)
 

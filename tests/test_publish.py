@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -433,3 +434,24 @@ def test_command_without_a_login(hub, elastic, tmp_path):
     assert done.stderr.splitlines()[-1].startswith("error: cannot create ann/tiny on the Hub: ")
     assert "hf auth login" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="has no SIGTERM")
+def test_a_push_that_is_ended_leaves_nothing_behind(elastic, tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as silent:  # takes requests and never answers
+        endpoint = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        with subprocess.Popen(
+            [sys.executable, "-m", "varcompress", "push", str(elastic), "ann/tiny"],
+            env={**os.environ, "HF_ENDPOINT": endpoint, "HF_TOKEN": TOKEN, "TMPDIR": str(tmp_path)},
+            stderr=subprocess.PIPE,
+            text=True,
+        ) as process:
+            told = [process.stderr.readline()]
+            while "(1/3)" not in told[-1]:
+                told.append(process.stderr.readline())
+            with silent.accept()[0]:
+                assert list(tmp_path.glob("varcompress.*"))
+                process.terminate()
+                rest = process.communicate(timeout=60)[1]
+        assert (process.returncode, rest.strip()) == (143, "interrupted")
+    assert not list(tmp_path.glob("varcompress.*"))
