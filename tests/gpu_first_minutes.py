@@ -30,7 +30,7 @@ from varcompress.demo import run_demo
 from varcompress.errors import InputError
 from varcompress.evaluation import evaluate
 from varcompress.hardware import choose_device, exact_float32, synchronize
-from varcompress.load import load
+from varcompress.loading import load
 from varcompress.models import generation
 from varcompress.models.elastic import ElasticVAR
 from varcompress.models.runtime import Runtime
