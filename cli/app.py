@@ -54,6 +54,7 @@ COMMANDS = (
     ("eval", "eval", "evaluate"),
     ("push", "push", "push"),
 )
+SHARED = ("distill",)  # the commands whose processes, started by torchrun, share the work
 
 
 def _version(show: bool) -> None:
@@ -64,9 +65,24 @@ def _version(show: bool) -> None:
 
 @app.callback()
 def _root(
+    context: typer.Context,
     version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it.")] = False,
 ) -> None:
-    pass
+    if context.invoked_subcommand not in SHARED:
+        _refuse_more_processes(context.invoked_subcommand)
+
+
+def _refuse_more_processes(command: str | None) -> None:
+    """Under torchrun each process would do all of the work, and all would write to one place. The first says so."""
+    processes = os.environ.get("WORLD_SIZE", "1")
+    if processes == "1":
+        return
+    if os.environ.get("RANK", "0") != "0":
+        raise typer.Exit(BAD_INPUT)
+    raise InputError(
+        f"{command} runs in one process, and WORLD_SIZE is {processes}: start it without torchrun, "
+        f"which only {' and '.join(SHARED)} can share work under"
+    )
 
 
 for _name, _module, _function in COMMANDS:

@@ -17,7 +17,7 @@ def distill(
     recipe: Annotated[str, typer.Option(help="A recipe's name (see `varcompress recipes list`) or a YAML file.")],
     directory: Annotated[Path, typer.Option("--out", help="Directory that becomes the elastic checkpoint.")],
     data: Annotated[
-        Path | None, typer.Option(help="Images, one subfolder per class. The embedded digits need none.")
+        Path | None, typer.Option(help="Images, one subfolder per class, or digits. The embedded model needs none.")
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue a run that was interrupted.")] = False,
     settings: Annotated[

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from varcompress.cli.options import Json, Loading, Model, Schedules, grouped
+from varcompress.cli.options import Json, Loading, Model, Rounding, Schedules, grouped
 from varcompress.cli.output import note, out, print_json, progress_bar
 from varcompress.sampling import Sampling
 
@@ -34,6 +34,7 @@ def evaluate(
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Images generated at a time; latency is per batch.")] = 64,
     sampling: Sampling = ...,
+    rounding: Rounding = "round",
     features: Annotated[
         str | None, typer.Option(help="inception or digits.", show_default="what fits the model")
     ] = None,
@@ -56,7 +57,7 @@ def evaluate(
 
     FID, Inception Score, KID, precision and recall are torch-fidelity's.
     The defaults are VAR's published settings. Labels are balanced over classes.
-    Images are rounded to 8 bits before they are scored.
+    Images become 8 bits before they are scored, as --rounding says.
     """
     from varcompress.checkpoint import is_elastic
     from varcompress.evaluation import evaluate as run
@@ -74,9 +75,10 @@ def evaluate(
             loaded,
             schedules,
             reference=reference,
-            images=images,
+            num_images=images,
             batch_size=batch_size,
             sampling=sampling,
+            rounding=rounding,
             features=features,
             feature_weights=feature_weights,
             progress=progress,

@@ -57,6 +57,7 @@ Cfg = Annotated[float, typer.Option(help="Guidance weight.")]
 TopK = Annotated[int, typer.Option(min=0, help="Most probable tokens to draw from; 0 for all.")]
 TopP = Annotated[float, typer.Option(min=0, max=1, help="Probability mass to draw from; 0 for all.")]
 Seed = Annotated[int, typer.Option(help="Seed of all images; image i draws from its stream i, in any batch.")]
+Rounding = Annotated[str, typer.Option(help="round or truncate: how images become 8 bits.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")]
 
 

@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from varcompress.cli.options import Json, Loading, Model, grouped
+from varcompress.cli.options import Json, Loading, Model, Rounding, grouped
 from varcompress.cli.output import out as stdout
 from varcompress.cli.output import print_json, progress_bar
 from varcompress.errors import InputError
@@ -28,19 +28,24 @@ def sample(
     schedule: Annotated[str, typer.Option("--schedule", "-s", help="full, d8, d8@6 or 30x6,8x4.")] = "full",
     count: Annotated[int, typer.Option(min=1, help="Images per class.")] = 1,
     sampling: Sampling = ...,
+    rounding: Rounding = "round",
     batch_size: Annotated[int, typer.Option(min=1, help="Images generated at a time.")] = 16,
     loading: Loading = ...,
     as_json: Json = False,
 ) -> None:
     """Draw images of given classes under one schedule: a grid to look at, or arrays to score."""
-    from varcompress.images import check_image_output, draw_images, save_images
+    from varcompress.drawing import draw_images
+    from varcompress.images import check_image_output, check_rounding, save_images
     from varcompress.profiling import conditions
 
     check_image_output(out)
+    check_rounding(rounding)
     loaded = loading.open(model)
     labels = [label for label in parse_classes(classes, loaded.var.config.classes) for _ in range(count)]
     with progress_bar() as progress:
-        images = draw_images(loaded, labels, schedule, batch_size=batch_size, sampling=sampling, progress=progress)
+        images = draw_images(
+            loaded, labels, schedule, batch_size=batch_size, sampling=sampling, rounding=rounding, progress=progress
+        )
     save_images(out, images, labels, columns=count if count > 1 else math.ceil(len(labels) ** 0.5))
     chosen = str(loaded.schedule(schedule))
     if as_json:
@@ -50,6 +55,7 @@ def sample(
                 **conditions(loaded),
                 "schedule": chosen,
                 **dataclasses.asdict(sampling),
+                "rounding": rounding,
                 "labels": labels,
                 "out": str(out),
             }

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from varcompress.checkpoint import check_fit
 from varcompress.data import digits
-from varcompress.evaluation.features import DigitsFeatures
+from varcompress.evaluation.digits import DigitsFeatures
 from varcompress.models.autoencoder import TokenizerConfig
 from varcompress.models.tokenizer import VQVAE
 from varcompress.models.transformer import VAR, VARConfig

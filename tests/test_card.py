@@ -36,7 +36,7 @@ EVAL = {
     **{"model": "tiny", "device": "Some CPU", "dtype": "float32", "batch_size": 64},
     "reference": "/home/ann/VIRTUAL_imagenet256_labeled.npz",
     "features": "inception-v3",
-    "settings": {"cfg": 1.5, "top_k": 900, "top_p": 0.96, "seed": 0, "images": 1000, "rounding": "8 bits"},
+    "settings": {"cfg": 1.5, "top_k": 900, "top_p": 0.96, "seed": 0, "images": 1000, "rounding": "round"},
     "notes": ["the reference holds statistics only: no KID, precision or recall"],
     "schedules": [
         {"schedule": "full", "fid": 12.3, "is": 40.1, "is_std": 1.5, "kid": None, "recall": None, **COST},

@@ -2,19 +2,31 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import struct
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import HealthCheck, assume, example, given, settings
+from hypothesis import strategies as st
 from PIL import Image
+from torchvision import transforms
 
 from tests.conftest import random_model
-from varcompress.data.images import read_views, scan
+from varcompress.data import digits
+from varcompress.data.digits import Digits, load_digits
+from varcompress.data.folder import scan
+from varcompress.data.sources import open_source
 from varcompress.data.streams import fractions, words
-from varcompress.data.tokens import DONE, PENDING, Epoch, TokenData, TokenStore, encode_images
+from varcompress.data.tokens import DONE, PENDING, Epoch, TokenData, TokenStore
 from varcompress.errors import InputError
 from varcompress.fingerprint import weights_digest
+from varcompress.images import centre
+from varcompress.models.autoencoder import TokenizerConfig
+from varcompress.models.elastic import ElasticVAR, Provenance
+from varcompress.models.tokenizer import VQVAE
 
 CLASSES = 10
 
@@ -73,15 +85,15 @@ def test_the_first_view_is_the_centre_at_the_right_scale(tmp_path):
     (tmp_path / "c").mkdir()
     Image.fromarray(ramp).save(tmp_path / "c" / "a.png")
     folder = scan(tmp_path, 1)
-    views = read_views(folder, 0, size=80, views=4)
+    views = folder.read(0, size=80, views=4)
     assert views.shape == (4, 3, 80, 80)
     assert views.dtype == np.uint8
-    # 90 x 180 is 1.125 x 80 already: nothing is resized, and the centre starts at column 50 or 51
-    assert views[0, 0, 0, 0] in (50, 51)
+    # 90 x 180 is 1.125 x 80 already: nothing is resized, and the centre starts at column 50
+    assert views[0, 0, 0, 0] == 50
     assert (np.diff(views[0, 0, 0].astype(int)) == 1).all()
     assert len({view.tobytes() for view in views}) == 4
-    assert np.array_equal(views, read_views(folder, 0, size=80, views=4))
-    assert np.array_equal(views[:2], read_views(folder, 0, size=80, views=2))
+    assert np.array_equal(views, folder.read(0, size=80, views=4))
+    assert np.array_equal(views[:2], folder.read(0, size=80, views=2))
 
 
 @pytest.mark.parametrize("mode", ["L", "P", "RGBA", "CMYK", "1", "I;16"])
@@ -89,7 +101,7 @@ def test_every_mode_of_image_becomes_rgb(tmp_path, mode):
     (tmp_path / "c").mkdir()
     image = Image.new(mode, (5, 30))
     image.save(tmp_path / "c" / ("a.tiff" if mode == "CMYK" else "a.png"))
-    assert read_views(scan(tmp_path, 1), 0, size=16, views=1).shape == (1, 3, 16, 16)
+    assert scan(tmp_path, 1).read(0, size=16, views=1).shape == (1, 3, 16, 16)
 
 
 def test_a_store_holds_the_tokens_and_names_the_unreadable(tiny, images, tmp_path):
@@ -100,7 +112,7 @@ def test_a_store_holds_the_tokens_and_names_the_unreadable(tiny, images, tmp_pat
     folder = scan(images, CLASSES)
     for place in (0, 12, 30):
         row = data.rows[place]
-        views = torch.from_numpy(read_views(folder, row, size=8, views=2)).float() / 255
+        views = torch.from_numpy(folder.read(row, size=8, views=2)).float() / 255
         assert np.array_equal(data.tokens[row], tiny.encode(views).numpy())
         assert data.labels[place] == folder.labels[row]
 
@@ -155,14 +167,47 @@ def test_a_folder_without_one_readable_image_is_refused(tiny, tmp_path):
         filled(tmp_path / "store", tmp_path / "images", tiny)
 
 
-def test_encode_images_keeps_views_apart(tiny):
-    def load(view):
-        generator = torch.Generator().manual_seed(view)
-        return torch.rand(5, 3, 8, 8, generator=generator), torch.arange(5)
+@pytest.fixture(scope="module")
+def digits_model() -> ElasticVAR:
+    """Random weights under the embedded model's name and size."""
+    tokenizer = VQVAE(TokenizerConfig(32, (1, 1, 1), 1, 8, 40, 4, 3, (1, 2, 3, 4)))
+    return ElasticVAR(random_model().var, tokenizer, provenance=Provenance(name="digits"))
 
-    data = encode_images(tiny, load, 3)
-    assert data.tokens.shape == (5, 3, 30)
-    assert np.array_equal(data.tokens[:, 2], tiny.encode(load(2)[0]).numpy())
+
+def test_digits_are_encoded_like_any_source(digits_model, tmp_path):
+    source = open_source(None, digits_model)
+    store = TokenStore(tmp_path, source, digits_model, 2)
+    store.create()
+    store.encode()
+    data = store.read()
+    assert len(data) == len(source) == 1797
+    for view in range(2):
+        images, labels = load_digits(view)
+        tokens = torch.cat([digits_model.encode(chunk) for chunk in images.split(32)])
+        assert np.array_equal(data.tokens[:, view], tokens.numpy())
+    assert np.array_equal(data.labels, labels.numpy())
+
+
+def test_a_source_is_chosen_by_path_by_name_or_by_the_model(tiny, digits_model, images, tmp_path, monkeypatch):
+    assert isinstance(open_source(None, digits_model), Digits)
+    assert isinstance(open_source("digits", digits_model), Digits)
+    assert open_source(images, tiny).name == str(images)
+    with pytest.raises(InputError, match="var needs images: give a folder"):
+        open_source(None, tiny)
+    with pytest.raises(InputError, match="embedded digits: 10 classes in 16 pixels, but the model has 10 in 8"):
+        open_source("digits", tiny)
+    images.rename(tmp_path / "digits")
+    monkeypatch.chdir(tmp_path)
+    assert open_source("digits", tiny).name == "digits"  # what lies here goes first
+
+
+def test_the_digest_of_the_digits_is_of_their_file(tmp_path, monkeypatch):
+    before = Digits().digest
+    assert before == hashlib.sha256(digits.DATA.read_bytes()).hexdigest()
+    with np.load(digits.DATA) as file:
+        np.savez(tmp_path / "digits.npz", images=file["images"] // 2, labels=file["labels"])
+    monkeypatch.setattr(digits, "DATA", tmp_path / "digits.npz")
+    assert Digits().digest != before
 
 
 def test_an_epoch_is_a_permutation_of_its_own():
@@ -198,20 +243,60 @@ def test_a_very_long_image_is_cropped_before_it_is_resized(tmp_path, monkeypatch
     Image.fromarray(np.tile(ramp, (1, 1, 3))).save(tmp_path / "c" / "a.png")
     sizes, resize = [], Image.Image.resize
     monkeypatch.setattr(Image.Image, "resize", lambda *args, **more: sizes.append(args[1]) or resize(*args, **more))
-    views = read_views(scan(tmp_path, 1), 0, size=16, views=2)
+    views = scan(tmp_path, 1).read(0, size=16, views=2)
     assert views.shape == (2, 3, 16, 16)
     assert set(np.unique(views)) <= {126, 127}  # of the middle
     assert max(sizes[0]) == 16 * 18
 
 
-def test_ordinary_images_are_resized_whole(tmp_path):
-    (tmp_path / "c").mkdir()
-    pixels = np.random.default_rng(0).integers(0, 255, (20, 300, 3), dtype=np.uint8)
-    Image.fromarray(pixels).save(tmp_path / "c" / "a.png")
-    whole = np.asarray(Image.fromarray(pixels).resize((270, 18), Image.Resampling.LANCZOS))
-    view = read_views(scan(tmp_path, 1), 0, size=16, views=1)[0].transpose(1, 2, 0)
-    left = int(0.5 * (270 - 16 + 1))
-    assert np.array_equal(view, whole[1:17, left : left + 16])
+def saved(tmp_path, width, height) -> Image.Image:
+    """An image of noise, alone in a folder of one class."""
+    pixels = np.random.default_rng(0).integers(0, 255, (height, width, 3), dtype=np.uint8)
+    image = Image.fromarray(pixels)
+    (tmp_path / "c").mkdir(exist_ok=True)
+    image.save(tmp_path / "c" / "a.png", compress_level=0)
+    return image
+
+
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.tuples(st.integers(1, 400), st.integers(1, 400)), st.sampled_from([16, 64, 100, 256]))
+@example((640, 427), 256)
+@example((257, 301), 256)
+@example((500, 375), 256)
+@example((300, 20), 16)
+def test_the_first_view_is_torchvisions_centre_crop(tmp_path, shape, size):
+    assume(max(shape) <= 16 * min(shape))
+    image = saved(tmp_path, *shape)
+    resize = transforms.Resize(round(1.125 * size), interpolation=transforms.InterpolationMode.LANCZOS)
+    expected = transforms.CenterCrop((size, size))(resize(image))
+    view = scan(tmp_path, 1).read(0, size=size, views=1)[0]
+    assert np.array_equal(view.transpose(1, 2, 0), np.asarray(expected))
+
+
+@given(st.integers(1, 3000), st.integers(1, 3000))
+def test_the_centre_is_torchvisions(length, part):
+    assume(part <= length)
+    row = torch.arange(length).view(1, 1, length)
+    assert transforms.functional.center_crop(row, [1, part])[0, 0, 0] == centre(length, part)
+
+
+def test_random_crops_lie_anywhere_in_the_resized_image(tmp_path):
+    image = saved(tmp_path, 27, 18)
+    whole = np.asarray(image)  # 18 is 1.125 x 16 already
+    corners = set()
+    for view in scan(tmp_path, 1).read(0, size=16, views=400)[1:]:
+        places = [(y, x) for y in range(3) for x in range(12) if (whole[y, x] == view[:, 0, 0]).all()]
+        corners |= {(y, x) for y, x in places if np.array_equal(whole[y : y + 16, x : x + 16], view.transpose(1, 2, 0))}
+    assert corners == {(y, x) for y in range(3) for x in range(12)}
+
+
+def test_tokens_of_other_crops_are_refused(tiny, images, tmp_path):
+    filled(tmp_path / "store", images, tiny)
+    meta = json.loads((tmp_path / "store" / "store.json").read_text())
+    del meta["preprocessing"]  # as it was before crops were torchvision's
+    (tmp_path / "store" / "store.json").write_text(json.dumps(meta))
+    with pytest.raises(InputError, match="made with another preprocessing; choose another directory"):
+        filled(tmp_path / "store", images, tiny)
 
 
 @pytest.mark.parametrize("error", [struct.error, TypeError, MemoryError, IndexError])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import http.server
 import json
@@ -13,20 +14,24 @@ import numpy as np
 import pytest
 import torch
 import torch_fidelity
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 from torch.utils.data import Dataset
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+from torchvision import transforms
 
 from tests.conftest import official_state
 from varcompress.data.digits import load_digits
 from varcompress.errors import InputError
-from varcompress.evaluation import evaluate, features, scores
-from varcompress.evaluation.features import DIGITS, INCEPTION, DigitsFeatures, Extractor, inception_weights
+from varcompress.evaluation import evaluate, inception, scores
+from varcompress.evaluation.digits import DIGITS, DigitsFeatures
+from varcompress.evaluation.features import Extractor, Features
+from varcompress.evaluation.inception import INCEPTION, inception_weights
 from varcompress.evaluation.reference import read_reference
 from varcompress.fingerprint import fingerprint
-from varcompress.images import to_uint8
+from varcompress.images import fit, to_uint8
+from varcompress.images import pixels as as_pixels
 from varcompress.models.autoencoder import TokenizerConfig
 from varcompress.models.elastic import ElasticVAR, Provenance
 from varcompress.models.tokenizer import VQVAE
@@ -54,7 +59,7 @@ def extractor() -> Extractor:
 @pytest.fixture(scope="module")
 def pixels() -> np.ndarray:
     """Digits (23, 16, 16, 3) uint8."""
-    return to_uint8(load_digits()[0][:COUNT]).permute(0, 2, 3, 1).numpy()
+    return as_pixels(to_uint8(load_digits()[0][:COUNT]))
 
 
 def write_folder(folder: Path, pixels: np.ndarray) -> Path:
@@ -87,12 +92,12 @@ def test_the_embedded_features_stay_small():
     assert sum(parameter.numel() for parameter in DigitsFeatures().parameters()) * 2 < 200 * 1024
 
 
-@settings(deadline=None)
 @given(st.lists(st.floats(0, 1, width=32), min_size=1, max_size=40))
 def test_eight_bit_rounding(values):
-    rounded = to_uint8(torch.tensor(values))
-    expected = [int(np.float32(np.float32(value) * np.float32(255)) + np.float32(0.5)) for value in values]
-    assert rounded.tolist() == expected
+    images = torch.tensor(values)
+    scaled = np.array(values, np.float32) * np.float32(255)
+    assert np.array_equal(to_uint8(images).numpy(), (scaled + np.float32(0.5)).astype(np.uint8))
+    assert np.array_equal(to_uint8(images, "truncate").numpy(), scaled.astype(np.uint8))
 
 
 def test_eight_bits_survive_rounding():
@@ -118,10 +123,23 @@ def inception_file(tmp_path_factory) -> Path:
 
 
 def test_inception_from_a_file(inception_file, monkeypatch):
-    monkeypatch.setattr(features, "INCEPTION_SHA256", hashlib.sha256(inception_file.read_bytes()).hexdigest())
+    monkeypatch.setattr(inception, "INCEPTION_SHA256", hashlib.sha256(inception_file.read_bytes()).hexdigest())
     vectors, logits = Extractor(INCEPTION, inception_file, CPU)(torch.zeros(2, 3, SIZE, SIZE, dtype=torch.uint8))
     assert vectors.shape == (2, 2048)
     assert logits.shape == (2, 1008)
+
+
+def test_features_are_computed_in_full_float32(extractor):
+    seen, before = [], torch.get_float32_matmul_precision()
+    hook = extractor.network.register_forward_hook(lambda *_: seen.append(torch.get_float32_matmul_precision()))
+    torch.set_float32_matmul_precision("high")
+    try:
+        extractor(torch.zeros(1, 3, SIZE, SIZE, dtype=torch.uint8))
+        assert torch.get_float32_matmul_precision() == "high"
+    finally:
+        torch.set_float32_matmul_precision(before)
+        hook.remove()
+    assert seen == ["highest"]
 
 
 class Opened:
@@ -164,7 +182,7 @@ def served(tmp_path, monkeypatch):
 
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    monkeypatch.setattr(features, "URL_INCEPTION_V3", f"http://127.0.0.1:{server.server_port}/weights-0.pth")
+    monkeypatch.setattr(inception, "URL_INCEPTION_V3", f"http://127.0.0.1:{server.server_port}/weights-0.pth")
     monkeypatch.setattr(torch.hub, "_hub_dir", str(tmp_path / "hub"))
     yield content
     server.shutdown()
@@ -172,10 +190,10 @@ def served(tmp_path, monkeypatch):
 
 
 def test_weights_are_downloaded_once_and_checked(served, tmp_path, monkeypatch):
-    monkeypatch.setattr(features, "INCEPTION_SHA256", hashlib.sha256(served).hexdigest())
+    monkeypatch.setattr(inception, "INCEPTION_SHA256", hashlib.sha256(served).hexdigest())
     path = inception_weights(None)
     assert path.read_bytes() == served
-    monkeypatch.setattr(features, "URL_INCEPTION_V3", "http://127.0.0.1:9/weights-0.pth")
+    monkeypatch.setattr(inception, "URL_INCEPTION_V3", "http://127.0.0.1:9/weights-0.pth")
     assert inception_weights(None) == path
 
 
@@ -186,7 +204,7 @@ def test_a_download_of_another_digest_is_refused(served, tmp_path):
 
 
 def test_without_network_one_line_names_the_option(tmp_path, monkeypatch):
-    monkeypatch.setattr(features, "URL_INCEPTION_V3", "http://127.0.0.1:9/weights-0.pth")
+    monkeypatch.setattr(inception, "URL_INCEPTION_V3", "http://127.0.0.1:9/weights-0.pth")
     monkeypatch.setattr(torch.hub, "_hub_dir", str(tmp_path / "hub"))
     with pytest.raises(InputError, match="--feature-weights FILE") as caught:
         inception_weights(None)
@@ -256,6 +274,41 @@ def test_the_adm_layout(tmp_path, pixels, extractor):
     for reference in (statistics, both):
         np.testing.assert_array_equal(reference.statistics["mu"], mu)
         np.testing.assert_array_equal(reference.statistics["sigma"], sigma)
+
+
+def test_a_reference_says_what_it_is_made_of(tmp_path, pixels, extractor):
+    arrays = read(write_npz(tmp_path / "images.npz", arr_0=pixels), extractor)
+    assert (arrays.details["images"], arrays.details["statistics"]) == (COUNT, "of its images")
+    order = sorted(range(COUNT), key=lambda index: (index % 3, index))  # as paths sort
+    folder = read(write_folder(tmp_path / "images", pixels[order][np.argsort(order)]), extractor)
+    assert read(write_npz(tmp_path / "sorted.npz", arr_0=pixels[order]), extractor).details == folder.details
+    assert read(tmp_path / "images.npz", extractor, batch_size=7).details == arrays.details
+    changed = pixels.copy()
+    changed[3, 5, 5, 1] ^= 1
+    assert read(write_npz(tmp_path / "changed.npz", arr_0=changed), extractor).digest != arrays.digest
+
+    mu, sigma = np.full(64, 2.0), np.eye(64)
+    alone = read(write_npz(tmp_path / "statistics.npz", mu=mu, sigma=sigma), extractor)
+    assert (alone.details["images"], alone.details["statistics"]) == (None, "mu and sigma of its file")
+    both = read(write_npz(tmp_path / "both.npz", arr_0=pixels, mu=mu, sigma=sigma), extractor)
+    assert (both.details["images"], both.details["statistics"]) == (COUNT, "mu and sigma of its file")
+    assert read(write_npz(tmp_path / "other.npz", mu=mu + 1, sigma=sigma), extractor).digest != alone.digest
+    digests = [reference.digest for reference in (arrays, folder, alone, both)]
+    assert len(set(digests)) == 4
+    assert {len(digest) for digest in digests} == {16}
+
+
+@pytest.mark.parametrize("shape", [(40, 43), (43, 40), (40, 47), (16, 19), (33, 16)])
+def test_images_of_another_size_lose_what_torchvisions_centre_crop_loses(shape):
+    image = np.random.default_rng(0).integers(256, size=(*shape, 3), dtype=np.uint8)
+    side = min(shape)
+    square = np.asarray(transforms.CenterCrop(side)(Image.fromarray(image)))
+    assert np.array_equal(fit(image[None], side)[0].permute(1, 2, 0), square)  # nothing to resize
+    inner = slice(4, -4)  # further out, Lanczos reaches beyond the square
+    shrunk = transforms.Resize(side // 2, transforms.InterpolationMode.LANCZOS)(Image.fromarray(square))
+    assert np.array_equal(
+        fit(image[None], side // 2)[0].permute(1, 2, 0)[inner, inner], np.asarray(shrunk)[inner, inner]
+    )
 
 
 def truncated(path: Path, share: float) -> Path:
@@ -334,7 +387,7 @@ class Images(Dataset):
 
 def test_scores_equal_torch_fidelity(model, tmp_path, pixels):
     reference = write_npz(tmp_path / "images.npz", arr_0=pixels)
-    result = evaluate(model, ["d2@2"], reference=reference, images=30, batch_size=8, sampling=Sampling(seed=4))
+    result = evaluate(model, ["d2@2"], reference=reference, num_images=30, batch_size=8, sampling=Sampling(seed=4))
     labels = scores.balanced_labels(30, 10)
     drawn = torch.cat([model.generate(labels[i : i + 8], "d2@2", seed=4, first_index=i) for i in range(0, 30, 8)])
     expected = torch_fidelity.calculate_metrics(
@@ -364,13 +417,15 @@ def test_scores_equal_torch_fidelity(model, tmp_path, pixels):
 
 def test_evaluate_says_all_that_a_score_depends_on(model):
     seen = []
-    result = evaluate(model, ["full", "d2@2"], images=40, batch_size=16, progress=lambda *step: seen.append(step))
+    result = evaluate(model, ["full", "d2@2"], num_images=40, batch_size=16, progress=lambda *step: seen.append(step))
     assert json.loads(json.dumps(result)) == result
     assert (result["kind"], result["weights"]) == ("eval", fingerprint(model))
     assert result["features"] == "digits"
     assert result["reference"] == "embedded digits"
+    details = result["reference_details"]
+    assert (details["images"], details["statistics"], len(details["digest"])) == (1797, "of its images", 16)
     assert result["settings"] == {
-        "cfg": 1.5, "top_k": 900, "top_p": 0.96, "seed": 0, "images": 40, "rounding": "8 bits",
+        "cfg": 1.5, "top_k": 900, "top_p": 0.96, "seed": 0, "images": 40, "rounding": "round",
     }  # fmt: skip
     assert any("not FID" in note for note in result["notes"])
     assert "KID in subsets of 40 images instead of 1,000" in result["notes"]
@@ -378,7 +433,7 @@ def test_evaluate_says_all_that_a_score_depends_on(model):
     assert [full["schedule"], subnet["schedule"]] == ["full", "d2@2"]
     for row in (full, subnet):
         assert set(row) == {
-            "schedule", *scores.METRICS[DIGITS], "latency_ms", "images_per_second", "peak_bytes", "cache_bytes",
+            "schedule", *scores.METRICS[DIGITS.name], "latency_ms", "images_per_second", "peak_bytes", "cache_bytes",
         }  # fmt: skip
         assert "fid" not in row
         assert row["images_per_second"] == pytest.approx(16 / row["latency_ms"] * 1e3)
@@ -392,49 +447,80 @@ def test_evaluate_says_all_that_a_score_depends_on(model):
 def test_scores_do_not_depend_on_the_batch_size(model, tmp_path, pixels):
     reference = write_npz(tmp_path / "images.npz", arr_0=pixels)
     rows = [
-        evaluate(model, ["full"], reference=reference, images=20, batch_size=size)["schedules"][0] for size in (3, 50)
+        evaluate(model, ["full"], reference=reference, num_images=20, batch_size=size)["schedules"][0]
+        for size in (3, 50)
     ]
-    for name in scores.METRICS[DIGITS]:  # but for a pixel that rounding tips the other way
+    for name in scores.METRICS[DIGITS.name]:  # but for a pixel that rounding tips the other way
         assert rows[0][name] == pytest.approx(rows[1][name], rel=1e-3, abs=1e-6)
+
+
+def test_rounding_is_in_the_result_and_in_the_scores(model, tmp_path, pixels):
+    reference = write_npz(tmp_path / "images.npz", arr_0=pixels)
+    options = {"reference": reference, "num_images": 20, "batch_size": 20}
+    results = [evaluate(model, ["full"], rounding=rounding, **options) for rounding in ("round", "truncate")]
+    assert [result["settings"]["rounding"] for result in results] == ["round", "truncate"]
+    labels = scores.balanced_labels(20, 10)
+    extractor = Extractor(DIGITS, None, CPU)
+    drawn = extractor(to_uint8(model.generate(labels), "truncate"))
+    expected = scores.score(drawn, read(reference, extractor), DIGITS.name)
+    (rounded,), (truncated,) = (result["schedules"] for result in results)
+    assert truncated["digits_fd"] == pytest.approx(expected["digits_fd"], rel=1e-6)
+    assert truncated["digits_fd"] != pytest.approx(rounded["digits_fd"], rel=1e-6)
+
+
+def test_distances_between_all_images_are_computed_on_the_device(monkeypatch):
+    """A stand-in, because no device but the CPU is everywhere: meta tensors have a device and no numbers."""
+    seen = []
+
+    def distances(generated, real, **_):
+        seen.extend([generated.device.type, real.device.type])
+        return {"precision": 1.0, "recall": 1.0}
+
+    monkeypatch.setattr(scores, "prc_features_to_metric", distances)
+    monkeypatch.setattr(scores, "exact_float32", contextlib.nullcontext)  # meta knows no autocast
+    vectors, logits = torch.randn(20, 64), torch.randn(20, 10)
+    reference = scores.Reference("r", scores.fid_features_to_statistics(vectors), vectors)
+    scores.score(Features(vectors, logits), reference, DIGITS.name, torch.device("meta"))
+    assert seen == ["meta", "meta"]
 
 
 def test_statistics_give_no_kid_precision_or_recall(model, tmp_path, extractor, pixels):
     whole = read(write_npz(tmp_path / "images.npz", arr_0=pixels), extractor)
     path = write_npz(tmp_path / "statistics.npz", **whole.statistics)
-    result = evaluate(model, ["full"], reference=path, images=20)
+    result = evaluate(model, ["full"], reference=path, num_images=20)
     (row,) = result["schedules"]
-    assert [row[name] for name in scores.METRICS[DIGITS][3:]] == [None] * 4
+    assert [row[name] for name in scores.METRICS[DIGITS.name][3:]] == [None] * 4
     assert "the reference holds statistics only: no KID, precision or recall" in result["notes"]
-    (with_images,) = evaluate(model, ["full"], reference=tmp_path / "images.npz", images=20)["schedules"]
+    (with_images,) = evaluate(model, ["full"], reference=tmp_path / "images.npz", num_images=20)["schedules"]
     assert row["digits_fd"] == pytest.approx(with_images["digits_fd"], rel=1e-6)
 
 
 def test_equal_images_score_as_equal(tmp_path, pixels, extractor):
     reference = read(write_npz(tmp_path / "images.npz", arr_0=pixels), extractor)
     same = extractor(torch.from_numpy(pixels).permute(0, 3, 1, 2))
-    row = scores.score(same, reference, DIGITS)
+    row = scores.score(same, reference, DIGITS.name)
     assert row["digits_fd"] == pytest.approx(0, abs=1e-3)
     assert row["digits_precision"] == row["digits_recall"] == 1
     noise = extractor(torch.randint(256, (COUNT, 3, SIZE, SIZE), generator=torch.Generator().manual_seed(0)).byte())
-    worse = scores.score(noise, reference, DIGITS)
+    worse = scores.score(noise, reference, DIGITS.name)
     assert worse["digits_fd"] > 100 * abs(row["digits_fd"])
     assert worse["digits_kid"] > row["digits_kid"]
 
 
-@given(images=st.integers(1, 3000), classes=st.integers(1, 1200))
-def test_labels_are_balanced(images, classes):
-    counts = scores.balanced_labels(images, classes).bincount(minlength=classes)
+@given(num_images=st.integers(1, 3000), classes=st.integers(1, 1200))
+def test_labels_are_balanced(num_images, classes):
+    counts = scores.balanced_labels(num_images, classes).bincount(minlength=classes)
     assert len(counts) == classes
-    assert int(counts.sum()) == images
+    assert int(counts.sum()) == num_images
     assert int(counts.max() - counts.min()) <= 1
 
 
 def test_notes_name_what_is_not_as_published(tiny):
     reference = scores.Reference("statistics", {})
-    notes = scores._notes(INCEPTION, reference, 1000, {"cfg": 4.0, "top_k": 900, "top_p": 0.96, "seed": 0})
+    notes = scores._notes(INCEPTION, reference, 1000, Sampling(cfg=4.0, seed=3))
     assert notes[0] == "FID at 1,000 images is not comparable with the published figures at 50,000"
     assert notes[1] == "not the published sampling settings: cfg 4.0"
-    assert scores._notes(INCEPTION, reference, 50_000, {"cfg": 1.5, "top_k": 900, "top_p": 0.96, "seed": 0}) == [
+    assert scores._notes(INCEPTION, reference, 50_000, Sampling(seed=3)) == [
         "the reference holds statistics only: no KID, precision or recall"
     ]
 
@@ -445,9 +531,9 @@ def test_notes_name_what_is_not_as_published(tiny):
         ({}, "a reference is needed"),
         ({"reference": "x", "features": "digits"}, "images of 16 pixels"),
         ({"reference": "x", "features": "clip"}, "'clip' are unknown"),
-        ({"reference": "x", "images": 9}, "at least 10"),
+        ({"reference": "x", "num_images": 9}, "at least 10"),
         ({"reference": "x", "batch_size": 0}, "batches of 0"),
-        ({"reference": "x", "seed": -1}, "seed must be"),  # before the reference is read
+        ({"reference": "x", "rounding": "up"}, "rounding 'up' is unknown: use round or truncate"),
     ],
 )
 def test_bad_arguments(tiny, arguments, message):
@@ -457,14 +543,14 @@ def test_bad_arguments(tiny, arguments, message):
 
 def test_inception_weights_do_not_fit_the_digits_features(model, tmp_path):
     with pytest.raises(InputError, match="--features inception"):
-        evaluate(model, ["full"], images=10, feature_weights=tmp_path)
+        evaluate(model, ["full"], num_images=10, feature_weights=tmp_path)
 
 
 def test_images_that_are_not_finite_are_refused(model, tmp_path):
     broken = ElasticVAR(model.var, VQVAE(model.tokenizer.config), provenance=Provenance(name="digits"))
     torch.nn.init.constant_(broken.tokenizer.decoder.conv_out.bias, float("nan"))
     with pytest.raises(InputError, match=r"schedule d2@2 draws images that are not finite in torch\.float32"):
-        evaluate(broken, ["d2@2"], images=10)
+        evaluate(broken, ["d2@2"], num_images=10)
 
 
 # -- the command --------------------------------------------------------------------------------

@@ -14,8 +14,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.conftest import random_model
+from varcompress.drawing import draw_images
 from varcompress.errors import InputError
-from varcompress.images import draw_images
 from varcompress.models.transformer import VAR
 from varcompress.sampling import Sampling
 from varcompress.schedule import Schedule, equidistant

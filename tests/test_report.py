@@ -56,7 +56,7 @@ def scored(names: list[str], keys: tuple[str, ...]) -> dict:
         | {"images_per_second": 64.0 * (i + 1), "peak_bytes": 10**9, "cache_bytes": 10**8}
         for i, name in enumerate(names)
     ]
-    settings = {"cfg": 1.5, "top_k": 900, "top_p": 0.96, "seed": 0, "images": 50000, "rounding": "8 bits"}
+    settings = {"cfg": 1.5, "top_k": 900, "top_p": 0.96, "seed": 0, "images": 50000, "rounding": "round"}
     where = {"model": "m", "device": "a processor, 2 threads", "dtype": "float32", "batch_size": 64}
     return {"kind": "eval", **where, "reference": "r.npz", "features": "f", "settings": settings, "schedules": rows}
 

@@ -9,9 +9,11 @@ import pytest
 import torch
 from PIL import Image
 
+from varcompress.demo import plot_samples
+from varcompress.drawing import draw_images
 from varcompress.errors import InputError
 from varcompress.fingerprint import fingerprint
-from varcompress.images import GAP_PIXELS, draw_images, grid, save_images, to_uint8
+from varcompress.images import GAP_PIXELS, grid, pixels, save_images, to_uint8
 from varcompress.sampling import Sampling
 
 
@@ -44,8 +46,8 @@ def test_a_batch_beyond_the_memory_is_named(tiny, monkeypatch):
 
 
 def test_grid_goes_row_by_row_and_enlarges_by_a_whole_factor():
-    pixels = np.arange(5, dtype=np.uint8).repeat(20 * 20 * 3).reshape(5, 20, 20, 3) * 50
-    sheet = grid(pixels, columns=3)
+    images = torch.arange(0, 250, 50, dtype=torch.uint8).view(5, 1, 1, 1).expand(5, 3, 20, 20)
+    sheet = grid(images, columns=3)
     step = 80 + GAP_PIXELS
     assert sheet.shape == (step + 80, 2 * step + 80, 3)
     for index in range(5):
@@ -57,9 +59,40 @@ def test_grid_goes_row_by_row_and_enlarges_by_a_whole_factor():
 
 
 def test_large_images_keep_their_pixels():
-    pixels = np.random.default_rng(0).integers(256, size=(2, 70, 70, 3), dtype=np.uint8)
-    sheet = grid(pixels, columns=2)
-    assert (np.concatenate([sheet[:, :70], sheet[:, -70:]], axis=1) == np.concatenate(list(pixels), axis=1)).all()
+    images = torch.randint(256, (2, 3, 70, 70), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    sheet = grid(images, columns=2)
+    assert (
+        np.concatenate([sheet[:, :70], sheet[:, -70:]], axis=1) == np.concatenate(list(pixels(images)), axis=1)
+    ).all()
+
+
+class OnDevice(torch.Tensor):
+    """Numbers that numpy cannot read before `.cpu()`, as those of a GPU; what is computed of them is of their kind."""
+
+    def cpu(self):
+        return self.as_subclass(torch.Tensor)
+
+    def numpy(self, **_):
+        raise TypeError("can't convert a tensor of another device to numpy")
+
+    def __array__(self, *_):
+        raise TypeError("can't convert a tensor of another device to numpy")
+
+
+def test_images_of_any_device_are_drawn(tmp_path):
+    """The demo once ended in a TypeError on every machine with a GPU."""
+    plain = torch.randint(256, (3, 3, 8, 8), dtype=torch.uint8)
+    images = plain.clone().as_subclass(OnDevice)
+    with pytest.raises(TypeError, match="another device"):
+        np.asarray(images.permute(0, 2, 3, 1))
+    assert np.array_equal(pixels(images), plain.permute(0, 2, 3, 1).numpy())
+    assert np.array_equal(grid(images, columns=2), grid(plain, columns=2))
+    for name in ("grid.png", "arrays.npz"):
+        save_images(tmp_path / name, images, [0, 1, 2], columns=2)
+    rows = [{"schedule": name, "cache_bytes": 1, "speedup": 1.0} for name in ("full", "d2")]
+    samples = {title: {"full": images, "d2": images} for title in ("untrained", "distilled")}
+    plot_samples(samples, {"schedules": rows}, tmp_path / "samples.png")
+    assert (tmp_path / "samples.png").stat().st_size > 1000
 
 
 @pytest.mark.parametrize("name", ["grid.png", "arrays.npz"])
@@ -92,10 +125,11 @@ def test_sample_writes_arrays_and_replaces_them(run, model_arguments, tiny, tmp_
     out.write_text("old")
     outcome = run(
         *model_arguments, "--classes", "1-2,9", "--count", 2, "--out", out, "--seed", 5, "--batch-size", 4, "--cfg", 2,
-        "--json",
+        "--json", "--rounding", "truncate",
     )  # fmt: skip
     assert outcome.exit_code == 0, outcome.stderr
     result = json.loads(outcome.stdout)
+    assert result["rounding"] == "truncate"
     assert result["labels"] == [1, 1, 2, 2, 9, 9]
     assert (result["cfg"], result["seed"], result["out"]) == (2, 5, str(out))
     assert (result["dtype"], result["kernels"], result["cache_dtype"]) == ("float32", "torch", "float32")
@@ -104,8 +138,10 @@ def test_sample_writes_arrays_and_replaces_them(run, model_arguments, tiny, tmp_
         images, labels = file["arr_0"], file["arr_1"]
     assert (images.shape, images.dtype) == ((6, 8, 8, 3), np.uint8)
     assert (labels.tolist(), labels.dtype) == ([1, 1, 2, 2, 9, 9], np.int64)
-    expected = to_uint8(tiny.generate(result["labels"], seed=5, cfg=2)).permute(0, 2, 3, 1).numpy()
-    assert np.abs(images.astype(int) - expected).max() <= 1
+    drawn = tiny.generate(result["labels"], seed=5, cfg=2)
+    expected, rounded = (pixels(to_uint8(drawn, rounding)) for rounding in ("truncate", "round"))
+    assert np.abs(images.astype(int) - expected).max() <= 1  # a rounding may tip
+    assert (images == expected).mean() > 0.99 > (images == rounded).mean()
     assert [path.name for path in tmp_path.iterdir()] == ["arrays.npz"]
 
 
@@ -114,6 +150,7 @@ def test_sample_writes_arrays_and_replaces_them(run, model_arguments, tiny, tmp_
     [
         (["--classes", "1", "--out", "images.jpg"], "must end in .png"),
         (["--classes", "1", "--out", "folder.png"], "is a directory"),
+        (["--classes", "1", "--out", "a.png", "--rounding", "up"], "rounding 'up' is unknown: use round or truncate"),
         (["--classes", "1;2", "--out", "a.png"], "not understood"),
         (["--classes", "", "--out", "a.png"], "not understood"),
         (["--classes", "1,,2", "--out", "a.png"], "not understood"),

@@ -8,7 +8,7 @@ import torch
 
 from varcompress.checkpoint import load_official, read_pth
 from varcompress.data import digits
-from varcompress.evaluation.features import DigitsFeatures
+from varcompress.evaluation.digits import DigitsFeatures
 
 pytest.importorskip("sklearn")
 

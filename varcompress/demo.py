@@ -8,8 +8,9 @@ from pathlib import Path
 
 import numpy as np
 
+from varcompress.drawing import draw_images
 from varcompress.evaluation import evaluate
-from varcompress.images import to_uint8
+from varcompress.images import pixels
 from varcompress.loading import load
 from varcompress.models.elastic import ElasticVAR
 from varcompress.profiling import profile
@@ -17,6 +18,7 @@ from varcompress.progress import Note, Progress, silent
 from varcompress.publish import SAMPLES, record
 from varcompress.report.plots import plot_samples
 from varcompress.results import DEMO, DemoResult, write_result
+from varcompress.sampling import Sampling
 from varcompress.training import distill
 from varcompress.training.recipe import load_recipe
 from varcompress.training.state import RunDirectory
@@ -27,7 +29,7 @@ SCORE = "digits_fd"
 def run_demo(
     out: str | Path,
     *,
-    images: int = 1000,
+    num_images: int = 1000,
     batch_size: int = 100,
     progress: Progress = silent,
     note: Note = warnings.warn,
@@ -45,7 +47,7 @@ def run_demo(
     recipe = load_recipe("digits")
     model = load("digits")
     model.bridge, model.depths = recipe.bridge, recipe.depths
-    settings = {"images": images, "batch_size": batch_size, "progress": progress}
+    settings = {"num_images": num_images, "batch_size": batch_size, "progress": progress}
     samples = {"untrained subnets": sample_rows(model)}
     before = evaluate(model, **settings)
     model = distill(model, recipe, out=out, resume=resume, progress=progress, note=note)
@@ -56,7 +58,7 @@ def run_demo(
         "kind": DEMO,
         "device": costs["device"],
         "score": SCORE,
-        "images": images,
+        "images": num_images,
         "batch_size": 64,
         "schedules": [
             {
@@ -82,6 +84,8 @@ def run_demo(
 
 def sample_rows(model: ElasticVAR) -> dict[str, np.ndarray]:
     """One image of every class under every schedule, from the same random streams: {schedule: (10, H, W, 3) uint8}."""
-    classes = range(model.var.config.classes)
-    drawn = {str(schedule): model.generate(classes, schedule, seed=1) for schedule in model.default_schedules()}
-    return {schedule: to_uint8(images).permute(0, 2, 3, 1).cpu().numpy() for schedule, images in drawn.items()}
+    classes, sampling = range(model.var.config.classes), Sampling(seed=1)
+    return {
+        str(schedule): pixels(draw_images(model, classes, schedule, sampling=sampling))
+        for schedule in model.default_schedules()
+    }

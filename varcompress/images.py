@@ -1,4 +1,4 @@
-"""Images as bytes: 8-bit rounding, image files in, PNG grids and .npz out."""
+"""Images as bytes: 8-bit rounding, image files in, PNG grids and .npz out. Knows nothing of models."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -15,24 +14,39 @@ from torch import Tensor
 
 from varcompress.errors import InputError
 from varcompress.files import disk_errors, replacing
-from varcompress.memory import fitting_batch
-from varcompress.progress import Progress, silent
-from varcompress.sampling import PUBLISHED, Sampling
-from varcompress.schedule import Schedule
-
-if TYPE_CHECKING:
-    from varcompress.models.elastic import ElasticVAR
 
 EXTENSIONS = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"})
 OUTPUTS = (".png", ".npz")
+ROUND, TRUNCATE = "round", "truncate"
+ROUNDINGS = {ROUND: 0.5, TRUNCATE: 0.0}  # added before the fraction is cut off
 NAMED = 5  # skipped images whose names a note lists
 MIN_CELL_PIXELS = 64
 GAP_PIXELS = 4  # between the cells of a grid
 
 
-def to_uint8(images: Tensor) -> Tensor:
-    """Images in [0, 1] as bytes of the same shape: floor(255 x + 0.5), the rounding behind VAR's published FID."""
-    return (images.float() * 255 + 0.5).floor().clamp(0, 255).to(torch.uint8)
+def check_rounding(rounding: str) -> None:
+    """Raises InputError for a rounding that is none of ROUNDINGS."""
+    if rounding not in ROUNDINGS:
+        raise InputError(f"rounding {rounding!r} is unknown: use {' or '.join(ROUNDINGS)}")
+
+
+def to_uint8(images: Tensor, rounding: str = ROUND) -> Tensor:
+    """Images in [0, 1] as bytes of the same shape: 255 x to the nearest whole number, or truncated to the one below.
+
+    How images became bytes for VAR's published FID is not known. Its repository saves none for FID; its notebooks
+    truncate, as ADM's samplers do. So a result names its rounding.
+    """
+    return (images.float() * 255 + ROUNDINGS[rounding]).floor().clamp(0, 255).to(torch.uint8)
+
+
+def to_numpy(tensor: Tensor) -> np.ndarray:
+    """A tensor of any device, with or without gradient, as an array of the same shape in the host's memory."""
+    return tensor.detach().cpu().numpy()
+
+
+def pixels(images: Tensor) -> np.ndarray:
+    """Images (N, 3, H, W) of any device as numpy, Pillow and matplotlib want them: (N, H, W, 3), the same dtype."""
+    return to_numpy(images.permute(0, 2, 3, 1))
 
 
 # -- in -----------------------------------------------------------------------------------------
@@ -64,56 +78,30 @@ def read_image(path: Path, size: int) -> tuple[Tensor, bool] | None:
     return None if image is None else (_fit(image, size), image.size != (size, size))
 
 
-def fit(pixels: np.ndarray, size: int) -> Tensor:
+def fit(images: np.ndarray, size: int) -> Tensor:
     """Images (B, H, W, 3) uint8 as (B, 3, size, size) uint8, each fitted as `read_image` does."""
-    return torch.stack([_fit(Image.fromarray(image), size) for image in pixels])
+    return torch.stack([_fit(Image.fromarray(image), size) for image in images])
+
+
+def centre(length: int, part: int) -> int:
+    """Where the middle `part` of `length` pixels begins: half of an odd margin goes to the even number, as in
+    torchvision's CenterCrop."""
+    return round((length - part) / 2)
 
 
 def _fit(image: Image.Image, size: int) -> Tensor:
-    """Centre square of an image, resized (Lanczos) where it is not of the right size already."""
+    """Centre square of an image, resized where it is not of the right size already: (3, size, size) uint8.
+
+    The square is the one of torchvision's CenterCrop(shorter side). Lanczos resizes it within the image, so that its
+    outermost pixels still see what lies beyond them. ADM's center_crop_arr is another way: it halves and shrinks the
+    image by box and bicubic filters first, and then cuts out the square.
+    """
     side = min(image.size)
     if image.size != (size, size):
-        left, top = (image.width - side) // 2, (image.height - side) // 2
+        left, top = centre(image.width, side), centre(image.height, side)
         box = (left, top, left + side, top + side)
         image = image.resize((size, size), Image.Resampling.LANCZOS, box=box)
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
-
-
-# -- drawn --------------------------------------------------------------------------------------
-
-
-def draw_images(
-    model: ElasticVAR,
-    labels: Sequence[int],
-    schedule: str | Schedule = "full",
-    *,
-    batch_size: int = 16,
-    sampling: Sampling = PUBLISHED,
-    progress: Progress = silent,
-) -> Tensor:
-    """Images of any number of labels (N, 3, H, W) uint8, generated batch_size at a time.
-
-    Image i has the random stream (seed, i), as in one call of `generate`. Raises InputError for an
-    unknown class before any image is drawn, for a batch that the memory does not hold, and for images that are not
-    finite.
-    """
-    labels, schedule = model.labels(labels), model.schedule(schedule)
-    parts = []
-    with fitting_batch(model, [schedule], min(batch_size, len(labels))):
-        for first in range(0, len(labels), batch_size):
-            batch = labels[first : first + batch_size]
-            images = model.generate(batch, schedule, sampling, first_index=first)
-            check_finite(images, schedule, model.dtype)
-            parts.append(to_uint8(images).cpu())
-            progress(first + len(batch), len(labels), f"{schedule}: images")
-    return torch.cat(parts)
-
-
-def check_finite(images: Tensor, schedule: Schedule, dtype: torch.dtype) -> None:
-    """Raises InputError when generated images are not finite: their numbers grew beyond what `dtype` holds."""
-    if not torch.isfinite(images).all():
-        remedy = "are these trained weights?" if dtype is torch.float32 else "use float32"
-        raise InputError(f"schedule {schedule} draws images that are not finite in {dtype}: {remedy}")
 
 
 # -- out ----------------------------------------------------------------------------------------
@@ -135,28 +123,28 @@ def save_images(path: Path, images: Tensor, labels: Sequence[int], *, columns: i
 
     An existing file is replaced, whole or not at all. Raises InputError when the disk refuses.
     """
-    pixels = images.permute(0, 2, 3, 1).cpu().numpy()
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as temporary, open(temporary, "wb") as file:
             if path.suffix.lower() == ".png":
-                Image.fromarray(grid(pixels, columns)).save(file, format="PNG")
+                Image.fromarray(grid(images, columns)).save(file, format="PNG")
             else:
-                np.savez(file, arr_0=pixels, arr_1=np.asarray(labels, np.int64))
+                np.savez(file, arr_0=pixels(images), arr_1=np.asarray(labels, np.int64))
 
 
-def grid(pixels: np.ndarray, columns: int) -> np.ndarray:
-    """Images (N, H, W, 3) uint8 row by row on one white sheet, a few pixels apart.
+def grid(images: Tensor, columns: int) -> np.ndarray:
+    """Images (N, 3, H, W) uint8 row by row on one white sheet, (rows, columns, 3) uint8, a few pixels apart.
 
     Small ones are enlarged by a whole factor to 64 pixels or more.
     """
-    factor = math.ceil(MIN_CELL_PIXELS / min(pixels.shape[1:3]))
-    pixels = pixels.repeat(factor, axis=1).repeat(factor, axis=2)
-    count, height, width, channels = pixels.shape
+    cells = pixels(images)
+    factor = math.ceil(MIN_CELL_PIXELS / min(cells.shape[1:3]))
+    cells = cells.repeat(factor, axis=1).repeat(factor, axis=2)
+    count, height, width, channels = cells.shape
     rows = math.ceil(count / columns)
     shape = (rows * (height + GAP_PIXELS) - GAP_PIXELS, columns * (width + GAP_PIXELS) - GAP_PIXELS, channels)
     sheet = np.full(shape, 255, np.uint8)
-    for i, image in enumerate(pixels):
+    for i, cell in enumerate(cells):
         top, left = (i // columns) * (height + GAP_PIXELS), (i % columns) * (width + GAP_PIXELS)
-        sheet[top : top + height, left : left + width] = image
+        sheet[top : top + height, left : left + width] = cell
     return sheet

@@ -1,1 +1,1 @@
-"""Image folders, the token store, and the embedded digits."""
+"""Where images come from, the store of their tokens, and the random numbers of training."""

@@ -15,11 +15,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from varcompress.data.images import ImageFolder, read_views
+from varcompress.data.sources import Source
 from varcompress.data.streams import SAMPLE, fractions, words
 from varcompress.errors import InputError
 from varcompress.files import disk_errors, write_json
 from varcompress.fingerprint import weights_digest
+from varcompress.images import to_numpy
 from varcompress.models.elastic import ElasticVAR
 from varcompress.progress import Progress, silent
 
@@ -46,35 +47,27 @@ class TokenData:
         return len(self.rows)
 
 
-def encode_images(model: ElasticVAR, load: Callable[[int], tuple[Tensor, Tensor]], views: int) -> TokenData:
-    """Encode a small data set in memory. `load(view)` gives images (N, 3, H, W) in [0, 1] and labels (N,)."""
-    tokens = []
-    for view in range(views):
-        images, labels = load(view)
-        tokens.append(torch.cat([model.encode(chunk).cpu() for chunk in images.split(CHUNK)]))
-    return TokenData(_narrow(model, torch.stack(tokens, dim=1).numpy()), np.arange(len(labels)), labels.numpy())
-
-
 class TokenStore:
-    """The tokens of an image folder, in a directory that several runs may share.
+    """The tokens of a source's images, in a directory that several runs may share.
 
     store.json says what was encoded by which tokenizer, states.npy which images are done, tokens.npy
     holds (images, views, L). Encoding may stop at any moment and goes on where it stopped; several
     processes may encode their shares of one store at a time.
     """
 
-    def __init__(self, path: str | Path, folder: ImageFolder, model: ElasticVAR, views: int) -> None:
-        self.path, self.folder, self.model, self.views = Path(path), folder, model, views
+    def __init__(self, path: str | Path, source: Source, model: ElasticVAR, views: int) -> None:
+        self.path, self.source, self.model, self.views = Path(path), source, model, views
 
     def create(self) -> None:
         """Make an empty store, or find the one that is there.
 
         Raises InputError when the directory holds something else, or the tokens of other images,
-        another tokenizer or other views.
+        another preprocessing, another tokenizer or other views.
         """
         meta = {
             "format": 1,
-            "images": self.folder.digest,
+            "images": self.source.digest,
+            "preprocessing": self.source.preprocessing,
             "tokenizer": weights_digest(self.model.tokenizer),
             "image_size": self.model.tokenizer.config.image_size,
             "views": self.views,
@@ -93,7 +86,7 @@ class TokenStore:
             return
         if self.path.exists() and not (self.path.is_dir() and self._is_ours()):
             raise InputError(f"{self.path}: holds something else already: choose another directory for the tokens")
-        count, length = len(self.folder.files), self.model.var.config.tokens
+        count, length = len(self.source), self.model.var.config.tokens
         with disk_errors(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
             np.save(self.path / STATES, np.full(count, PENDING, dtype=np.uint8))
@@ -113,14 +106,14 @@ class TokenStore:
         size = self.model.tokenizer.config.image_size
         done = len(chunks[rank::ranks]) - len(todo)
         with disk_errors(self.path), _Rows(self.path / TOKENS) as tokens, _Rows(self.path / STATES) as marks:
-            read = partial(read_views, self.folder, size=size, views=self.views)
+            read = partial(self.source.read, size=size, views=self.views)
             for chunk, images in _read_ahead(todo, read):
                 readable = [i for i, image in enumerate(images) if image is not None]
                 rows = np.zeros((len(chunk), self.views, self.model.var.config.tokens), dtype=_width(self.model))
                 for view in range(self.views if readable else 0):
-                    pixels = torch.from_numpy(np.stack([images[i][view] for i in readable]))
-                    encoded = self.model.encode(pixels.to(self.model.device).float() / 255)
-                    rows[readable, view] = _narrow(self.model, encoded.cpu().numpy())
+                    pixels = torch.from_numpy(np.stack([images[i][view] for i in readable])).to(self.model.device)
+                    encoded = self.model.encode(pixels.float() / 255 if pixels.dtype is torch.uint8 else pixels)
+                    rows[readable, view] = to_numpy(encoded)  # which narrows them
                 tokens.write(chunk.start, rows)
                 state = [UNREADABLE if image is None else DONE for image in images]
                 marks.write(chunk.start, np.array(state, dtype=np.uint8))
@@ -132,9 +125,9 @@ class TokenStore:
         states = np.load(self.path / STATES)
         rows = np.flatnonzero(states == DONE)
         if not len(rows):
-            raise InputError(f"{self.folder.root}: none of its {len(states)} files is a readable image")
-        skipped = tuple(self.folder.files[i] for i in np.flatnonzero(states == UNREADABLE))
-        return TokenData(np.load(self.path / TOKENS, mmap_mode="r"), rows, self.folder.labels[rows], skipped)
+            raise InputError(f"{self.source.name}: none of its {len(states)} files is a readable image")
+        skipped = tuple(self.source.item(i) for i in np.flatnonzero(states == UNREADABLE))
+        return TokenData(np.load(self.path / TOKENS, mmap_mode="r"), rows, self.source.labels[rows], skipped)
 
 
 class _Rows:
@@ -173,10 +166,6 @@ def _read_ahead(chunks: Iterable[range], read: Callable[[int], np.ndarray | None
 
 def _width(model: ElasticVAR) -> type:
     return np.uint16 if model.var.config.vocab <= 2**16 else np.uint32
-
-
-def _narrow(model: ElasticVAR, tokens: np.ndarray) -> np.ndarray:
-    return tokens.astype(_width(model))
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ FID, and the images give KID, precision and recall.
 
 from __future__ import annotations
 
+import hashlib
 import zipfile
 import zlib
 from collections.abc import Iterator
@@ -19,53 +20,94 @@ import torch
 from torch import Tensor
 from torch_fidelity.metric_fid import fid_features_to_statistics
 
-from varcompress.data import digits
+from varcompress.data.sources import Source
 from varcompress.errors import InputError
 from varcompress.evaluation.features import Extractor, Features
-from varcompress.images import EXTENSIONS, fit, image_files, read_image, skipped_note, to_uint8
+from varcompress.images import EXTENSIONS, fit, image_files, read_image, skipped_note, to_numpy, to_uint8
 from varcompress.progress import Progress, silent
 
 MIN_IMAGES = 10  # Inception Score is a mean over 10 groups; precision needs 4 images, a covariance 2
 ARRAYS = "an .npz of images holds arr_0 (N, H, W, 3) uint8, one of statistics mu (D,) and sigma (D, D)"
 
 
+DIGEST_DIGITS = 16
+OF_IMAGES, OF_FILE = "of its images", "mu and sigma of its file"  # where the statistics behind FID come from
+
+
 @dataclass
 class Reference:
-    """name: as printed; statistics: mu (D,) and sigma (D, D); vectors: features (N, D), None if only statistics are."""
+    """What schedules are compared with.
+
+    name: as printed; statistics: mu (D,) and sigma (D, D); vectors: features (N, D), None if only statistics are;
+    digest: 16 hex digits of the pixels as the network saw them, and of statistics that came with them; notes: for a
+    reader; statistics_from: OF_IMAGES or OF_FILE.
+    """
 
     name: str
     statistics: dict[str, np.ndarray]
     vectors: Tensor | None = None
+    digest: str = ""
+    statistics_from: str = OF_IMAGES
     notes: list[str] = field(default_factory=list)
 
     @classmethod
     def of_images(
-        cls, name: str, batches: Iterator[Tensor], total: int, extractor: Extractor, progress: Progress
+        cls,
+        name: str,
+        batches: Iterator[Tensor],
+        total: int,
+        extractor: Extractor,
+        progress: Progress,
+        statistics: dict[str, np.ndarray] | None = None,
     ) -> Reference:
-        """The reference that images (B, 3, H, W) uint8 make. Raises InputError when there are too few."""
+        """The reference that images (B, 3, H, W) uint8 make, with `statistics` in place of their own where given.
+
+        Raises InputError when there are too few.
+        """
         parts: list[Features] = []
+        digest = hashlib.sha256(_bytes(statistics or {}))
         done = 0
         for batch in batches:
             parts.append(extractor(batch))
+            digest.update(to_numpy(batch).tobytes())
             done += len(batch)
             progress(done, total, "reference: images")
         if done < MIN_IMAGES:
             raise InputError(f"{name}: readable images: {done}, but a reference needs at least {MIN_IMAGES}")
         vectors = Features.join(parts).vectors
-        return cls(name, fid_features_to_statistics(vectors), vectors)
+        source = OF_FILE if statistics else OF_IMAGES
+        return cls(
+            name, statistics or fid_features_to_statistics(vectors), vectors, digest.hexdigest()[:DIGEST_DIGITS], source
+        )
+
+    @classmethod
+    def of_statistics(cls, name: str, statistics: dict[str, np.ndarray]) -> Reference:
+        """The reference that gives FID alone."""
+        digest = hashlib.sha256(_bytes(statistics)).hexdigest()[:DIGEST_DIGITS]
+        return cls(name, statistics, None, digest, OF_FILE)
+
+    @property
+    def details(self) -> dict[str, str | int | None]:
+        """What a result says of it beside its name. images: how many were read, None where it holds none."""
+        count = None if self.vectors is None else len(self.vectors)
+        return {"digest": self.digest, "images": count, "statistics": self.statistics_from}
+
+
+def _bytes(statistics: dict[str, np.ndarray]) -> bytes:
+    return b"".join(statistics[name].tobytes() for name in sorted(statistics))
 
 
 def read_reference(
-    source: str | Path | None, extractor: Extractor, *, size: int, batch_size: int, progress: Progress = silent
+    source: str | Path | Source, extractor: Extractor, *, size: int, batch_size: int, progress: Progress = silent
 ) -> Reference:
-    """Read a reference once, for all schedules. source None: the embedded digits.
+    """Read a reference once, for all schedules. source: a folder of images, an .npz, or a source of training images.
 
     size: side of the model's images; images of another size are cropped to their centre square and resized.
     Raises InputError for a source that is missing, damaged, empty or of other features.
     """
-    if source is None:
-        images = to_uint8(digits.load_digits()[0])
-        return Reference.of_images("embedded digits", images.split(batch_size), len(images), extractor, progress)
+    if not isinstance(source, str | Path):
+        batches = _of_source(source, size, batch_size)
+        return Reference.of_images(source.name, batches, len(source), extractor, progress)
     path = Path(source)
     if path.is_dir():
         return _of_folder(path, extractor, size, batch_size, progress)
@@ -77,6 +119,15 @@ def read_reference(
         raise
     except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile, zlib.error) as error:
         raise InputError(f"{path}: not a readable .npz ({str(error).splitlines()[0]}): {ARRAYS}") from error
+
+
+def _of_source(source: Source, size: int, batch_size: int) -> Iterator[Tensor]:
+    """The first view of every image that can be read, (B, 3, size, size) uint8."""
+    views = (source.read(index, size, 1) for index in range(len(source)))
+    images = (torch.from_numpy(view[0]) for view in views if view is not None)
+    for batch in iter(lambda: list(islice(images, batch_size)), []):
+        stacked = torch.stack(batch)
+        yield stacked if stacked.dtype is torch.uint8 else to_uint8(stacked)
 
 
 # -- a folder -----------------------------------------------------------------------------------
@@ -128,11 +179,10 @@ def _of_npz(path: Path, extractor: Extractor, size: int, batch_size: int, progre
     if images is None:
         if statistics is None:
             raise InputError(f"{path}: holds {', '.join(names) or 'no array'}: {ARRAYS}")
-        return Reference(str(path), statistics)
+        return Reference.of_statistics(str(path), statistics)
     count, side = _image_shape(path, images)
     batches = (fit(pixels, size) for pixels in _batches(path, images, batch_size))
-    reference = Reference.of_images(str(path), batches, count, extractor, progress)
-    reference.statistics = statistics or reference.statistics
+    reference = Reference.of_images(str(path), batches, count, extractor, progress, statistics)
     if side != (size, size):
         reference.notes.append(_resized(count, size))
     return reference
@@ -145,7 +195,7 @@ def _statistics(path: Path, extractor: Extractor) -> dict[str, np.ndarray]:
     width = extractor.width
     if mu.shape != (width,) or sigma.shape != (width, width):
         raise InputError(
-            f"{path}: statistics of shapes {mu.shape} and {sigma.shape}: the {extractor.kind} features need "
+            f"{path}: statistics of shapes {mu.shape} and {sigma.shape}: the {extractor.spec.name} features need "
             f"mu ({width},) and sigma ({width}, {width})"
         )
     if not (np.isfinite(mu).all() and np.isfinite(sigma).all()):

@@ -74,7 +74,7 @@ def eval_table(result: EvalResult) -> RenderableType:
         f"{where(result)}, batch of {result['batch_size']}\n"
         f"{count(settings['images'], 'image')} against {result['reference']}, features {result['features']}\n"
         f"cfg {settings['cfg']}, top-k {settings['top_k']}, top-p {settings['top_p']}, seed {settings['seed']}, "
-        f"rounded to {settings['rounding']}"
+        f"{'truncated' if settings['rounding'] == 'truncate' else 'rounded'} to 8 bits"
     )
     scores = {
         _heading(metric): lambda r, key=key: score(r, key)

@@ -15,9 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from varcompress.data.digits import load_digits
-from varcompress.data.images import ImageFolder, scan
-from varcompress.data.tokens import Epoch, TokenData, TokenStore, encode_images
+from varcompress.data.sources import open_source
+from varcompress.data.tokens import Epoch, TokenData, TokenStore
 from varcompress.errors import InputError
 from varcompress.fingerprint import weights_digest
 from varcompress.hardware import fitting_memory
@@ -32,7 +31,6 @@ from varcompress.training.progressive import Step, plan
 from varcompress.training.recipe import Recipe, load_recipe
 from varcompress.training.state import RunDirectory
 
-EMBEDDED = "digits"  # the model that brings its own images
 SAME_MODEL = "open the same file everywhere, or one --revision of the Hub's"
 SHARE_OUT = "the output directory must be the same one on all machines"
 
@@ -50,8 +48,8 @@ def distill(
 ) -> ElasticVAR:
     """Make a model elastic in depth: train it, in place, as the recipe says (VARiant, arXiv 2511.16546).
 
-    recipe: a Recipe, a recipe's name or a YAML file; data: an image folder, one subfolder per class
-    (the embedded digits model needs none); out: the directory that becomes the elastic checkpoint;
+    recipe: a Recipe, a recipe's name or a YAML file; data: an image folder, one subfolder per class, or
+    "digits" (the embedded model needs none); out: the directory that becomes the elastic checkpoint;
     resume: continue the run that is there, to the weights it would have reached undisturbed;
     tokens: a directory that keeps the encoded images for further runs; note: called with remarks.
 
@@ -73,20 +71,16 @@ def distill(
             note(f"{out}: that run is finished already")
             return directory.result(recipe).to(model.device)
 
-        folder = ranks.on_rank_zero(lambda: _folder(model, data))
-        ranks.on_rank_zero(lambda: _check_size(recipe, len(folder.files if folder else load_digits()[1])))
+        source = ranks.on_rank_zero(lambda: open_source(data, model))
+        ranks.on_rank_zero(lambda: _check_size(recipe, len(source)))
         digest = ranks.check_same(partial(weights_digest, model), "the weights of the model", SAME_MODEL)
-        data_digest = folder.digest if folder else EMBEDDED
-        identity = {"recipe": recipe.to_dict(), "model": digest, "data": data_digest}
+        identity = {"recipe": recipe.to_dict(), "model": digest, "data": source.digest}
         done = ranks.on_rank_zero(lambda: directory.begin(identity, note=note, resume=resume))
 
-        if folder is None:
-            encoded = encode_images(model, load_digits, recipe.views)
-        else:
-            store = TokenStore(tokens or directory.tokens_path, folder, model, recipe.views)
-            create = store.create if tokens or done else partial(directory.create_tokens, store.create)
-            encoded = _encode(store, create, ranks, progress, note)
-            ranks.on_rank_zero(lambda: _check_size(recipe, len(encoded)))  # again, now that unreadable ones are out
+        store = TokenStore(tokens or directory.tokens_path, source, model, recipe.views)
+        create = store.create if tokens or done else partial(directory.create_tokens, store.create)
+        encoded = _encode(store, create, ranks, progress, note)
+        ranks.on_rank_zero(lambda: _check_size(recipe, len(encoded)))  # again, now that unreadable ones are out
         steps = plan(recipe, len(encoded) // recipe.batch_size)  # a pass drops its last, incomplete batch
         with StepLog(directory.steps_path, done) if ranks.is_rank_zero else nullcontext() as log:
             try:
@@ -266,15 +260,6 @@ def _check_size(recipe: Recipe, images: int) -> None:
         raise InputError(f"recipe: batch_size {recipe.batch_size} is more than the {images} images there are")
 
 
-def _folder(model: ElasticVAR, data: str | Path | None) -> ImageFolder | None:
-    """The image folder to train on; None for the images that the embedded model brings."""
-    if data is not None:
-        return scan(data, model.var.config.classes)
-    if model.provenance.name == EMBEDDED:
-        return None
-    raise InputError(f"{model.provenance.name} needs images: give a folder with one subfolder per class as --data")
-
-
 def _encode(
     store: TokenStore,
     create: Callable[[], None],
@@ -282,11 +267,11 @@ def _encode(
     progress: Progress,
     note: Note,
 ) -> TokenData:
-    """Encode an image folder, each process a share of it, and say which images could not be read."""
+    """Encode the images, each process a share of them, and say which could not be read."""
     ranks.on_rank_zero(create)
     store.encode(ranks.rank, ranks.count, progress)
     ranks.barrier()
     data = store.read()
     if data.skipped:
-        note(skipped_note(data.skipped, len(store.folder.files)))
+        note(skipped_note(data.skipped, len(store.source)))
     return data
