@@ -36,6 +36,7 @@ from varcompress.models.autoencoder import TokenizerConfig
 from varcompress.models.elastic import ElasticVAR, Provenance
 from varcompress.models.tokenizer import VQVAE
 from varcompress.publish import save
+from varcompress.results import score_fields
 from varcompress.sampling import Sampling
 
 CPU = torch.device("cpu")
@@ -433,7 +434,7 @@ def test_evaluate_says_all_that_a_score_depends_on(model):
     assert [full["schedule"], subnet["schedule"]] == ["full", "d2@2"]
     for row in (full, subnet):
         assert set(row) == {
-            "schedule", *scores.METRICS[DIGITS.name], "latency_ms", "images_per_second", "peak_bytes", "cache_bytes",
+            "schedule", *score_fields(DIGITS.name), "latency_ms", "images_per_second", "peak_bytes", "cache_bytes",
         }  # fmt: skip
         assert "fid" not in row
         assert row["images_per_second"] == pytest.approx(16 / row["latency_ms"] * 1e3)
@@ -450,7 +451,7 @@ def test_scores_do_not_depend_on_the_batch_size(model, tmp_path, pixels):
         evaluate(model, ["full"], reference=reference, num_images=20, batch_size=size)["schedules"][0]
         for size in (3, 50)
     ]
-    for name in scores.METRICS[DIGITS.name]:  # but for a pixel that rounding tips the other way
+    for name in score_fields(DIGITS.name):  # but for a pixel that rounding tips the other way
         assert rows[0][name] == pytest.approx(rows[1][name], rel=1e-3, abs=1e-6)
 
 
@@ -489,7 +490,7 @@ def test_statistics_give_no_kid_precision_or_recall(model, tmp_path, extractor, 
     path = write_npz(tmp_path / "statistics.npz", **whole.statistics)
     result = evaluate(model, ["full"], reference=path, num_images=20)
     (row,) = result["schedules"]
-    assert [row[name] for name in scores.METRICS[DIGITS.name][3:]] == [None] * 4
+    assert [row[name] for name in score_fields(DIGITS.name)[3:]] == [None] * 4
     assert "the reference holds statistics only: no KID, precision or recall" in result["notes"]
     (with_images,) = evaluate(model, ["full"], reference=tmp_path / "images.npz", num_images=20)["schedules"]
     assert row["digits_fd"] == pytest.approx(with_images["digits_fd"], rel=1e-6)

@@ -10,8 +10,9 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
+from varcompress.cost import describe
 from varcompress.errors import InputError
-from varcompress.profiling import describe, profile
+from varcompress.profiling import profile
 from varcompress.report.format import NOT_GIVEN, count, mebibytes, number
 from varcompress.report.plots import plot_eval, plot_profile, plot_samples
 from varcompress.report.tables import demo_table, eval_table, inspect_table, profile_table

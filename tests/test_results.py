@@ -8,7 +8,6 @@ import pytest
 
 from tests.test_card import EVAL, PROFILE
 from varcompress.errors import InputError
-from varcompress.evaluation.scores import METRICS as EVALUATED
 from varcompress.profiling import profile
 from varcompress.results import (
     METRICS,
@@ -78,8 +77,7 @@ def test_whose_weights(tmp_path):
 
 
 def test_metrics_of_an_evaluation_have_names():
-    for features, fields in EVALUATED.items():
-        assert fields == score_fields(features)
+    assert score_fields("inception") == ("fid", "is", "is_std", "kid", "kid_std", "precision", "recall")
     assert len({metric.name for metric in METRICS.values()}) == len(METRICS)
 
 

@@ -32,6 +32,7 @@ from varcompress.models.linear import packed_flops
 from varcompress.models.runtime import Runtime
 from varcompress.models.transformer import Block
 from varcompress.progress import Progress, Steps, silent
+from varcompress.results import PROFILE, Conditions, ProfileResult
 from varcompress.sampling import PUBLISHED, Sampling
 from varcompress.schedule import Schedule
 
@@ -48,19 +49,16 @@ def profile(
     warmup: int = 2,
     sampling: Sampling = PUBLISHED,
     progress: Progress = silent,
-) -> dict:
+) -> ProfileResult:
     """Measure schedules side by side. Each run times every schedule once, in an order shuffled anew.
 
     schedules: `full` is the baseline, always measured and shown first; default model.default_schedules().
     batch_size: images per call (guidance doubles the rows); runs: timed calls per schedule, after `warmup` more;
     sampling: by default as published; its seed shuffles the order too.
 
-    Returns a JSON-able dict with kind "profile", the weights' fingerprint, the hardware, and per schedule: latency_ms
-    (median, end to end), latency_spread_ms (quartiles), without_decoder_ms (median of the same runs without the
-    tokenizer's decoder), images_per_second, transformer_ms, sampling_ms and decoder_ms
-    (medians of split calls), peak_bytes, cache_bytes, weight_bytes and flops per call, each also as *_predicted;
-    speedup and speedup_without_decoder over `full`, measured from time and predicted from FLOPs; memory_ratio and
-    cache_ratio.
+    Returns a dict that JSON can hold, whose fields `results.ProfileResult` names: latency_ms is the median, end to end,
+    without_decoder_ms that of the same runs without the tokenizer's decoder, transformer_ms, sampling_ms and decoder_ms
+    are medians of calls of their own.
     Raises InputError for a schedule that does not fit, a count below one, or a batch too large for the memory.
     """
     if batch_size < 1 or runs < 1 or warmup < 0:
@@ -81,7 +79,7 @@ def profile(
         splits = _in_turns(batch.phases_ms, schedules, runs, order)
     rows = [_row(model, s, batch_size, times[s], splits[s], counts[s]) | effects[s] for s in schedules]
     return {
-        "kind": "profile",
+        "kind": PROFILE,
         **conditions(model),
         "batch_size": batch_size,
         "settings": asdict(sampling),
@@ -90,7 +88,7 @@ def profile(
     }
 
 
-def conditions(model: ElasticVAR, runtime: Runtime | None = None) -> dict[str, str | bool | None]:
+def conditions(model: ElasticVAR, runtime: Runtime | None = None) -> Conditions:
     """Under what a result was had: model, weights (their fingerprint), hardware, torch, dtype, and how it generates.
 
     That is the kernels (torch or triton), whether weights are packed, the cache's dtype, and what is offloaded.

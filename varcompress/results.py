@@ -133,6 +133,7 @@ class EvalResult(Conditions):
     kind: str
     batch_size: int
     reference: str
+    reference_details: dict  # digest, number of images, and where its statistics are from
     features: str
     settings: dict  # the fields of Sampling, the number of images, and how they were rounded
     notes: list[str]  # what a reader must know before setting these scores beside others

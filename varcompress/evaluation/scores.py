@@ -27,16 +27,10 @@ from varcompress.memory import PeakMemory, fitting_batch
 from varcompress.models.elastic import ElasticVAR
 from varcompress.profiling import conditions
 from varcompress.progress import Progress, silent
+from varcompress.results import EVAL, EvalResult, EvalRow, score_fields
 from varcompress.sampling import PUBLISHED, Sampling
 from varcompress.schedule import Schedule
 
-METRICS = {
-    "inception": ("fid", "is", "is_std", "kid", "kid_std", "precision", "recall"),
-    # Frechet distance, not FID: the "I" is for Inception
-    "digits": (
-        "digits_fd", "digits_is", "digits_is_std", "digits_kid", "digits_kid_std", "digits_precision", "digits_recall",
-    ),
-}  # fmt: skip
 # torch-fidelity's defaults, written out because they are part of what a score means
 SEED = 2020
 IS_SPLITS = 10
@@ -58,7 +52,7 @@ def evaluate(
     features: str | None = None,
     feature_weights: str | Path | None = None,
     progress: Progress = silent,
-) -> dict:
+) -> EvalResult:
     """Generate `num_images` class-balanced images under each schedule and score them against `reference`.
 
     num_images: by default the 50,000 of published figures, 2,000 with the features of the embedded digits.
@@ -68,9 +62,7 @@ def evaluate(
     published settings; rounding: how images become bytes, "round" to the nearest or "truncate". Image i has class
     i * classes // num_images and random stream (seed, i), so the scores do not depend on batch_size.
 
-    Returns a dict that JSON can hold: kind, model, weights (their fingerprint), device, dtype, batch_size,
-    reference, reference_details (digest, images, and where its statistics are from), features, settings, notes, and
-    for each schedule its scores, latency_ms (median per batch), images_per_second, peak_bytes and cache_bytes. A
+    Returns a dict that JSON can hold, whose fields `results.EvalResult` names; latency is the median per batch, and a
     score that the reference cannot give is None.
     Raises InputError for a reference, feature weights, schedule or setting that cannot be used.
     """
@@ -94,7 +86,7 @@ def evaluate(
             _evaluate_schedule(model, schedule, known, extractor, progress=progress, **options) for schedule in chosen
         ]
     return {
-        "kind": "eval",
+        "kind": EVAL,
         **conditions(model),
         "batch_size": batch_size,
         "reference": known.name,
@@ -114,7 +106,7 @@ def balanced_labels(num_images: int, classes: int) -> Tensor:
 def score(
     generated: Features, reference: Reference, features: str, device: torch.device = CPU
 ) -> dict[str, float | None]:
-    """The metrics of METRICS[features] by torch-fidelity, None where the reference has statistics only.
+    """The metrics on these features by torch-fidelity, None where the reference has statistics only.
 
     device: where the distances between all images are computed, for precision and recall. The other metrics are
     numpy's in torch-fidelity, and stay on the CPU.
@@ -153,7 +145,7 @@ def score(
             )
         values += [kernel[KEY_METRIC_KID_MEAN], kernel[KEY_METRIC_KID_STD]]
         values += [manifold[KEY_METRIC_PRECISION], manifold[KEY_METRIC_RECALL]]
-    return dict(zip(METRICS[features], values, strict=True))
+    return dict(zip(score_fields(features), values, strict=True))
 
 
 # -- one schedule -------------------------------------------------------------------------------
@@ -170,7 +162,7 @@ def _evaluate_schedule(
     sampling: Sampling,
     rounding: str,
     progress: Progress,
-) -> dict:
+) -> EvalRow:
     """One schedule's line of the result. The first batch runs once more, before the others, for memory and warm-up."""
     labels = balanced_labels(num_images, model.var.config.classes)
     with PeakMemory(model, schedule) as memory:
