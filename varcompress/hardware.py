@@ -184,7 +184,7 @@ def _lines(path: Path) -> dict[str, str]:
 
 
 @contextmanager
-def fitting_memory(device: torch.device | str, images: int, remedy: str = "choose a smaller one") -> Iterator[None]:
+def fitting_memory(device: torch.device | str, num_images: int, remedy: str = "choose a smaller one") -> Iterator[None]:
     """Turns running out of memory, a GPU's or the processor's, into an InputError that names the batch and a remedy."""
     try:
         yield
@@ -193,6 +193,6 @@ def fitting_memory(device: torch.device | str, images: int, remedy: str = "choos
         if not known and "can't allocate memory" not in str(error):
             raise
         raise InputError(
-            f"a batch of {images:,} image{'' if images == 1 else 's'} does not fit in the memory of "
+            f"a batch of {num_images:,} image{'' if num_images == 1 else 's'} does not fit in the memory of "
             f"{device_name(device)}: {remedy}"
         ) from error

@@ -58,7 +58,7 @@ def _res_block(block: ResBlock, x: Tensor, spare: Tensor | None) -> Tensor:
 
 def _norm_conv(norm: nn.GroupNorm, conv: nn.Conv2d, x: Tensor, out: Tensor, *, add: bool = False) -> Tensor:
     """Write, or add, conv(silu(norm(x))) to `out`. The convolution is 3 x 3 with padding 1."""
-    scale, shift = _affine(norm, x)
+    factor, offset = _affine(norm, x)
     height, weight, bias = x.shape[2], conv.weight, conv.bias
     write = Tensor.add_ if add else Tensor.copy_
     if (missing := MIN_OUTPUTS - len(weight)) > 0:
@@ -66,7 +66,7 @@ def _norm_conv(norm: nn.GroupNorm, conv: nn.Conv2d, x: Tensor, out: Tensor, *, a
     for first, last in _strips(x, len(weight)):
         above, below = first == 0, last == height
         rows = x[:, :, max(first - 1, 0) : last + 1]
-        rows = F.silu(torch.addcmul(shift, rows, scale), inplace=True)
+        rows = F.silu(torch.addcmul(offset, rows, factor), inplace=True)
         if above or below:
             rows = F.pad(rows, (0, 0, int(above), int(below)))
         write(out[:, :, first:last], F.conv2d(rows, weight, bias, padding=(0, 1))[:, : out.shape[1]])
@@ -74,7 +74,7 @@ def _norm_conv(norm: nn.GroupNorm, conv: nn.Conv2d, x: Tensor, out: Tensor, *, a
 
 
 def _affine(norm: nn.GroupNorm, x: Tensor) -> tuple[Tensor, Tensor]:
-    """A group norm of x (B, C, H, W) as one multiplication and addition: scale and shift, each (B, C, 1, 1).
+    """A group norm of x (B, C, H, W) as one multiplication and addition: factor and offset, each (B, C, 1, 1).
 
     Sums of squares instead of torch's own mean and variance, which walk the map element by element.
     """
@@ -82,11 +82,11 @@ def _affine(norm: nn.GroupNorm, x: Tensor) -> tuple[Tensor, Tensor]:
     count = groups.shape[2]
     mean = groups.sum(dim=2, dtype=torch.float32).double() / count
     square = torch.linalg.vector_norm(groups, dim=2, dtype=torch.float32).double().square() / count
-    scale = (square - mean.square()).clamp_min_(0).add_(norm.eps).rsqrt_()
-    scale, mean = (value.repeat_interleave(x.shape[1] // norm.num_groups, dim=1) for value in (scale, mean))
-    scale = norm.weight * scale
-    shift = norm.bias - mean * scale
-    return scale.to(x.dtype)[:, :, None, None], shift.to(x.dtype)[:, :, None, None]
+    factor = (square - mean.square()).clamp_min_(0).add_(norm.eps).rsqrt_()
+    factor, mean = (value.repeat_interleave(x.shape[1] // norm.num_groups, dim=1) for value in (factor, mean))
+    factor = norm.weight * factor
+    offset = norm.bias - mean * factor
+    return factor.to(x.dtype)[:, :, None, None], offset.to(x.dtype)[:, :, None, None]
 
 
 def _upsample(conv: nn.Conv2d, x: Tensor, buffer: Tensor) -> Tensor:
@@ -116,8 +116,8 @@ def _strips(x: Tensor, channels: int) -> Iterator[tuple[int, int]]:
     return ((first, min(first + rows, height)) for first in range(0, height, rows))
 
 
-def _strip_rows(images: int, width: int, channels: int) -> int:
-    return max(1, STRIP_ELEMENTS // (images * width * channels))
+def _strip_rows(num_images: int, width: int, channels: int) -> int:
+    return max(1, STRIP_ELEMENTS // (num_images * width * channels))
 
 
 def _in(buffer: Tensor, shape: tuple[int, ...]) -> Tensor:
@@ -128,46 +128,46 @@ def _in(buffer: Tensor, shape: tuple[int, ...]) -> Tensor:
 # -- memory -------------------------------------------------------------------------------------
 
 
-def peak_elements(decoder: Decoder, images: int, side: int, element_bytes: int) -> int:
+def peak_elements(decoder: Decoder, num_images: int, side: int, element_bytes: int) -> int:
     """Elements that `decode` holds at its fullest for features of side x side, its result left out.
 
     The two buffers, the map where it is in neither of them, and the fullest of what runs on it.
     """
-    buffers = 2 * images * largest_map(decoder, side)
-    x, fullest = images * side**2 * decoder.conv_in.out_channels, 0
+    buffers = 2 * num_images * largest_map(decoder, side)
+    x, fullest = num_images * side**2 * decoder.conv_in.out_channels, 0
     for level in reversed(decoder.up):
-        pixels = images * side**2
+        pixels = num_images * side**2
         for block in level.block:
             wide, narrow = block.conv1.in_channels, block.conv1.out_channels
             shortcut = 0 if wide == narrow else pixels * narrow
-            first = _norm_conv_elements(images, side, wide, narrow, element_bytes)
-            second = shortcut + _norm_conv_elements(images, side, narrow, narrow, element_bytes)
+            first = _norm_conv_elements(num_images, side, wide, narrow, element_bytes)
+            second = shortcut + _norm_conv_elements(num_images, side, narrow, narrow, element_bytes)
             fullest, x = max(fullest, x + first, x + second), shortcut or x
             if level.attn:  # queries, keys and values, and three results
                 fullest, x = max(fullest, x + 6 * pixels * narrow), pixels * narrow
         if hasattr(level, "upsample"):
-            fullest, x, side = max(fullest, x + _upsample_elements(images, side, level.upsample.conv)), 0, 2 * side
+            fullest, x, side = max(fullest, x + _upsample_elements(num_images, side, level.upsample.conv)), 0, 2 * side
     channels = decoder.conv_out.in_channels
-    last = 9 * MIN_OUTPUTS * channels + _norm_conv_elements(images, side, channels, MIN_OUTPUTS, element_bytes)
+    last = 9 * MIN_OUTPUTS * channels + _norm_conv_elements(num_images, side, channels, MIN_OUTPUTS, element_bytes)
     return buffers + max(fullest, x + last)
 
 
-def _norm_conv_elements(images: int, side: int, channels: int, out_channels: int, element_bytes: int) -> int:
+def _norm_conv_elements(num_images: int, side: int, channels: int, out_channels: int, element_bytes: int) -> int:
     """Of `_norm_conv` beyond its two maps: a strip while it is padded, or beside its result.
 
     Or, in half precision, a copy of the map in float32, for its mean and variance.
     """
-    rows, line = min(side, _strip_rows(images, side, max(channels, out_channels))), images * side
+    rows, line = min(side, _strip_rows(num_images, side, max(channels, out_channels))), num_images * side
     padding = line * channels * (min(rows + 1, side) + rows + 2)
     convolving = line * (channels * (rows + 2) + out_channels * rows)
     exact = 0 if element_bytes == 4 else line * side * channels * 4 // element_bytes
     return max(padding, convolving, exact)
 
 
-def _upsample_elements(images: int, side: int, conv: nn.Conv2d) -> int:
+def _upsample_elements(num_images: int, side: int, conv: nn.Conv2d) -> int:
     """Of `_upsample` beyond its two maps: the padded map, beside a kernel in the making or at work."""
-    rows = min(side, _strip_rows(images, side, max(conv.in_channels, conv.out_channels)))
+    rows = min(side, _strip_rows(num_images, side, max(conv.in_channels, conv.out_channels)))
     ninth = conv.weight.numel() // 9
     making = 12 * ninth  # the kernel of 2 x 3, the sum of two of its parts, and the one of 2 x 2
-    at_work = 4 * ninth + images * rows * side * conv.out_channels
-    return images * (side + 2) ** 2 * conv.in_channels + max(making, at_work)
+    at_work = 4 * ninth + num_images * rows * side * conv.out_channels
+    return num_images * (side + 2) ** 2 * conv.in_channels + max(making, at_work)
