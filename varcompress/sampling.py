@@ -43,7 +43,7 @@ class Sampling:
 
 
 def image_index(value: int) -> int:
-    """The index of a call's first image, which with the seed is its random stream. Raises InputError."""
+    """The index of a call's first image, checked; with the seed it is the image's random stream."""
     return checked("first_index", value, index, lambda i: 0 <= i <= MAX_INDEX, f"a whole number from 0 to {MAX_INDEX}")
 
 
