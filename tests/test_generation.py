@@ -20,7 +20,6 @@ from varcompress.hardware import exact_float32
 from varcompress.kernels.backend import TORCH, TRITON, choose
 from varcompress.models import generation
 from varcompress.models.autoencoder import TokenizerConfig
-from varcompress.models.graphs import Graphs, _Recorded
 from varcompress.models.linear import ConditionLinear, Linear, PackedLinear, pack
 from varcompress.models.runtime import GRAPHED_ELEMENTS, Runtime
 from varcompress.models.strips import STRIP_ELEMENTS, largest_map
@@ -137,98 +136,6 @@ def test_generation_reads_nothing_back(schedule, cache_dtype):
         images = model.tokenizer.decode_features(f_hat)
         assert images.fake_mode is fake
         assert (images.device.type, tokens.shape, images.shape) == ("cuda", (3, 30), (3, 3, 8, 8))
-
-
-@needs_cuda
-@pytest.mark.parametrize("schedule", SCHEDULES)
-def test_graphs_give_what_operators_give(schedule):
-    model = placed(random_model(), device=torch.device("cuda"))
-    calls = (([1, 2], 0), ([3, 4], 5), ([1, 2], 0))  # recorded once, replayed with other inputs
-    recorded = [model.generate(labels, schedule, seed=seed) for labels, seed in calls]
-    for (labels, seed), images in zip(calls, recorded, strict=True):
-        eager = model.generate(labels, schedule, seed=seed, runtime=model.runtime.eager())
-        torch.testing.assert_close(eager, images)
-
-
-class Replayed:
-    """Stands in for a CUDA graph: runs again what it was recorded with, whatever is asked for now."""
-
-    def __init__(self, body, inputs):
-        self.body, self.inputs, self.outputs = body, inputs, body(*inputs)
-
-    def replay(self):
-        for output, value in zip(self.outputs, self.body(*self.inputs), strict=True):
-            output.copy_(value)
-
-
-@pytest.fixture
-def replaying(monkeypatch):
-    """Models that keep calls as on a GPU, their graphs being Replayed."""
-
-    def record(self, body, inputs):
-        graph = Replayed(body, tuple(value.clone() for value in inputs))
-        return _Recorded(graph, graph.inputs, graph.outputs)
-
-    monkeypatch.setattr(Graphs, "_record", record)
-    monkeypatch.setattr(Runtime, "graphed", lambda self, elements: self.graphs)
-
-
-def test_a_call_is_replayed_with_other_inputs(replaying):
-    model, plain = random_model(), random_model()
-    for labels, seed in (([1, 2], 0), ([3, 4], 5), ([1, 2], 0)):
-        expected = plain.generate(labels, "d2@2", seed=seed, runtime=plain.runtime.eager())
-        torch.testing.assert_close(model.generate(labels, "d2@2", seed=seed), expected)
-    assert len(model._graphs._recorded) == 2  # tokens and decoder
-
-
-@needs_triton
-def test_whatever_a_graph_depends_on_is_in_its_key(replaying, monkeypatch):
-    model, keys = random_model(), set()
-
-    def run(self, key, body, *inputs):
-        keys.add(key)
-        return body(*inputs)
-
-    monkeypatch.setattr(Graphs, "run", run)
-    samplings = [Sampling(cfg=2), Sampling(top_k=5), Sampling(top_p=0.5)]
-    ways = [{}, {"schedule": "d2@2"}, {"labels": [1]}, *({"sampling": sampling} for sampling in samplings)]
-    for way in ways:
-        f_hat = model.generate_tokens(**{"labels": [1, 2]} | way)[1]
-    assert len(keys) == len(ways)
-    keys.clear()
-    for kernels in ("torch", "triton"):
-        for images in (1, 2):
-            runtime = replace(model.runtime, kernels=kernels)
-            model.decode_features(f_hat[:1].expand(images, -1, -1, -1), runtime=runtime)
-    assert len(keys) == 4
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        lambda model: model.var.load_state_dict(random_model(seed=1).var.state_dict(), assign=True),
-        lambda model: model.var.double().float(),
-        lambda model: setattr(model.var.head.weight, "data", model.var.head.weight.data.clone()),
-        lambda model: model.tokenizer.to(torch.float64).float(),
-        lambda model: setattr(model.var.blocks[0].attn, "proj", copy.deepcopy(model.var.blocks[0].attn.proj)),
-    ],
-)
-def test_graphs_are_forgotten_when_weights_have_moved(replaying, change):
-    model = random_model()
-    model.generate([1, 2])
-    before = dict(model._graphs._recorded)
-    model.generate([1, 2])
-    assert model._graphs._recorded == before
-    change(model)
-    model.generate([1, 2])
-    assert not set(map(id, before.values())) & set(map(id, model._graphs._recorded.values()))
-
-
-def test_a_model_that_moves_leaves_no_graph_behind(replaying):
-    model = random_model()
-    model.generate([1, 2])
-    model.float()
-    assert not model._graphs._recorded
 
 
 @needs_packing

@@ -246,8 +246,8 @@ class ElasticVAR(nn.Module):
     def _replay(self, key: Hashable, body: Callable[..., tuple[Tensor, ...]], *given: Tensor) -> tuple[Tensor, ...]:
         """body(*given) as a graph of weights that are where they were when it was recorded."""
         tensors = (t for module in self.modules() for t in (*module._parameters.values(), *module._buffers.values()))
-        self._graphs.keep_if(tuple(tensor.data_ptr() for tensor in tensors if tensor is not None))
-        return self._graphs.run(key, body, *given)
+        addresses = tuple(tensor.data_ptr() for tensor in tensors if tensor is not None)
+        return self._graphs.run(key, body, *given, weights=addresses)
 
     def _current_device(self) -> contextlib.AbstractContextManager:
         """Kernels and graphs go to the current GPU, which need not be the model's."""
