@@ -244,60 +244,6 @@ def test_fused_kernels_take_parts_of_a_batch(monkeypatch):
     torch.testing.assert_close(f_hat, together[1], atol=1e-5, rtol=1e-5)
 
 
-# -- layers that come and go ----------------------------------------------------------------------
-
-
-@given(data=st.data())
-def test_offloading_changes_nothing(data):
-    model = random_model(depth=6)
-    chosen = [data.draw(schedules(model)) for _ in range(2)]  # the layers that stay change from call to call
-    expected = [model.generate_tokens([1, 2], schedule, sampling=Sampling(seed=4)) for schedule in chosen]
-    placed(model, kernels="torch", offload="bridge")
-    for schedule, (tokens, f_hat) in zip(chosen, expected, strict=True):
-        now_tokens, now = model.generate_tokens([1, 2], schedule, sampling=Sampling(seed=4))
-        assert torch.equal(now_tokens, tokens)
-        torch.testing.assert_close(now, f_hat, atol=1e-4, rtol=1e-4)
-
-
-def by_loading(model, other):
-    model.load_state_dict(other.state_dict())
-
-
-def by_copying_through_data(model, other):
-    for weight, value in zip(model.parameters(), other.parameters(), strict=True):
-        weight.data.copy_(value.data)
-
-
-@pytest.mark.parametrize("change", [by_loading, by_copying_through_data])
-def test_an_offloaded_model_generates_from_weights_that_have_changed(change):
-    """A layer that stayed on the device from the call before is not older than the one in host memory."""
-    model, other = random_model(), random_model(seed=1)
-    placed(model, kernels="torch", offload="bridge").generate([1, 2], "d2@1")
-    change(model, other)
-    placed(other, kernels="torch")
-    assert torch.equal(model.generate_tokens([1, 2], "d2@1")[0], other.generate_tokens([1, 2], "d2@1")[0])
-
-
-def test_an_offloaded_model_only_generates():
-    model = placed(random_model(), offload="bridge")
-    with pytest.raises(InputError, match="load it again without offload"):
-        model([1], random_tokens(model, 1))
-    with pytest.raises(InputError, match="only generates, as it is"):
-        model.cast(torch.bfloat16)
-    with pytest.raises(InputError, match="only generates, as it is"):
-        model.to(torch.bfloat16)
-    assert not placed(model).offloaded
-    assert model([1], random_tokens(model, 1)).shape == (1, 30, 40)
-
-
-@needs_cuda
-def test_offloading_changes_nothing_on_a_gpu():
-    model = placed(random_model(), device=torch.device("cuda"))
-    plain = model.generate([1, 2], "d2@2")
-    placed(model, device=torch.device("cuda"), offload="bridge")
-    torch.testing.assert_close(model.generate([1, 2], "d2@2"), plain)
-
-
 # -- packed weights -------------------------------------------------------------------------------
 
 

@@ -108,7 +108,7 @@ class ElasticVAR(nn.Module):
             return self.to(runtime.device)
         move_all_but_blocks(self.var, runtime.device)
         self.tokenizer.to(runtime.device)
-        self._streamed = StreamedBlocks(self.var, runtime.device)
+        self._streamed = StreamedBlocks(self.var)
         return self
 
     def _refuse_when_offloaded(self) -> None:
@@ -123,10 +123,19 @@ class ElasticVAR(nn.Module):
     def prepare(self, schedule: Schedule, runtime: Runtime | None = None) -> None:
         """Bring weights to where a call under `schedule` wants them: packed on a CPU, or from host memory.
 
-        Called by generation; measuring calls it before it begins.
+        Generation does so itself; measuring calls it before it begins.
         """
         if self._streamed:
-            self._streamed.begin(schedule)
+            self._streamed.prepare(schedule)
+        self._pack(runtime)
+
+    def _blocks(self, schedule: Schedule) -> contextlib.AbstractContextManager[generation.Blocks]:
+        """The block of each layer at each scale, for one call."""
+        if self._streamed:
+            return self._streamed.running(schedule)
+        return contextlib.nullcontext(lambda scale, layer: self.var.blocks[layer])
+
+    def _pack(self, runtime: Runtime | None = None) -> None:
         if self.device.type == "cpu":
             linear.pack(self.var) if self.packs(runtime or self.runtime) else linear.unpack(self.var)
 
@@ -207,8 +216,7 @@ class ElasticVAR(nn.Module):
         watched = observer is not None or forced is not None or logits_out is not None
         # the seed is an input, so that one graph serves all
         call = generation.Call(schedule, len(labels), dataclasses.replace(sampling, seed=0), runtime)
-        self.prepare(schedule, runtime)
-        blocks = self._streamed or (lambda scale, layer: self.var.blocks[layer])
+        self._pack(runtime)
 
         def body(labels: Tensor, seed: Tensor, image_ids: Tensor) -> tuple[Tensor, Tensor]:
             return generation.generate_tokens(
@@ -229,7 +237,7 @@ class ElasticVAR(nn.Module):
             torch.full((), sampling.seed, dtype=torch.int64, device=self.device),  # no copy from the host to wait for
             torch.arange(first_index, first_index + len(labels), device=self.device),
         )
-        with self._current_device(), without_autocast(self.device):
+        with self._current_device(), without_autocast(self.device), self._blocks(schedule) as blocks:
             if not watched and runtime.graphed(call.largest_elements(self.var.config.width)):
                 return self._replay(call, body, *given)
             return body(*given)
