@@ -62,6 +62,18 @@ def tiny() -> ElasticVAR:
     return random_model()
 
 
+class OnDevice(torch.Tensor):
+    """A tensor that numpy cannot read, as one on a GPU, until it was brought to the CPU."""
+
+    def numpy(self, *_, **__):
+        raise TypeError("can't convert cuda:0 device type tensor to numpy. Use Tensor.cpu() first")
+
+    __array__ = numpy
+
+    def cpu(self):
+        return self.as_subclass(torch.Tensor)
+
+
 def official_state(model: ElasticVAR) -> tuple[dict, dict]:
     """State dicts as the public training code writes them, buffers included."""
     config = model.var.config

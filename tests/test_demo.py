@@ -3,24 +3,12 @@
 from __future__ import annotations
 
 import numpy as np
-import torch
 from PIL import Image
 
+from tests.conftest import OnDevice
 from varcompress.demo import sample_rows
 from varcompress.models.elastic import ElasticVAR
 from varcompress.report.plots import plot_samples
-
-
-class OnDevice(torch.Tensor):
-    """A tensor that numpy cannot read, as one on a GPU, until it was brought to the CPU."""
-
-    def numpy(self, *_, **__):
-        raise TypeError("can't convert cuda:0 device type tensor to numpy. Use Tensor.cpu() first")
-
-    __array__ = numpy
-
-    def cpu(self):
-        return self.as_subclass(torch.Tensor)
 
 
 class ModelOnDevice(ElasticVAR):

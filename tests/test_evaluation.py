@@ -30,6 +30,7 @@ from varcompress.evaluation.features import Extractor, Features
 from varcompress.evaluation.inception import INCEPTION, inception_weights
 from varcompress.evaluation.reference import read_reference
 from varcompress.fingerprint import fingerprint
+from varcompress.hardware import _precision_settings
 from varcompress.images import fit, to_uint8
 from varcompress.images import pixels as as_pixels
 from varcompress.models.autoencoder import TokenizerConfig
@@ -131,16 +132,17 @@ def test_inception_from_a_file(inception_file, monkeypatch):
 
 
 def test_features_are_computed_in_full_float32(extractor):
-    seen, before = [], torch.get_float32_matmul_precision()
-    hook = extractor.network.register_forward_hook(lambda *_: seen.append(torch.get_float32_matmul_precision()))
+    settings, seen = _precision_settings(), []
+    before = [read() for read, _, _ in settings]
+    hook = extractor.network.register_forward_hook(lambda *_: seen.append([read() for read, _, _ in settings]))
     torch.set_float32_matmul_precision("high")
     try:
         extractor(torch.zeros(1, 3, SIZE, SIZE, dtype=torch.uint8))
-        assert torch.get_float32_matmul_precision() == "high"
     finally:
-        torch.set_float32_matmul_precision(before)
         hook.remove()
-    assert seen == ["highest"]
+        for (_, write, _), value in zip(settings, before, strict=True):
+            write(value)
+    assert seen == [[exact for _, _, exact in settings]]
 
 
 class Opened:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from varcompress.demo import plot_samples
+from tests.conftest import OnDevice
 from varcompress.drawing import draw_images
 from varcompress.errors import InputError
 from varcompress.fingerprint import fingerprint
@@ -66,33 +66,15 @@ def test_large_images_keep_their_pixels():
     ).all()
 
 
-class OnDevice(torch.Tensor):
-    """Numbers that numpy cannot read before `.cpu()`, as those of a GPU; what is computed of them is of their kind."""
-
-    def cpu(self):
-        return self.as_subclass(torch.Tensor)
-
-    def numpy(self, **_):
-        raise TypeError("can't convert a tensor of another device to numpy")
-
-    def __array__(self, *_):
-        raise TypeError("can't convert a tensor of another device to numpy")
-
-
-def test_images_of_any_device_are_drawn(tmp_path):
-    """The demo once ended in a TypeError on every machine with a GPU."""
+def test_images_of_any_device_are_written(tmp_path):
     plain = torch.randint(256, (3, 3, 8, 8), dtype=torch.uint8)
     images = plain.clone().as_subclass(OnDevice)
-    with pytest.raises(TypeError, match="another device"):
+    with pytest.raises(TypeError, match="can't convert"):
         np.asarray(images.permute(0, 2, 3, 1))
     assert np.array_equal(pixels(images), plain.permute(0, 2, 3, 1).numpy())
     assert np.array_equal(grid(images, columns=2), grid(plain, columns=2))
     for name in ("grid.png", "arrays.npz"):
         save_images(tmp_path / name, images, [0, 1, 2], columns=2)
-    rows = [{"schedule": name, "cache_bytes": 1, "speedup": 1.0} for name in ("full", "d2")]
-    samples = {title: {"full": images, "d2": images} for title in ("untrained", "distilled")}
-    plot_samples(samples, {"schedules": rows}, tmp_path / "samples.png")
-    assert (tmp_path / "samples.png").stat().st_size > 1000
 
 
 @pytest.mark.parametrize("name", ["grid.png", "arrays.npz"])
