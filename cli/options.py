@@ -53,10 +53,6 @@ Offload = Annotated[
         help="bridge: on a GPU, stream the layers that only the bridge runs from host memory.", show_default=False
     ),
 ]
-Cfg = Annotated[float, typer.Option(help="Guidance weight.")]
-TopK = Annotated[int, typer.Option(min=0, help="Most probable tokens to draw from; 0 for all.")]
-TopP = Annotated[float, typer.Option(min=0, max=1, help="Probability mass to draw from; 0 for all.")]
-Seed = Annotated[int, typer.Option(help="Seed of all images; image i draws from its stream i, in any batch.")]
 Rounding = Annotated[str, typer.Option(help="round or truncate: how images become 8 bits.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")]
 
@@ -81,7 +77,10 @@ class Loading:
 
 # of each field of a group, the option that a command has for it
 GROUPS = {
-    Sampling: {"cfg": Cfg, "top_k": TopK, "top_p": TopP, "seed": Seed},
+    Sampling: {
+        field.name: Annotated[get_type_hints(Sampling)[field.name], typer.Option(**field.metadata)]
+        for field in dataclasses.fields(Sampling)
+    },
     Loading: {
         "vae": Vae,
         "device": Device,
@@ -97,7 +96,8 @@ GROUPS = {
 def grouped(command: Callable) -> Callable:
     """A command that typer sees with the options of a group's fields in place of its parameter of that type.
 
-    The defaults are those of the fields. So a new field of `Sampling` is an option of every command that samples.
+    The defaults are those of the fields. `Sampling` says what each of its options does, so that a new field is an
+    option of every command that samples.
     """
     hints = get_type_hints(command, include_extras=True)
     parameters, groups = [], {}

@@ -29,7 +29,7 @@ class Kernels(NamedTuple):
     group_norm: Callable[..., Tensor]
 
 
-def _draw(
+def _draw_torch(
     conditional: Tensor,
     unconditional: Tensor | None,
     guidance: float,
@@ -42,7 +42,7 @@ def _draw(
     return draw(conditional, unconditional, guidance, uniform(seed, image_ids, scale, conditional.shape[1]), **filters)
 
 
-TORCH = Kernels(False, modulate, add_modulate, split_heads, _draw, group_norm)
+TORCH = Kernels(False, modulate, add_modulate, split_heads, _draw_torch, group_norm)
 TRITON = Kernels(True, modulate_triton, add_modulate_triton, split_heads_triton, draw_triton, group_norm_triton)
 
 

@@ -275,8 +275,10 @@ def precision_settings() -> str:
         same(model.encode(images), exact, "set_float32_matmul_precision")
         if hasattr(torch.backends, "fp32_precision"):
             torch.backends.fp32_precision = "tf32"
-            same(model.encode(images), exact, "torch.backends.fp32_precision")
-            torch.backends.fp32_precision = "none"
+            try:
+                same(model.encode(images), exact, "torch.backends.fp32_precision")
+            finally:
+                torch.backends.fp32_precision = "none"
         with exact_float32(DEVICE):
             pass
         with torch.autocast(DEVICE.type, torch.bfloat16):
@@ -294,18 +296,26 @@ def measuring_to_the_end() -> str:
     rows = profile(model, ["full", "d2@6"], batch_size=64, runs=2, warmup=1)["schedules"]
     peaks = ((row["schedule"], row["peak_bytes_predicted"] / MIB, row["peak_bytes"] / MIB) for row in rows)
     told = [f"{name}: predicted {predicted:,.0f}, measured {measured:,.0f}" for name, predicted, measured in peaks]
-    allocated, reserved = torch.cuda.max_memory_allocated(DEVICE), torch.cuda.max_memory_reserved(DEVICE)
-    told.append(f"allocated {allocated / MIB:,.0f}, reserved {reserved / MIB:,.0f} MiB")
+    told.append(_allocated())
     graphs = cost.peak_bytes(model, model.schedule("full"), 64) - rows[0]["peak_bytes_predicted"]
     told.append(f"of graphs {graphs / MIB:,.0f}")
     del model
-    score = evaluate(digits(HALF), ["full"], batch_size=64)["schedules"][0]["digits_fd"]
-    told.append(f"eval {score:.1f}")
+    torch.cuda.reset_peak_memory_stats(DEVICE)
+    model = digits(HALF)
+    predicted = cost.peak_bytes(model, model.schedule("full"), 64)
+    row = evaluate(model, ["full"], batch_size=64)["schedules"][0]
+    peaks = f"predicted {predicted / MIB:,.0f}, measured {row['peak_bytes'] / MIB:,.0f}, {_allocated()}"
+    told.append(f"eval of digits {row['digits_fd']:.1f}: {peaks}")
     with tempfile.TemporaryDirectory() as folder:
         result = run_demo(Path(folder) / "demo", note=lambda text: None)
         if not (Path(folder) / "demo" / "samples.png").is_file():
             raise AssertionError("the demo drew no samples")
     return "; ".join([*told, f"demo in {result['seconds']:.0f} s"])
+
+
+def _allocated() -> str:
+    allocated, reserved = torch.cuda.max_memory_allocated(DEVICE), torch.cuda.max_memory_reserved(DEVICE)
+    return f"allocated {allocated / MIB:,.0f}, reserved {reserved / MIB:,.0f} MiB"
 
 
 CHECKS: tuple[Callable[[], str], ...] = (

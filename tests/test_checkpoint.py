@@ -146,6 +146,19 @@ def test_fingerprint_of_other_weights(tiny, name):
     assert fingerprint(changed) != fingerprint(tiny)
 
 
+@pytest.mark.parametrize(
+    "move", [lambda m: m.to(torch.bfloat16), lambda m: m.half(), lambda m: m.to("cpu", torch.half)]
+)
+def test_a_change_of_dtype_by_torchs_own_means_is_a_cast(tiny, move):
+    """The fingerprint stays, and so does float32 where tokens must be exact."""
+    model = move(random_model())
+    assert fingerprint(model) == fingerprint(tiny)
+    assert model.dtype == model.tokenizer.decoder.conv_in.weight.dtype != torch.float32
+    exact = (model.tokenizer.quantize.embedding.weight, model.tokenizer.encoder.conv_in.weight)
+    assert {weight.dtype for weight in exact} == {torch.float32}
+    assert model.var.blocks[0].attn.scale_mul_1H11.dtype == torch.float32
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_fingerprint_of_rounded_weights_until_they_change(tiny, tmp_path, dtype):
     model = random_model().cast(dtype)

@@ -20,7 +20,7 @@ from varcompress.models.transformer import VAR, VARConfig
 from varcompress.sampling import PUBLISHED
 
 PATCH_NUMS = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
-CLOSE = 1 / 100  # of what a call allocates beyond the weights
+CLOSE = {"cuda": 1 / 100, "cpu": 1 / 50}  # of what a call allocates beyond the weights
 
 
 def official(depth: int, dtype: torch.dtype) -> ElasticVAR:
@@ -112,4 +112,15 @@ def test_the_predicted_peak_is_what_the_code_allocates(depth, device, dtype, bat
                     model.decode_features(f_hat)
                     del f_hat
                 predicted = cost.peak_bytes(model, schedule, num_images) - cost.weight_bytes(model, schedule, runtime)
-                assert tensors.peak_bytes == pytest.approx(predicted, rel=CLOSE)
+                assert tensors.peak_bytes == pytest.approx(predicted, rel=CLOSE[device])
+
+
+@pytest.mark.parametrize(("num_images", "recorded"), [(1, True), (8, True), (9, False), (64, False)])
+def test_what_graphs_hold_is_in_the_predicted_peak(num_images, recorded):
+    """Inputs and results that stay: tokens and f_hat of calls that are recorded; d30's decoder at 256 px never is."""
+    model = official(30, torch.bfloat16)
+    runtime, schedule = Runtime(torch.device("cuda"), torch.bfloat16), model.schedule("d2@6")
+    peak = cost.peak_bytes(model, schedule, num_images, runtime)
+    f_hat, tokens = 32 * 16 * 16 * 4, 680 * 8
+    held = num_images * (f_hat + tokens + 2 * 8) if recorded else 0
+    assert peak - cost.peak_bytes(model, schedule, num_images, runtime.eager()) == held

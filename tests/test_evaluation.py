@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch.utils.data import Dataset
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+from torch_fidelity.metric_fid import fid_features_to_statistics
 from torchvision import transforms
 
 from tests.conftest import official_state
@@ -33,11 +34,11 @@ from varcompress.fingerprint import fingerprint
 from varcompress.hardware import _precision_settings
 from varcompress.images import fit, to_uint8
 from varcompress.images import pixels as as_pixels
+from varcompress.metrics import score, score_fields
 from varcompress.models.autoencoder import TokenizerConfig
 from varcompress.models.elastic import ElasticVAR, Provenance
 from varcompress.models.tokenizer import VQVAE
 from varcompress.publish import save
-from varcompress.results import score_fields
 from varcompress.sampling import Sampling
 
 CPU = torch.device("cpu")
@@ -465,7 +466,7 @@ def test_rounding_is_in_the_result_and_in_the_scores(model, tmp_path, pixels):
     labels = scores.balanced_labels(20, 10)
     extractor = Extractor(DIGITS, None, CPU)
     drawn = extractor(to_uint8(model.generate(labels), "truncate"))
-    expected = scores.score(drawn, read(reference, extractor), DIGITS.name)
+    expected = score(scores.compare(drawn, read(reference, extractor), CPU), DIGITS.name)
     (rounded,), (truncated,) = (result["schedules"] for result in results)
     assert truncated["digits_fd"] == pytest.approx(expected["digits_fd"], rel=1e-6)
     assert truncated["digits_fd"] != pytest.approx(rounded["digits_fd"], rel=1e-6)
@@ -479,11 +480,11 @@ def test_distances_between_all_images_are_computed_on_the_device(monkeypatch):
         seen.extend([generated.device.type, real.device.type])
         return {"precision": 1.0, "recall": 1.0}
 
-    monkeypatch.setattr(scores, "prc_features_to_metric", distances)
-    monkeypatch.setattr(scores, "exact_float32", contextlib.nullcontext)  # meta knows no autocast
+    monkeypatch.setattr("torch_fidelity.metric_prc.prc_features_to_metric", distances)
+    monkeypatch.setattr("varcompress.metrics.exact_float32", contextlib.nullcontext)  # meta knows no autocast
     vectors, logits = torch.randn(20, 64), torch.randn(20, 10)
-    reference = scores.Reference("r", scores.fid_features_to_statistics(vectors), vectors)
-    scores.score(Features(vectors, logits), reference, DIGITS.name, torch.device("meta"))
+    reference = scores.Reference("r", fid_features_to_statistics(vectors), vectors)
+    score(scores.compare(Features(vectors, logits), reference, torch.device("meta")), DIGITS.name)
     assert seen == ["meta", "meta"]
 
 
@@ -501,11 +502,11 @@ def test_statistics_give_no_kid_precision_or_recall(model, tmp_path, extractor, 
 def test_equal_images_score_as_equal(tmp_path, pixels, extractor):
     reference = read(write_npz(tmp_path / "images.npz", arr_0=pixels), extractor)
     same = extractor(torch.from_numpy(pixels).permute(0, 3, 1, 2))
-    row = scores.score(same, reference, DIGITS.name)
+    row = score(scores.compare(same, reference, CPU), DIGITS.name)
     assert row["digits_fd"] == pytest.approx(0, abs=1e-3)
     assert row["digits_precision"] == row["digits_recall"] == 1
     noise = extractor(torch.randint(256, (COUNT, 3, SIZE, SIZE), generator=torch.Generator().manual_seed(0)).byte())
-    worse = scores.score(noise, reference, DIGITS.name)
+    worse = score(scores.compare(noise, reference, CPU), DIGITS.name)
     assert worse["digits_fd"] > 100 * abs(row["digits_fd"])
     assert worse["digits_kid"] > row["digits_kid"]
 

@@ -147,6 +147,11 @@ def test_autocast_around_a_call_changes_nothing(kernels):
     with torch.autocast("cpu", torch.bfloat16):
         now_tokens, now = model.generate_tokens([1, 2], "d2@2")
         assert torch.equal(model.decode(tokens), images)
+        with torch.no_grad():  # packed copies of float32 weights take no bfloat16
+            rounded = model([1, 2], tokens, "d2@2")
+    with torch.no_grad():
+        exact = model([1, 2], tokens, "d2@2")
+    assert (rounded - exact).norm() / exact.norm() < 0.05
     assert torch.equal(now_tokens, tokens)
     assert torch.equal(now, f_hat)
 

@@ -16,7 +16,7 @@ PACKAGES = {"varcompress": ROOT / "varcompress"} | {
 LAYERS = (
     {"errors", "progress"},
     {"kernels"},
-    {"schedule", "sampling", "hardware", "files", "fingerprint", "images"},
+    {"schedule", "sampling", "hardware", "files", "fingerprint", "images", "metrics"},
     {"models"},
     {"cost"},
     {"memory", "results"},

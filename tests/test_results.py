@@ -8,9 +8,9 @@ import pytest
 
 from tests.test_card import EVAL, PROFILE
 from varcompress.errors import InputError
+from varcompress.metrics import METRICS, score_fields
 from varcompress.profiling import profile
 from varcompress.results import (
-    METRICS,
     CacheEffect,
     ProfileResult,
     ProfileRow,
@@ -19,7 +19,6 @@ from varcompress.results import (
     check_weights,
     read_result,
     results_in,
-    score_fields,
     write_result,
 )
 

@@ -31,6 +31,7 @@ from varcompress.training import distill
 from varcompress.training.distributed import Ranks
 from varcompress.training.log import read_steps, summary
 from varcompress.training.loop import adamw, check_fit, micro_batches, token_losses
+from varcompress.training.losses import CrossEntropy
 from varcompress.training.progressive import plan
 from varcompress.training.recipe import Recipe
 
@@ -148,7 +149,7 @@ def test_token_losses_are_cross_entropy_of_teacher_forced_logits(tiny):
     tokens, labels = torch.randint(0, 40, (3, 30)), torch.tensor([1, 2, 9])
     logits = tiny.forward(labels, tokens, "d2@2")
     expected = torch.stack([F.cross_entropy(logits[:, i], tokens[:, i]) for i in range(30)])
-    found = token_losses(tiny, labels, tokens, tiny.schedule("d2@2"))
+    found = token_losses(tiny, labels, tokens, tiny.schedule("d2@2"), SMALL, CrossEntropy())
     torch.testing.assert_close(found, expected)
 
 
@@ -157,7 +158,7 @@ def test_layers_outside_a_subnet_without_bridge_stay_untouched(tiny):
     optimizer = adamw(model.var, changed(weight_decay=0.5, learning_rate=0.1))
     before = {name: value.clone() for name, value in model.var.state_dict().items()}
     tokens, labels = torch.randint(0, 40, (3, 30)), torch.tensor([1, 2, 9])
-    token_losses(model, labels, tokens, model.schedule("d3@0")).mean().backward()
+    token_losses(model, labels, tokens, model.schedule("d3@0"), SMALL, CrossEntropy()).mean().backward()
     torch.nn.utils.clip_grad_norm_(model.var.parameters(), 1.0)
     optimizer.step()
     moved = {name for name, value in model.var.state_dict().items() if not torch.equal(value, before[name])}
@@ -169,7 +170,7 @@ def test_layers_outside_a_subnet_without_bridge_stay_untouched(tiny):
 def test_the_bridge_trains_the_layers_outside_a_subnet(tiny):
     model = copy.deepcopy(tiny)
     tokens, labels = torch.randint(0, 40, (3, 30)), torch.tensor([1, 2, 9])
-    token_losses(model, labels, tokens, model.schedule("d2@1")).mean().backward()
+    token_losses(model, labels, tokens, model.schedule("d2@1"), SMALL, CrossEntropy()).mean().backward()
     assert all(parameter.grad is not None for parameter in model.var.parameters())
 
 
@@ -199,7 +200,7 @@ def test_a_step_that_raises_leaves_nothing_behind(tiny, images, tmp_path):
     assert all(parameter.grad is None for parameter in model.var.parameters())
     runs.clear()
     tokens, labels = torch.randint(0, 40, (3, 30)), torch.tensor([1, 2, 9])
-    token_losses(model, labels, tokens, model.schedule("full")).mean().backward()
+    token_losses(model, labels, tokens, model.schedule("full"), SMALL, CrossEntropy()).mean().backward()
     assert len(runs) == 1  # nothing is recomputed where nobody asks for it
 
 
@@ -267,7 +268,8 @@ def test_training_helps_the_subnets(tiny, images, tmp_path):
     for depth in (4, 2):
         with torch.no_grad():
             before, after = (
-                token_losses(m, labels, tokens, m.schedule(f"d{depth}@2")).mean().item() for m in (tiny, model)
+                token_losses(m, labels, tokens, m.schedule(f"d{depth}@2"), SMALL, CrossEntropy()).mean().item()
+                for m in (tiny, model)
             )
         assert after < before - 0.5
 
@@ -421,7 +423,7 @@ def test_a_resumed_run_may_use_the_machine_in_another_way(undisturbed, tiny, ima
     with pytest.raises(Interrupt):
         distill(copy.deepcopy(tiny), SMALL, data=images, out=out, progress=interrupt_at(10))
     inexact = changed(dtype="bfloat16", accumulation=2)
-    with pytest.raises(InputError, match=r"another recipe: dtype was float32, now bfloat16$"):
+    with pytest.raises(InputError, match=r"another recipe: dtype was float32, now bfloat16: use that one"):
         distill(copy.deepcopy(tiny), inexact, data=images, out=out, resume=True, note=str)
     distill(copy.deepcopy(tiny), other, data=images, out=out, resume=True, note=str)
     assert load_elastic(out).provenance.recipe == other.to_dict()

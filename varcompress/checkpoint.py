@@ -86,7 +86,9 @@ def patch_nums_of(levels: Tensor) -> tuple[int, ...]:
     counts = torch.bincount(levels.flatten().long()).tolist()
     sides = tuple(round(count**0.5) for count in counts)
     if [side * side for side in sides] != counts:
-        raise InputError(f"the level buffer holds maps of {counts} tokens, which are not squares")
+        raise InputError(
+            f"the level buffer holds maps of {counts} tokens, which are not squares: download the checkpoint again"
+        )
     return sides
 
 
@@ -124,7 +126,9 @@ def read_pth(path: str | Path) -> dict[str, Tensor]:
         trainer = state["trainer"]
         state = trainer.get("var_wo_ddp", trainer.get("vae_local", trainer))
     if not isinstance(state, dict) or not state or not all(isinstance(v, Tensor) for v in state.values()):
-        raise InputError(f"{path}: holds no state dict of tensors, so it is not a VAR checkpoint")
+        raise InputError(
+            f"{path}: holds no state dict of tensors, so it is not a VAR checkpoint: give one such as var_d16.pth"
+        )
     return state
 
 
@@ -142,7 +146,9 @@ def _build(kind: str, where: object, build: Callable[[], Built], state: Mapping[
         if isinstance(error, InputError):
             raise
         detail = f"lacks {error}" if isinstance(error, KeyError) else str(error).strip().splitlines()[-1].strip()
-        raise InputError(f"{where}: not a {kind} in the official format: {detail}") from error
+        raise InputError(
+            f"{where}: not a {kind} in the official format ({detail}): give a file of FoundationVision/var"
+        ) from error
     return module.requires_grad_(True)
 
 
@@ -218,7 +224,9 @@ def load_elastic(path: str | Path) -> ElasticVAR:
     """A model from an elastic directory. Raises InputError when it is none, or damaged."""
     path = Path(path)
     if not (path / CONFIG).is_file() or not (path / WEIGHTS).is_file():
-        raise InputError(f"{path}: not an elastic directory: it lacks {CONFIG} or {WEIGHTS}")
+        raise InputError(
+            f"{path}: not an elastic directory: it lacks {CONFIG} or {WEIGHTS}: give one that distill or save wrote"
+        )
     try:
         config = json.loads((path / CONFIG).read_text())
         if config["format"] != FORMAT:

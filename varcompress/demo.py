@@ -23,17 +23,11 @@ from varcompress.training import distill
 from varcompress.training.recipe import load_recipe
 from varcompress.training.state import RunDirectory
 
-SCORE = "digits_fd"
+SCORE, NUM_IMAGES = "digits_fd", 1000
+BATCH_SIZE = 64  # of the profile
 
 
-def run_demo(
-    out: str | Path,
-    *,
-    num_images: int = 1000,
-    batch_size: int = 100,
-    progress: Progress = silent,
-    note: Note = warnings.warn,
-) -> DemoResult:
+def run_demo(out: str | Path, *, progress: Progress = silent, note: Note = warnings.warn) -> DemoResult:
     """Distil, profile and evaluate `digits` into the elastic directory `out`.
 
     A demo that was interrupted goes on with the distillation where it stopped; a finished one only measures again.
@@ -47,19 +41,19 @@ def run_demo(
     recipe = load_recipe("digits")
     model = load("digits")
     model.bridge, model.depths = recipe.bridge, recipe.depths
-    settings = {"num_images": num_images, "batch_size": batch_size, "progress": progress}
+    settings = {"num_images": NUM_IMAGES, "batch_size": 100, "progress": progress}
     samples = {"untrained subnets": sample_rows(model)}
     before = evaluate(model, **settings)
     model = distill(model, recipe, out=out, resume=resume, progress=progress, note=note)
     samples["distilled subnets"] = sample_rows(model)
     after = evaluate(model, **settings)
-    costs = profile(model, batch_size=64, runs=9, progress=progress)
+    costs = profile(model, batch_size=BATCH_SIZE, runs=9, progress=progress)
     result: DemoResult = {
         "kind": DEMO,
         "device": costs["device"],
         "score": SCORE,
-        "images": num_images,
-        "batch_size": 64,
+        "images": NUM_IMAGES,
+        "batch_size": BATCH_SIZE,
         "schedules": [
             {
                 "schedule": cost["schedule"],

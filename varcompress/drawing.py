@@ -12,10 +12,13 @@ from varcompress.errors import InputError
 from varcompress.hardware import timed
 from varcompress.images import ROUND, check_rounding, to_uint8
 from varcompress.memory import fitting_batch
+from varcompress.models import inputs
 from varcompress.models.elastic import ElasticVAR
 from varcompress.progress import Progress, silent
 from varcompress.sampling import PUBLISHED, Sampling
 from varcompress.schedule import Schedule
+
+HOST = torch.device("cpu")
 
 
 class Batch(NamedTuple):
@@ -66,7 +69,8 @@ def draw_images(
     drawn, for a batch that the memory does not hold, and for images that are not finite.
     """
     check_rounding(rounding)
-    labels, schedule = model.labels(labels), model.schedule(schedule)
+    labels = inputs.labels(labels, model.var.config, HOST)  # on the host, where checking waits for nothing
+    schedule = model.schedule(schedule)
     options = {"batch_size": batch_size, "rounding": rounding, "progress": progress}
     with fitting_batch(model, [schedule], min(batch_size, len(labels))):
         return torch.cat([batch.images.cpu() for batch in draw_batches(model, labels, schedule, sampling, **options)])

@@ -1,4 +1,4 @@
-"""The one error that is the user's to mend."""
+"""The error for input that the user can correct."""
 
 
 class InputError(ValueError):

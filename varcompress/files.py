@@ -1,4 +1,4 @@
-"""Files that are whole or not there, and what a disk says that refuses. Whatever writes, writes through here."""
+"""Atomic file writes, and disk errors as one line. Whatever writes, writes through here."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import contextlib
 import errno
 import json
 import os
+import platform
 import re
 import shutil
 import tempfile
@@ -27,7 +28,7 @@ def replacing(path: Path) -> Iterator[Path]:
     killed process left there goes with the next attempt. The new file has the mode that any new file gets.
     """
     _remove_of_the_dead(path.parent, f".{path.name}.*.tmp")
-    folder = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    folder = path.with_name(f".{path.name}.{_writer()}.tmp")
     folder.mkdir(exist_ok=True)
     try:
         temporary = folder / path.name
@@ -68,19 +69,28 @@ def sweep(folder: Path) -> None:
 def scratch_folder() -> Iterator[Path]:
     """A folder in the system's temporary directory for the block; those of processes that were killed go too."""
     _remove_of_the_dead(Path(tempfile.gettempdir()), "varcompress.*.tmp")
-    with tempfile.TemporaryDirectory(prefix="varcompress.", suffix=f".{os.getpid()}.tmp") as folder:
+    with tempfile.TemporaryDirectory(prefix="varcompress.", suffix=f".{_writer()}.tmp") as folder:
         yield Path(folder)
 
 
 def _remove_of_the_dead(folder: Path, pattern: str) -> None:
-    """Remove the folders NAME.PROCESS.tmp that fit a pattern and whose process is no longer there."""
+    """Remove the folders NAME.WRITER.tmp that fit a pattern and whose writer, a process of this machine, is no more."""
     for left in folder.glob(pattern):
-        number = left.name.split(".")[-2]
-        if number.isdecimal() and not _runs(int(number)):
+        machine, _, process = left.name.split(".")[-2].rpartition("-")
+        if machine == _machine() and process.isdecimal() and not _is_alive(int(process)):
             shutil.rmtree(left, ignore_errors=True)
 
 
-def _runs(process: int) -> bool:
+def _writer() -> str:
+    """This process, among those of all machines that may share a disk."""
+    return f"{_machine()}-{os.getpid()}"
+
+
+def _machine() -> str:
+    return re.sub(r"[^A-Za-z0-9]+", "-", platform.node()) or "host"
+
+
+def _is_alive(process: int) -> bool:
     """Whether a process of this machine is alive; where that cannot be asked, it is."""
     if os.name != "posix":  # the same call would end it
         return True

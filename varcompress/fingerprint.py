@@ -9,6 +9,8 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
+from varcompress.hardware import to_numpy
+
 SAMPLED = 1024  # values of each tensor that go into a fingerprint
 
 
@@ -42,7 +44,7 @@ def values_digest(module: nn.Module) -> str:
         places = torch.arange(count, device=tensor.device) * (len(values) - 1) // max(count - 1, 1)
         digest.update(f"{name} {tuple(tensor.shape)}\0".encode())
         if not tensor.is_meta:
-            digest.update(values[places].float().cpu().numpy())
+            digest.update(to_numpy(values[places].float()))
     return digest.hexdigest()[:16]
 
 
@@ -51,5 +53,5 @@ def weights_digest(module: nn.Module) -> str:
     digest = hashlib.sha256()
     for key, value in module.state_dict().items():
         digest.update(f"{key} {tuple(value.shape)} {value.dtype}\0".encode())
-        digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+        digest.update(to_numpy(value.detach().contiguous().view(-1).view(torch.uint8)))
     return digest.hexdigest()

@@ -12,6 +12,7 @@ from functools import lru_cache, partial
 from pathlib import Path
 from typing import TypeVar
 
+import numpy as np
 import torch
 
 from varcompress.errors import InputError
@@ -134,6 +135,11 @@ def bfloat16_wins(device: str) -> bool:
         return is_faster(lambda: half @ half, lambda: plain @ plain)
 
 
+def to_numpy(tensor: torch.Tensor) -> np.ndarray:
+    """A tensor of any device, with or without gradient, as an array of the same shape in the host's memory."""
+    return tensor.detach().cpu().numpy()
+
+
 def synchronize(device: torch.device) -> None:
     """Wait until a device has done all that it was given."""
     if device.type == "cuda":
@@ -164,8 +170,7 @@ def is_faster(call: Callable[[], object], other: Callable[[], object]) -> bool:
 def free_bytes() -> int | None:
     """Memory that processes may still take, or this one's container (cgroup v2) where that is less; None if untold.
 
-    It is promised freely and taken as it is written to, so that no allocation fails: a process that takes too much is
-    killed.
+    The system overcommits: no allocation fails, and a process that uses too much is killed.
     """
     found = []
     info, container = Path("/proc/meminfo"), Path("/sys/fs/cgroup")

@@ -14,12 +14,13 @@ from torch import Tensor
 
 from varcompress.errors import InputError
 from varcompress.files import disk_errors, replacing
+from varcompress.hardware import to_numpy
 
 EXTENSIONS = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"})
 OUTPUTS = (".png", ".npz")
 ROUND, TRUNCATE = "round", "truncate"
 ROUNDINGS = {ROUND: 0.5, TRUNCATE: 0.0}  # added before the fraction is cut off
-NAMED = 5  # skipped images whose names a note lists
+LISTED = 5  # skipped images whose names a note lists
 MIN_CELL_PIXELS = 64
 GAP_PIXELS = 4  # between the cells of a grid
 
@@ -37,11 +38,6 @@ def to_uint8(images: Tensor, rounding: str = ROUND) -> Tensor:
     truncate, as ADM's samplers do. So a result names its rounding.
     """
     return (images.float() * 255 + ROUNDINGS[rounding]).floor().clamp(0, 255).to(torch.uint8)
-
-
-def to_numpy(tensor: Tensor) -> np.ndarray:
-    """A tensor of any device, with or without gradient, as an array of the same shape in the host's memory."""
-    return tensor.detach().cpu().numpy()
 
 
 def pixels(images: Tensor) -> np.ndarray:
@@ -68,8 +64,8 @@ def open_rgb(path: Path) -> Image.Image | None:
 
 def skipped_note(names: Sequence[str], total: int) -> str:
     """What to say about images that `open_rgb` could not read: how many of how many, and the first of their names."""
-    more = ", ..." if len(names) > NAMED else ""
-    return f"skipped {len(names)} of {total} images that could not be read: {', '.join(names[:NAMED])}{more}"
+    more = ", ..." if len(names) > LISTED else ""
+    return f"skipped {len(names)} of {total} images that could not be read: {', '.join(names[:LISTED])}{more}"
 
 
 def read_image(path: Path, size: int) -> tuple[Tensor, bool] | None:

@@ -206,7 +206,7 @@ def _results(folder: Path, given: Iterable[str | Path | dict]) -> dict[str, dict
 
 
 def _public(result: dict) -> dict:
-    """A result without the folders in which its reference lay: they are nobody else's business."""
+    """A result without the folders in which its reference lay: the publisher's paths stay private."""
     return result | ({"reference": Path(str(result["reference"])).name} if "reference" in result else {})
 
 

@@ -1,4 +1,4 @@
-"""Results: what they hold, what their metrics are called, the files they lie in, and whose weights they are of."""
+"""Results: their kinds and fields, the files they lie in, and whose weights they are of. Metrics are in metrics.py."""
 
 from __future__ import annotations
 
@@ -6,49 +6,15 @@ import contextlib
 import json
 from collections.abc import Collection, Iterator
 from pathlib import Path
-from typing import NamedTuple, TypedDict
+from typing import TypedDict
 
 from varcompress.errors import InputError
 from varcompress.files import disk_errors, write_json
+from varcompress.metrics import FEATURES, score_fields
 
 PROFILE, EVAL, DEMO = "profile", "eval", "demo"
 MEASURED = (PROFILE, EVAL)  # kinds that belong to one set of weights, and are published with it
 EARLIER = ".old"  # added to the name of a result whose place a newer one took
-
-
-class Metric(NamedTuple):
-    """What a score is called where people read it, the features it is computed on, and which direction is better."""
-
-    name: str
-    features: str
-    more_is_better: bool
-    has_spread: bool = False  # KEY_std goes with it
-
-    @property
-    def better(self) -> str:
-        """more or less."""
-        return "more" if self.more_is_better else "less"
-
-
-# Those on the digits' own small feature network have names of their own: they are no FID or IS on Inception.
-METRICS = {
-    "fid": Metric("FID", "inception", False),
-    "is": Metric("IS", "inception", True, has_spread=True),
-    "kid": Metric("KID", "inception", False, has_spread=True),
-    "precision": Metric("precision", "inception", True),
-    "recall": Metric("recall", "inception", True),
-    "digits_fd": Metric("digits FD", "digits", False),
-    "digits_is": Metric("digits IS", "digits", True, has_spread=True),
-    "digits_kid": Metric("digits KID", "digits", False, has_spread=True),
-    "digits_precision": Metric("digits precision", "digits", True),
-    "digits_recall": Metric("digits recall", "digits", True),
-}
-
-
-def score_fields(features: str) -> tuple[str, ...]:
-    """The fields of a row that hold scores on these features: key by key, each followed by its spread."""
-    chosen = {key: metric for key, metric in METRICS.items() if metric.features == features}
-    return tuple(field for key, metric in chosen.items() for field in ([key, f"{key}_std"][: 1 + metric.has_spread]))
 
 
 # -- fields -------------------------------------------------------------------------------------
@@ -118,7 +84,7 @@ class ProfileResult(Conditions):
     schedules: list[ProfileRow]
 
 
-_FIELDS = [field for features in ("inception", "digits") for field in score_fields(features)]
+_FIELDS = [field for features in FEATURES for field in score_fields(features)]
 Scores = TypedDict("Scores", dict.fromkeys(_FIELDS, float | None), total=False)
 """The scores on the features of an eval; None where the reference cannot give one."""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from operator import index
 
 from varcompress.errors import InputError
@@ -11,6 +11,11 @@ from varcompress.errors import InputError
 MAX_SEED = 2**63 - 1
 MAX_INDEX = 2**62  # leaves room for the images of a call
 MAX_CFG = 1000  # beyond any use, and far from float32's end
+
+
+def _setting(default: float, help: str, **bounds: float) -> float:
+    """A field with what the command line says of it."""
+    return field(default=default, metadata={"help": help, **bounds})
 
 
 @dataclass(frozen=True)
@@ -23,10 +28,10 @@ class Sampling:
     Whole numbers of numpy's and bools become int, cfg and top_p float.
     """
 
-    cfg: float = 1.5
-    top_k: int = 900
-    top_p: float = 0.96
-    seed: int = 0
+    cfg: float = _setting(1.5, "Guidance weight.")
+    top_k: int = _setting(900, "Most probable tokens to draw from; 0 for all.", min=0)
+    top_p: float = _setting(0.96, "Probability mass to draw from; 0 for all.", min=0, max=1)
+    seed: int = _setting(0, "Seed of all images; image i draws from its stream i, in any batch.")
 
     def __post_init__(self) -> None:
         self._set("cfg", float, lambda cfg: abs(cfg) <= MAX_CFG, f"a number from -{MAX_CFG} to {MAX_CFG}")
@@ -36,6 +41,11 @@ class Sampling:
 
     def _set(self, name: str, kind: Callable, holds: Callable, expected: str) -> None:
         object.__setattr__(self, name, checked(name, getattr(self, name), kind, holds, expected))
+
+    @property
+    def filters(self) -> dict[str, float]:
+        """What the draw leaves out, as its kernel takes it."""
+        return {"top_k": self.top_k, "top_p": self.top_p}
 
     def guidance(self, scale: int, scales: int) -> float:
         """The weight of guidance at `scale` (from 0) of `scales`."""

@@ -63,7 +63,7 @@ def scan(root: str | Path, classes: int) -> ImageFolder:
     """List an image folder. Raises InputError unless it has one folder with images for each of `classes` classes."""
     root = Path(root)
     if not root.is_dir():
-        raise InputError(f"{root}: no such directory of images")
+        raise InputError(f"{root}: no such directory of images: give a folder with one subfolder per class")
     folders = sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
     if len(folders) != classes:
         raise InputError(
@@ -74,7 +74,7 @@ def scan(root: str | Path, classes: int) -> ImageFolder:
     for label, folder in enumerate(folders):
         found = [path for path in sorted(folder.rglob("*")) if path.is_file() and not path.name.startswith(".")]
         if not found:
-            raise InputError(f"{folder}: holds no images")
+            raise InputError(f"{folder}: holds no images: remove it, or put the class's images there")
         for path in found:
             files.append(path.relative_to(root).as_posix())
             digest.update(f"{files[-1]}\0{path.stat().st_size}\0".encode())

@@ -91,7 +91,7 @@ class TokenStore:
             self.path.mkdir(parents=True, exist_ok=True)
             np.save(self.path / STATES, np.full(count, PENDING, dtype=np.uint8))
             shape = (count, self.views, length)
-            np.lib.format.open_memmap(self.path / TOKENS, mode="w+", dtype=_width(self.model), shape=shape)
+            np.lib.format.open_memmap(self.path / TOKENS, mode="w+", dtype=_token_type(self.model), shape=shape)
             write_json(self.path / META, meta)
 
     def _is_ours(self) -> bool:
@@ -109,7 +109,7 @@ class TokenStore:
             read = partial(self.source.read, size=size, views=self.views)
             for chunk, images in _read_ahead(todo, read):
                 readable = [i for i, image in enumerate(images) if image is not None]
-                rows = np.zeros((len(chunk), self.views, self.model.var.config.tokens), dtype=_width(self.model))
+                rows = np.zeros((len(chunk), self.views, self.model.var.config.tokens), dtype=_token_type(self.model))
                 for view in range(self.views if readable else 0):
                     pixels = torch.from_numpy(np.stack([images[i][view] for i in readable])).to(self.model.device)
                     encoded = self.model.encode(pixels.float() / 255 if pixels.dtype is torch.uint8 else pixels)
@@ -125,7 +125,10 @@ class TokenStore:
         states = np.load(self.path / STATES)
         rows = np.flatnonzero(states == DONE)
         if not len(rows):
-            raise InputError(f"{self.source.name}: none of its {len(states)} files is a readable image")
+            raise InputError(
+                f"{self.source.name}: none of its {len(states)} files is a readable image: "
+                "check that the folder is the right one"
+            )
         skipped = tuple(self.source.item(i) for i in np.flatnonzero(states == UNREADABLE))
         return TokenData(np.load(self.path / TOKENS, mmap_mode="r"), rows, self.source.labels[rows], skipped)
 
@@ -164,7 +167,7 @@ def _read_ahead(chunks: Iterable[range], read: Callable[[int], np.ndarray | None
             yield first, [future.result() for future in futures]
 
 
-def _width(model: ElasticVAR) -> type:
+def _token_type(model: ElasticVAR) -> type:
     return np.uint16 if model.var.config.vocab <= 2**16 else np.uint32
 
 

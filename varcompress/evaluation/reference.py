@@ -23,13 +23,12 @@ from torch_fidelity.metric_fid import fid_features_to_statistics
 from varcompress.data.sources import Source
 from varcompress.errors import InputError
 from varcompress.evaluation.features import Extractor, Features
-from varcompress.images import EXTENSIONS, fit, image_files, read_image, skipped_note, to_numpy, to_uint8
+from varcompress.hardware import to_numpy
+from varcompress.images import EXTENSIONS, fit, image_files, read_image, skipped_note, to_uint8
 from varcompress.progress import Progress, silent
 
 MIN_IMAGES = 10  # Inception Score is a mean over 10 groups; precision needs 4 images, a covariance 2
 ARRAYS = "an .npz of images holds arr_0 (N, H, W, 3) uint8, one of statistics mu (D,) and sigma (D, D)"
-
-
 DIGEST_DIGITS = 16
 OF_IMAGES, OF_FILE = "of its images", "mu and sigma of its file"  # where the statistics behind FID come from
 
@@ -136,7 +135,7 @@ def _of_source(source: Source, size: int, batch_size: int) -> Iterator[Tensor]:
 def _of_folder(folder: Path, extractor: Extractor, size: int, batch_size: int, progress: Progress) -> Reference:
     files = image_files(folder)
     if not files:
-        raise InputError(f"{folder}: holds no image ({', '.join(sorted(EXTENSIONS))})")
+        raise InputError(f"{folder}: holds no image ({', '.join(sorted(EXTENSIONS))}): give another folder")
     skipped: list[Path] = []
     resized: list[Path] = []
     images = _readable(files, size, skipped, resized)

@@ -9,10 +9,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_features_to_statistics, fid_statistics_to_metric
-from torch_fidelity.metric_isc import KEY_METRIC_ISC_MEAN, KEY_METRIC_ISC_STD, isc_features_to_metric
-from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, KEY_METRIC_KID_STD, kid_features_to_metric
-from torch_fidelity.metric_prc import KEY_METRIC_PRECISION, KEY_METRIC_RECALL, prc_features_to_metric
 
 from varcompress.cost import cache_bytes
 from varcompress.data.sources import own_source
@@ -21,23 +17,15 @@ from varcompress.errors import InputError
 from varcompress.evaluation.features import Extractor, Features, choose_network
 from varcompress.evaluation.network import FeatureNetwork
 from varcompress.evaluation.reference import MIN_IMAGES, Reference, read_reference
-from varcompress.hardware import exact_float32
 from varcompress.images import ROUND, check_rounding
 from varcompress.memory import PeakMemory, fitting_batch
+from varcompress.metrics import KID_SUBSET_SIZE, Compared, score
 from varcompress.models.elastic import ElasticVAR
 from varcompress.profiling import conditions
 from varcompress.progress import Progress, silent
-from varcompress.results import EVAL, EvalResult, EvalRow, score_fields
+from varcompress.results import EVAL, EvalResult, EvalRow
 from varcompress.sampling import PUBLISHED, Sampling
 from varcompress.schedule import Schedule
-
-# torch-fidelity's defaults, written out because they are part of what a score means
-SEED = 2020
-IS_SPLITS = 10
-KID_SUBSETS, KID_SUBSET_SIZE = 100, 1000
-PRC_NEIGHBOURS = 3
-CPU = torch.device("cpu")
-PRC_ROWS = 2_500  # of the distance matrix at a time; changes memory, not the score
 
 
 def evaluate(
@@ -103,49 +91,9 @@ def balanced_labels(num_images: int, classes: int) -> Tensor:
     return torch.arange(num_images) * classes // num_images
 
 
-def score(
-    generated: Features, reference: Reference, features: str, device: torch.device = CPU
-) -> dict[str, float | None]:
-    """The metrics on these features by torch-fidelity, None where the reference has statistics only.
-
-    device: where the distances between all images are computed, for precision and recall. The other metrics are
-    numpy's in torch-fidelity, and stay on the CPU.
-    """
-    vectors = generated.vectors
-    frechet = fid_statistics_to_metric(fid_features_to_statistics(vectors), reference.statistics, verbose=False)
-    inception = isc_features_to_metric(generated.logits, splits=IS_SPLITS, shuffle=True, rng_seed=SEED)
-    values: list[float | None] = [
-        frechet[KEY_METRIC_FID],
-        inception[KEY_METRIC_ISC_MEAN],
-        inception[KEY_METRIC_ISC_STD],
-    ]
-    if reference.vectors is None:
-        values += [None] * 4
-    else:
-        kernel = kid_features_to_metric(
-            vectors,
-            reference.vectors,
-            kid_subsets=KID_SUBSETS,
-            kid_subset_size=_kid_subset_size(len(vectors), reference),
-            kid_kernel="poly",
-            kid_kernel_poly_degree=3,
-            kid_kernel_poly_gamma=None,
-            kid_kernel_poly_coef0=1,
-            rng_seed=SEED,
-            verbose=False,
-        )
-        with exact_float32(device):
-            manifold = prc_features_to_metric(
-                vectors.to(device),
-                reference.vectors.to(device),
-                prc_neighborhood=PRC_NEIGHBOURS,
-                prc_batch_size=PRC_ROWS,
-                save_cpu_ram=True,
-                verbose=False,
-            )
-        values += [kernel[KEY_METRIC_KID_MEAN], kernel[KEY_METRIC_KID_STD]]
-        values += [manifold[KEY_METRIC_PRECISION], manifold[KEY_METRIC_RECALL]]
-    return dict(zip(score_fields(features), values, strict=True))
+def compare(generated: Features, reference: Reference, device: torch.device) -> Compared:
+    """What scores are computed from. device: where distances between images are."""
+    return Compared(*generated, reference.statistics, reference.vectors, device)
 
 
 # -- one schedule -------------------------------------------------------------------------------
@@ -179,7 +127,7 @@ def _evaluate_schedule(
     latency_ms = statistics.median(times_ms)
     return {
         "schedule": str(schedule),
-        **score(Features.join(parts), reference, extractor.spec.name, extractor.device),
+        **score(compare(Features.join(parts), reference, extractor.device), extractor.spec.name),
         "latency_ms": latency_ms,
         "images_per_second": batch_size / latency_ms * 1e3,
         "peak_bytes": memory.bytes,
@@ -188,10 +136,6 @@ def _evaluate_schedule(
 
 
 # -- what goes with the scores ------------------------------------------------------------------
-
-
-def _kid_subset_size(num_images: int, reference: Reference) -> int:
-    return min(KID_SUBSET_SIZE, num_images, len(reference.vectors))
 
 
 def _notes(network: FeatureNetwork, reference: Reference, num_images: int, sampling: Sampling) -> list[str]:
@@ -206,8 +150,6 @@ def _notes(network: FeatureNetwork, reference: Reference, num_images: int, sampl
         notes.append(f"not the published sampling settings: {', '.join(changed)}")
     if reference.vectors is None:
         notes.append("the reference holds statistics only: no KID, precision or recall")
-    elif _kid_subset_size(num_images, reference) < KID_SUBSET_SIZE:
-        notes.append(
-            f"KID in subsets of {_kid_subset_size(num_images, reference)} images instead of {KID_SUBSET_SIZE:,}"
-        )
+    elif (size := min(num_images, len(reference.vectors))) < KID_SUBSET_SIZE:
+        notes.append(f"KID in subsets of {size} images instead of {KID_SUBSET_SIZE:,}")
     return notes

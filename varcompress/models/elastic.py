@@ -91,7 +91,7 @@ class ElasticVAR(nn.Module):
         self._refuse_when_offloaded()
         self._graphs.clear()
         with contextlib.nullcontext() if dtype is torch.float32 else rounded(self):
-            transformer.cast(self.var, dtype)
+            transformer.to_dtype(self.var, dtype)
             self.tokenizer.decoder.to(dtype)
             self.tokenizer.post_quant_conv.to(dtype)
         return self
@@ -115,10 +115,15 @@ class ElasticVAR(nn.Module):
         if self.offloaded:
             raise InputError("an offloaded model only generates, as it is: load it again without offload")
 
-    def _apply(self, *args: object, **kwargs: object) -> ElasticVAR:
+    def _apply(self, function: Callable[[Tensor], Tensor], *args: object, **kwargs: object) -> ElasticVAR:
+        """What `to`, `half` and the like go through: a change of dtype is `cast`, the rest is torch's."""
         self._refuse_when_offloaded()
         self._graphs.clear()  # now, not at the next call: a model on its way from a GPU leaves no memory there
-        return super()._apply(*args, **kwargs)
+        after = function(self.var.pos_start.detach()[:, :0])  # nothing of it, to see what becomes of all
+        if after.dtype == self.dtype:
+            return super()._apply(function, *args, **kwargs)
+        self.cast(after.dtype)
+        return super()._apply(lambda tensor: tensor.to(after.device), *args, **kwargs)
 
     def prepare(self, schedule: Schedule, runtime: Runtime | None = None) -> None:
         """Bring weights to where a call under `schedule` wants them: packed on a CPU, or from host memory.
@@ -159,10 +164,6 @@ class ElasticVAR(nn.Module):
         depth = self.var.config.depth
         depths = self.depths or (16, 8, 4, 2)
         return [self.schedule("full"), *(self.schedule(f"d{d}") for d in depths if d < depth)]
-
-    def labels(self, labels: Sequence[int] | Tensor) -> Tensor:
-        """Class indices as a tensor (B,) on the model's device. Raises InputError for an unknown class."""
-        return inputs.labels(labels, self.var.config, self.device)
 
     @torch.inference_mode()
     def generate(
@@ -211,7 +212,7 @@ class ElasticVAR(nn.Module):
         tokens of another shape or number.
         """
         first_index, runtime = image_index(first_index), self._checked(runtime)
-        schedule, labels = self.schedule(schedule), self.labels(labels)
+        schedule, labels = self.schedule(schedule), inputs.labels(labels, self.var.config, self.device)
         forced = None if forced is None else inputs.tokens(forced, self.var.config, self.device, len(labels))
         watched = observer is not None or forced is not None or logits_out is not None
         # the seed is an input, so that one graph serves all
@@ -300,7 +301,7 @@ class ElasticVAR(nn.Module):
         schedule that does not fit.
         """
         self._refuse_when_offloaded()
-        schedule, labels = self.schedule(schedule), self.labels(labels)
+        schedule, labels = self.schedule(schedule), inputs.labels(labels, self.var.config, self.device)
         tokens = inputs.tokens(tokens, self.var.config, self.device, len(labels))
         if not torch.is_grad_enabled():
             self.prepare(schedule)

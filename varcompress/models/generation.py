@@ -164,8 +164,8 @@ def draw_tokens(
         observer.phase("transformer")
         logits = head(conditional[few]), head(unconditional[few]) if guidance else None
         observer.phase("sampling")
-        filters = {"top_k": call.sampling.top_k, "top_p": call.sampling.top_p}
-        drawn.append(call.runtime.operations.draw(*logits, guidance, seed, image_ids[few], scale, **filters))
+        draw = call.runtime.operations.draw
+        drawn.append(draw(*logits, guidance, seed, image_ids[few], scale, **call.sampling.filters))
         del logits
     return torch.cat(drawn)
 

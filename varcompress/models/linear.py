@@ -61,7 +61,7 @@ class PackedLinear(Linear):
         """As `Linear.forward`; with gradients enabled from the weight itself, whose copy goes: training changes it."""
         if torch.is_grad_enabled():
             self._copy = None
-        if self._copy is None:
+        if self._copy is None or torch.is_autocast_enabled("cpu"):  # which casts the operators that it knows
             return super().forward(x, bias, gelu=gelu)
         activation = ("gelu", [], "tanh") if gelu else ("none", [], "")
         return torch.ops.mkldnn._linear_pointwise(x, self._copy[1], self.bias if bias is None else bias, *activation)
@@ -139,7 +139,7 @@ def packing_wins(dtype: torch.dtype, width: int) -> bool:
             return False
 
 
-# -- what others must know of a copy --------------------------------------------------------------
+# -- whether a copy is old, and the bytes and FLOPs of packed weights -----------------------------
 
 
 def weight_state(weight: Tensor) -> tuple[float, ...]:

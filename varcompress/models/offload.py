@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from varcompress.models.linear import weight_state
-from varcompress.models.transformer import VAR, Block, VARConfig, cast
+from varcompress.models.transformer import VAR, Block, VARConfig, to_dtype
 from varcompress.schedule import Schedule
 
 SLOTS = 2
@@ -138,7 +138,7 @@ class StreamedBlocks:
         """A block on the device, its weights not yet there."""
         with torch.device("meta"):
             block = Block(self.config)
-        cast(block, self.dtype)
+        to_dtype(block, self.dtype)
         with torch.cuda.stream(self._copies) if self._copies else contextlib.nullcontext():
             return block.to_empty(device=self.device)
 

@@ -146,7 +146,7 @@ class Attention(nn.Module):
         return self.proj(out.transpose(1, 2).flatten(2))
 
 
-def cast(module: nn.Module, dtype: torch.dtype) -> None:
+def to_dtype(module: nn.Module, dtype: torch.dtype) -> None:
     """Convert blocks, or a whole transformer, to `dtype`, and leave the temperatures of attention in float32.
 
     The exponential of a temperature multiplies every logit of its head, and would carry a rounding into all of them.

@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING
 
 import yaml
 
+from varcompress.metrics import METRICS
 from varcompress.models.elastic import ElasticVAR
-from varcompress.report.format import joined, mebibytes, number, score
-from varcompress.results import EVAL, METRICS, PROFILE, EvalResult, ProfileResult
+from varcompress.report.format import joined, mebibytes, number, percent, score
+from varcompress.results import EVAL, PROFILE, EvalResult, ProfileResult
 from varcompress.schedule import Schedule
 
 if TYPE_CHECKING:
@@ -156,8 +157,8 @@ def _schedules(model: ElasticVAR, schedules: Sequence[Schedule]) -> dict:
         "schedule": lambda s: f"`{s}`",
         "layers x scales": lambda s: joined(f"{len(part.layers)}x{len(part.scales)}" for part in s.segments),
         "layers at the last scale": lambda s: "all" if len(s.layers[-1]) == config.depth else joined(s.layers[-1]),
-        "KV cache": lambda s: f"{s.peak_rows / full.peak_rows:.0%}",
-        "FLOPs of the transformer": lambda s: f"{s.flops(**shape) / full.flops(**shape):.0%}",
+        "KV cache": lambda s: percent(s.peak_rows / full.peak_rows),
+        "FLOPs of the transformer": lambda s: percent(s.flops(**shape) / full.flops(**shape)),
     }
     return _table(columns, schedules)
 

@@ -17,6 +17,11 @@ def number(value: float | None) -> str:
     return f"{value:.3g}" if places is None else f"{value:,.{places}f}"
 
 
+def percent(share: float, digits: int = 0) -> str:
+    """A share of 1 in percent."""
+    return f"{share:.{digits}%}"
+
+
 def mebibytes(size_bytes: float | None) -> str:
     """Bytes as a number of MiB."""
     return number(None if size_bytes is None else size_bytes / MIB)

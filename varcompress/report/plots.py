@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from varcompress.files import disk_errors, replacing
-from varcompress.report.format import MIB, count, folded, number, where
-from varcompress.results import EVAL, METRICS, PROFILE, DemoResult, EvalResult, ProfileResult
+from varcompress.metrics import METRICS
+from varcompress.report.format import MIB, count, folded, number, percent, where
+from varcompress.results import EVAL, PROFILE, DemoResult, EvalResult, ProfileResult
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -46,7 +47,7 @@ def plot_eval(result: EvalResult, path: str | Path) -> Path:
     scored = sorted((row for row in rows if row[key] is not None), key=lambda row: row["latency_ms"])
     for place, row in enumerate(scored):  # labels alternate above and below, so that neighbours stay readable
         point = (baseline["latency_ms"] / row["latency_ms"], row[key])
-        label = f"{folded(row['schedule'])}\ncache {row['cache_bytes'] / baseline['cache_bytes']:.0%}"
+        label = f"{folded(row['schedule'])}\ncache {percent(row['cache_bytes'] / baseline['cache_bytes'])}"
         axis.scatter(*point, s=45, color=SPEED_COLOUR, zorder=2)
         side = {"xytext": (0, 8), "va": "bottom"} if place % 2 == 0 else {"xytext": (0, -8), "va": "top"}
         axis.annotate(label, point, textcoords="offset points", ha="center", fontsize=9, **side)
@@ -76,7 +77,7 @@ def plot_samples(samples: dict[str, dict[str, np.ndarray]], result: DemoResult, 
     for axis, row in zip(axes[:, -1], rows, strict=True):
         axis.yaxis.set_label_position("right")
         cache = row["cache_bytes"] / rows[0]["cache_bytes"]
-        label = f"{row['speedup']:.1f}× speed\n{cache:.0%} cache"
+        label = f"{number(row['speedup'])}× speed\n{percent(cache)} cache"
         axis.set_ylabel(label, rotation=0, ha="left", va="center", fontsize=10)
     return _save(figure, path)
 

@@ -9,8 +9,9 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from varcompress.report.format import MIB, count, folded, joined, mebibytes, number, score, where
-from varcompress.results import METRICS, DemoResult, EvalResult, Metric, ProfileResult
+from varcompress.metrics import METRICS, Metric
+from varcompress.report.format import MIB, count, folded, joined, mebibytes, number, percent, score, where
+from varcompress.results import DemoResult, EvalResult, ProfileResult
 
 Rows = Sequence[dict]
 
@@ -49,9 +50,9 @@ def profile_table(result: ProfileResult) -> RenderableType:
         "Memory (predicted)",
         {
             "peak, MiB": lambda r: _beside(r, "peak_bytes", MIB),
-            "of full": lambda r: f"{r['memory_ratio']:.0%}",
+            "of full": lambda r: percent(r["memory_ratio"]),
             "cache, MiB": lambda r: _beside(r, "cache_bytes", MIB),
-            "of full ": lambda r: f"{r['cache_ratio']:.0%}",
+            "of full ": lambda r: percent(r["cache_ratio"]),
         },
         rows,
     )
@@ -59,8 +60,8 @@ def profile_table(result: ProfileResult) -> RenderableType:
     effect = _table(
         f"What a cache in {result.get('cache_dtype')} does to the logits of the same tokens",
         {
-            "error": lambda r: f"{r['logit_error']:.2%}",
-            "same largest logit": lambda r: f"{r['same_top_token']:.1%}",
+            "error": lambda r: percent(r["logit_error"], 2),
+            "same largest logit": lambda r: percent(r["same_top_token"], 1),
         },
         rounded,
     )
@@ -73,8 +74,7 @@ def eval_table(result: EvalResult) -> RenderableType:
     head = (
         f"{where(result)}, batch of {result['batch_size']}\n"
         f"{count(settings['images'], 'image')} against {result['reference']}, features {result['features']}\n"
-        f"cfg {settings['cfg']}, top-k {settings['top_k']}, top-p {settings['top_p']}, seed {settings['seed']}, "
-        f"{'truncated' if settings['rounding'] == 'truncate' else 'rounded'} to 8 bits"
+        f"{joined(f'{name} {value}' for name, value in settings.items() if name != 'images')} to 8 bits"
     )
     scores = {
         _heading(metric): lambda r, key=key: score(r, key)
@@ -114,7 +114,7 @@ def inspect_table(result: dict) -> RenderableType:
         f"Cost of one guided image in {result['dtype']}, by arithmetic",
         {
             "cache, MiB": lambda r: mebibytes(r["cache_bytes"]),
-            "of full": lambda r: f"{r['cache_ratio']:.0%}",
+            "of full": lambda r: percent(r["cache_ratio"]),
             "GFLOP": lambda r: number(r["flops"] / 1e9),
             "speed-up": lambda r: number(r["speedup_predicted"]),
             "without decoder": lambda r: number(r["speedup_without_decoder_predicted"]),

@@ -1,4 +1,4 @@
-"""steps.jsonl: one JSON object per step, and what it says in the end."""
+"""steps.jsonl, one JSON object per step, and a summary of it."""
 
 from __future__ import annotations
 

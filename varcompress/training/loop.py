@@ -12,7 +12,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from varcompress.data.sources import open_source
@@ -27,6 +26,7 @@ from varcompress.progress import Note, Progress, silent
 from varcompress.schedule import Schedule
 from varcompress.training.distributed import Ranks, joined, local_device
 from varcompress.training.log import StepLog
+from varcompress.training.losses import LOSSES, Loss
 from varcompress.training.progressive import Step, plan
 from varcompress.training.recipe import Recipe, load_recipe
 from varcompress.training.state import RunDirectory
@@ -110,6 +110,7 @@ def train(
     schedules[None] = model.schedule("full")
     parameters = list(var.parameters())
     optimizer = adamw(var, recipe)
+    loss_of_tokens = LOSSES[recipe.loss]()
     directory.load(var, optimizer)
     if steps and steps[0].number > 1:
         ranks.check_same(partial(weights_digest, var), "the weights of the state to continue from", SHARE_OUT)
@@ -124,7 +125,7 @@ def train(
 
         token_loss = torch.zeros(var.config.tokens, device=model.device)  # (L,), mean over this process's images
         for places in micro_batches(step, recipe, ranks):
-            token_loss += backward(model, *epoch.samples(places), schedule, recipe)
+            token_loss += backward(model, *epoch.samples(places), schedule, recipe, loss_of_tokens)
         # Layers that a step leaves out have no gradient: neither clipping nor AdamW touches them.
         gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
         ranks.average_([*gradients, token_loss])
@@ -159,17 +160,16 @@ def train(
         progress(step.number, steps[-1].number, what)
 
 
-def backward(model: ElasticVAR, labels: Tensor, tokens: Tensor, schedule: Schedule, recipe: Recipe) -> Tensor:
+def backward(
+    model: ElasticVAR, labels: Tensor, tokens: Tensor, schedule: Schedule, recipe: Recipe, loss: Loss
+) -> Tensor:
     """Add the gradients of one pass of a step, and return its share of the loss of the step: (L,) float32.
 
     labels: (B,) int64; tokens: (B, L) int64; both may be on the host.
     """
     labels, tokens = labels.to(model.device), tokens.to(model.device)
     with fitting_memory(model.device, len(labels), _memory_remedy(recipe)):
-        losses = token_losses(
-            model, labels, tokens, schedule, recipe.dtype, checkpointing=recipe.activation_checkpointing
-        )
-        losses = losses / recipe.accumulation
+        losses = token_losses(model, labels, tokens, schedule, recipe, loss) / recipe.accumulation
         losses.mean().backward()
     return losses.detach()
 
@@ -187,25 +187,18 @@ def _check_finite(step: Step, loss: float, gradient_norm: float) -> None:
 
 
 def token_losses(
-    model: ElasticVAR,
-    labels: Tensor,
-    tokens: Tensor,
-    schedule: Schedule,
-    dtype: str = "float32",
-    *,
-    checkpointing: bool = False,
+    model: ElasticVAR, labels: Tensor, tokens: Tensor, schedule: Schedule, recipe: Recipe, loss: Loss
 ) -> Tensor:
-    """Teacher-forced cross-entropy under a schedule, in nats.
+    """The loss of the teacher-forced pass under a schedule, in nats.
 
-    labels (B,), the null class included, and tokens (B, L), int64 -> the mean over the batch at each place, (L,).
-    checkpointing: recompute activations in the backward pass instead of keeping them.
+    labels: (B,) int64, the null class included; tokens: (B, L) int64; returns the mean over the batch at each place,
+    (L,). The arithmetic is in the recipe's dtype, and activations are recomputed where the recipe says so.
     """
     with torch.no_grad():
         teacher_input = model.tokenizer.teacher_input(tokens)
-    with torch.autocast(model.device.type, torch.bfloat16, enabled=dtype == "bfloat16"):
-        logits = model.var(labels, teacher_input, schedule, checkpointing=checkpointing)
-    losses = F.cross_entropy(logits.flatten(0, 1), tokens.flatten(), reduction="none")
-    return losses.view(tokens.shape).mean(dim=0)
+    with torch.autocast(model.device.type, torch.bfloat16, enabled=recipe.dtype == "bfloat16"):
+        logits = model.var(labels, teacher_input, schedule, checkpointing=recipe.activation_checkpointing)
+    return loss(logits, tokens).mean(dim=0)
 
 
 def micro_batches(step: Step, recipe: Recipe, ranks: Ranks) -> Iterator[slice]:
@@ -246,18 +239,21 @@ def check_fit(recipe: Recipe, model: ElasticVAR, ranks: Ranks) -> None:
         )
     if recipe.bridge >= scales:
         raise InputError(
-            f"recipe: a bridge of {recipe.bridge} leaves nothing to thin out: the model has {scales} scales"
+            f"recipe: a bridge of {recipe.bridge} leaves nothing to thin out: "
+            f"the model has {scales} scales, choose fewer"
         )
     if recipe.batch_size % (ranks.count * recipe.accumulation):
         raise InputError(
             f"recipe: batch_size {recipe.batch_size} does not divide into "
-            f"{ranks.count} processes x {recipe.accumulation} passes (accumulation)"
+            f"{ranks.count} processes x {recipe.accumulation} passes (accumulation): choose a multiple"
         )
 
 
-def _check_size(recipe: Recipe, images: int) -> None:
-    if images < recipe.batch_size:
-        raise InputError(f"recipe: batch_size {recipe.batch_size} is more than the {images} images there are")
+def _check_size(recipe: Recipe, num_images: int) -> None:
+    if num_images < recipe.batch_size:
+        raise InputError(
+            f"recipe: batch_size {recipe.batch_size} is more than the {num_images} images there are: lower it"
+        )
 
 
 def _encode(

@@ -15,6 +15,7 @@ import yaml
 from varcompress.errors import InputError
 from varcompress.files import disk_errors, write_text
 from varcompress.sampling import MAX_SEED
+from varcompress.training.losses import LOSSES
 
 
 def _within(low: float, high: float = math.inf, default: object = MISSING, *, machine: bool = False) -> object:
@@ -37,6 +38,7 @@ class Recipe:
     epochs_subnet: int = _within(0, default=10)  # phase 3: a subnet with probability p_end
     p_start: float = _within(0, 1, default=0.2)
     p_end: float = _within(0, 1, default=1.0)
+    loss: str = "cross_entropy"  # a name in losses.py
     learning_rate: float = _within(0, default=1e-6)
     learning_rate_end: float = _within(0, 1, default=1.0)  # the share of it left at the last step, falling linearly
     warmup_steps: int = _within(0, default=0)  # the learning rate rises linearly over so many steps
@@ -67,11 +69,14 @@ class Recipe:
             raise InputError(f"recipe: depths must run from large to small, each once, not {list(self.depths)}")
         if not self.epochs_full + self.epochs_ramp + self.epochs_subnet:
             raise InputError("recipe: epochs_full, epochs_ramp and epochs_subnet are all 0: nothing to train")
+        if self.loss not in LOSSES:
+            raise InputError(f"recipe: loss must be {' or '.join(LOSSES)}, not {self.loss!r}")
         if not self.learning_rate:
             raise InputError("recipe: learning_rate must be more than 0")
         if self.batch_size % self.accumulation:
             raise InputError(
-                f"recipe: batch_size {self.batch_size} does not divide into {self.accumulation} passes (accumulation)"
+                f"recipe: batch_size {self.batch_size} does not divide into {self.accumulation} passes (accumulation): "
+                "choose a multiple"
             )
 
     @classmethod

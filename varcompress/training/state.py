@@ -161,7 +161,9 @@ def _compare(out: Path, started: dict, now: dict) -> None:
         if key not in machine_fields() and before.get(key) != after.get(key)
     ]
     if differences:
-        raise InputError(f"{out}: was made with another recipe: {'; '.join(differences)}")
+        raise InputError(
+            f"{out}: was made with another recipe: {'; '.join(differences)}: use that one, or choose another output"
+        )
     for part in ("model", "data"):
         if started.get(part) != now.get(part):
             raise InputError(f"{out}: was started with another {part}: resume with the same, or choose another output")
