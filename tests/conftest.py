@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import huggingface_hub
@@ -72,6 +73,13 @@ class OnDevice(torch.Tensor):
 
     def cpu(self):
         return self.as_subclass(torch.Tensor)
+
+
+def in_threads(work, arguments) -> None:
+    """Run work(*given) for each of `arguments`, in a thread of its own; raises what the first of them failed with."""
+    with ThreadPoolExecutor(len(arguments)) as pool:
+        for running in [pool.submit(work, *given) for given in arguments]:
+            running.result()
 
 
 def official_state(model: ElasticVAR) -> tuple[dict, dict]:

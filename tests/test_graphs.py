@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import copy
 import pickle
-import threading
 import warnings
 from dataclasses import replace
 
 import pytest
 import torch
 
-from tests.conftest import placed, random_model
+from tests.conftest import in_threads, placed, random_model
 from tests.emulated_cuda import Device, Graph
 from tests.kernels import needs_triton
 from varcompress.models import graphs
@@ -40,23 +39,15 @@ def doubled(x):
 
 def calls_of_threads(device, graphs, *, streams, calls):
     """`calls` of each of two threads, inputs and results."""
-    done, errors = [], []
+    done = []
 
     def work(first, stream):
-        try:
-            with device.queueing(), device.stream(stream):
-                for value in range(first, first + calls):
-                    x = torch.full((3,), float(value))
-                    done.append((value, graphs.run("key", doubled, x)[0]))
-        except BaseException as error:
-            errors.append(error)
+        with device.queueing(), device.stream(stream):
+            for value in range(first, first + calls):
+                x = torch.full((3,), float(value))
+                done.append((value, graphs.run("key", doubled, x)[0]))
 
-    threads = [threading.Thread(target=work, args=(1000 * i, stream)) for i, stream in enumerate(streams)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not errors
+    in_threads(work, [(1000 * i, stream) for i, stream in enumerate(streams)])
     return done
 
 
@@ -365,26 +356,18 @@ def test_a_capture_that_fails_on_a_gpu(monkeypatch):
 
 @needs_cuda
 def test_threads_and_streams_on_a_gpu():
-    model, errors = gpu_model(), []
+    model = gpu_model()
     calls = [([label, label + 1], schedule) for label in range(8) for schedule in ("full", "d2@2")]
     expected = [eager(model, *call) for call in calls]
     torch.cuda.synchronize()
 
     def work(first):
-        try:
-            with torch.cuda.stream(torch.cuda.Stream()):
-                for turn in range(10):
-                    for i in range(first, len(calls), 2):
-                        assert torch.equal(model.generate(*calls[i]), expected[i]), (turn, calls[i])
-        except BaseException as error:
-            errors.append(error)
+        with torch.cuda.stream(torch.cuda.Stream()):
+            for turn in range(10):
+                for i in range(first, len(calls), 2):
+                    assert torch.equal(model.generate(*calls[i]), expected[i]), (turn, calls[i])
 
-    threads = [threading.Thread(target=work, args=(first,)) for first in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not errors
+    in_threads(work, [(0,), (1,)])
 
 
 @needs_cuda

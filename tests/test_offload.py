@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import threading
 
 import pytest
 import torch
@@ -11,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from tests.conftest import placed, random_model
+from tests.conftest import in_threads, placed, random_model
 from tests.emulated_cuda import Device
 from tests.test_models import random_tokens, schedules
 from varcompress.errors import InputError
@@ -119,23 +118,15 @@ def test_calls_on_several_streams_wait_for_each_other(device, streaming, residen
 
 
 def test_threads_do_not_share_slots(device, streaming, resident):
-    found, errors = [], []
+    found = []
 
     def work(calls):
-        try:
-            with device.queueing(), device.stream(torch.cuda.Stream()):
-                for call in calls:
-                    found.append((call, streaming.generate_tokens([call[0]], call[1])[0]))
-        except BaseException as error:
-            errors.append(error)
+        with device.queueing(), device.stream(torch.cuda.Stream()):
+            for call in calls:
+                found.append((call, streaming.generate_tokens([call[0]], call[1])[0]))
 
-    threads = [threading.Thread(target=work, args=(list(resident)[first::2],)) for first in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    in_threads(work, [(list(resident)[first::2],) for first in range(2)])
     device.run()
-    assert not errors
     assert [call for call, tokens in found if not torch.equal(tokens, resident[call])] == []
 
 
@@ -246,7 +237,7 @@ def test_offloading_changes_nothing_on_a_gpu(dtype):
 
 @needs_cuda
 def test_threads_and_streams_of_an_offloaded_model_on_a_gpu():
-    model, way, errors = random_model(depth=12), {"device": torch.device("cuda"), "kernels": "auto"}, []
+    model, way = random_model(depth=12), {"device": torch.device("cuda"), "kernels": "auto"}
     calls = [([label, label + 1], schedule) for label in range(8) for schedule in ("full", "d2@2")]
     placed(model, **way)
     expected = [model.generate(*call, runtime=model.runtime.eager()) for call in calls]
@@ -254,16 +245,8 @@ def test_threads_and_streams_of_an_offloaded_model_on_a_gpu():
     torch.cuda.synchronize()
 
     def work(first):
-        try:
-            with torch.cuda.stream(torch.cuda.Stream()):
-                for i in range(first, len(calls), 2):
-                    assert torch.equal(model.generate(*calls[i]), expected[i]), calls[i]
-        except BaseException as error:
-            errors.append(error)
+        with torch.cuda.stream(torch.cuda.Stream()):
+            for i in range(first, len(calls), 2):
+                assert torch.equal(model.generate(*calls[i]), expected[i]), calls[i]
 
-    threads = [threading.Thread(target=work, args=(first,)) for first in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not errors
+    in_threads(work, [(0,), (1,)])
