@@ -262,7 +262,7 @@ def offload_is_resident() -> str:
     model.place(replace(model.runtime, offload="bridge"))
     for schedule in (*SCHEDULES, *reversed(SCHEDULES)):
         same(model.generate([1, 2, 3], schedule), expected[schedule], schedule)
-    return f"{2 * len(SCHEDULES)} calls"
+    return f"{2 * len(SCHEDULES)} calls, {model._streamed.host_bytes / MIB:,.1f} MiB of host memory"
 
 
 def precision_settings() -> str:
