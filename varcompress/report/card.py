@@ -16,7 +16,7 @@ import yaml
 
 from varcompress.metrics import METRICS
 from varcompress.models.elastic import ElasticVAR
-from varcompress.report.format import joined, mebibytes, number, percent, score
+from varcompress.report.format import count, joined, mebibytes, number, percent, score
 from varcompress.results import EVAL, PROFILE, EvalResult, ProfileResult
 from varcompress.schedule import Schedule
 
@@ -176,7 +176,8 @@ def _profile(result: ProfileResult) -> dict:
     }
     caption = (
         f"Speed and memory of a batch of {result['batch_size']} in {result['dtype']} on {result['device']} "
-        f"(torch {result['torch']}, median of {result['runs']} runs; the tokenizer's decoder included unless said)."
+        f"(torch {result['torch']}, median of {count(result['runs'], 'run')}; the tokenizer's decoder included unless "
+        "said)."
     )
     return {"title": "Speed and memory", "caption": caption, **_table(columns, result["schedules"])}
 
