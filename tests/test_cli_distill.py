@@ -114,3 +114,14 @@ def test_recipes_list_show_and_copy(tmp_path, monkeypatch, run):
     code, _, err = run("recipes", "copy", "variant-d30")
     assert (code, "stays as it is" in err) == (2, True)
     assert run("recipes", "show", "none")[0] == 2
+
+
+def test_processes_that_torchrun_did_not_start_are_one_line(run, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    for name in ("MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    code, _, err = run("distill", "digits", "--recipe=digits", f"--out={tmp_path / 'run'}", "--device=cpu")
+    assert code == 2
+    assert err.splitlines()[-1].endswith("start the processes with torchrun")
+    assert not (tmp_path / "run").exists()

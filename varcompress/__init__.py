@@ -43,6 +43,10 @@ if TYPE_CHECKING:
     from varcompress.training import distill
 
 
+def __dir__() -> list[str]:
+    return __all__
+
+
 def __getattr__(name: str) -> object:
     if name not in _HOMES:
         raise AttributeError(f"module 'varcompress' has no attribute {name!r}")

@@ -23,7 +23,10 @@ STATE_SAMPLES = 32  # numbers by which a copy of a weight knows that it is old
 
 
 class Linear(nn.Linear):
-    """A linear layer whose bias may come from elsewhere, and that a GELU may follow."""
+    """A linear layer whose bias may come from elsewhere, and that a GELU may follow.
+
+    What is swapped in for it from outside must have its `forward`.
+    """
 
     def forward(self, x: Tensor, bias: Tensor | None = None, *, gelu: bool = False) -> Tensor:
         """x (..., in) -> (..., out), with `bias` where the layer has none of its own, then tanh-GELU if asked."""

@@ -118,7 +118,10 @@ def joined(device: torch.device) -> Iterator[Ranks]:
         return
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
+    try:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
+    except ValueError as error:  # of the environment that torchrun sets
+        raise InputError(f"{' '.join(str(error).split())}: start the processes with torchrun") from error
     try:
         yield Ranks(dist.get_rank(), dist.get_world_size())
     finally:
