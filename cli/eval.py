@@ -15,6 +15,7 @@ from varcompress.sampling import Sampling
 @grouped
 def evaluate(
     model: Model,
+    *,
     schedules: Schedules = None,
     reference: Annotated[
         str | None,
@@ -33,7 +34,7 @@ def evaluate(
         ),
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Images generated at a time; latency is per batch.")] = 64,
-    sampling: Sampling = ...,
+    sampling: Sampling,
     rounding: Rounding = "round",
     features: Annotated[
         str | None, typer.Option(help="inception or digits.", show_default="what fits the model")
@@ -50,7 +51,7 @@ def evaluate(
             show_default="MODEL where it is an elastic directory, else nothing is written",
         ),
     ] = None,
-    loading: Loading = ...,
+    loading: Loading,
     as_json: Json = False,
 ) -> None:
     """Score the images of each schedule, and measure what they cost, in one run.

@@ -15,10 +15,11 @@ from varcompress.sampling import Sampling
 @grouped
 def profile(
     model: Model,
+    *,
     schedules: Schedules = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Images per call.")] = 8,
     runs: Annotated[int, typer.Option(min=1, help="Timed calls per schedule.")] = 5,
-    sampling: Sampling = ...,
+    sampling: Sampling,
     directory: Annotated[
         Path | None,
         typer.Option(
@@ -27,7 +28,7 @@ def profile(
             show_default="MODEL where it is an elastic directory, else nothing is written",
         ),
     ] = None,
-    loading: Loading = ...,
+    loading: Loading,
     as_json: Json = False,
 ) -> None:
     """Measure time, memory, weights and FLOPs of schedules, each beside what arithmetic predicts."""

@@ -20,6 +20,7 @@ from varcompress.sampling import Sampling
 @grouped
 def sample(
     model: Model,
+    *,
     classes: Annotated[str, typer.Option(help="Class indices, such as 207,88 or 0-9.", show_default=False)],
     out: Annotated[
         Path,
@@ -27,10 +28,10 @@ def sample(
     ],
     schedule: Annotated[str, typer.Option("--schedule", "-s", help="full, d8, d8@6 or 30x6,8x4.")] = "full",
     count: Annotated[int, typer.Option(min=1, help="Images per class.")] = 1,
-    sampling: Sampling = ...,
+    sampling: Sampling,
     rounding: Rounding = "round",
     batch_size: Annotated[int, typer.Option(min=1, help="Images generated at a time.")] = 16,
-    loading: Loading = ...,
+    loading: Loading,
     as_json: Json = False,
 ) -> None:
     """Draw images of given classes under one schedule: a grid to look at, or arrays to score."""

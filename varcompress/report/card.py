@@ -163,16 +163,25 @@ def _schedules(model: ElasticVAR, schedules: Sequence[Schedule]) -> dict:
     return _table(columns, schedules)
 
 
+# columns that every measured table has: heading -> text of a row
+TIME: dict[str, Callable[[dict], str]] = {
+    "latency, ms": lambda row: number(row.get("latency_ms")),
+    "images/s": lambda row: number(row.get("images_per_second")),
+}
+MEMORY: dict[str, Callable[[dict], str]] = {
+    "peak memory, MiB": lambda row: mebibytes(row.get("peak_bytes")),
+    "KV cache, MiB": lambda row: mebibytes(row.get("cache_bytes")),
+}
+
+
 def _profile(result: ProfileResult) -> dict:
     """The section of a profile: title, caption, and the table's header and rows."""
     columns: dict[str, Callable[[dict], str]] = {
         "schedule": lambda row: f"`{row['schedule']}`",
-        "latency, ms": lambda row: number(row.get("latency_ms")),
-        "images/s": lambda row: number(row.get("images_per_second")),
+        **TIME,
         "speed-up": lambda row: number(row.get("speedup")),
         "speed-up without decoder": lambda row: number(row.get("speedup_without_decoder")),
-        "peak memory, MiB": lambda row: mebibytes(row.get("peak_bytes")),
-        "KV cache, MiB": lambda row: mebibytes(row.get("cache_bytes")),
+        **MEMORY,
     }
     caption = (
         f"Speed and memory of a batch of {result['batch_size']} in {result['dtype']} on {result['device']} "
@@ -192,10 +201,8 @@ def _eval(result: EvalResult) -> dict:
             for key, metric in METRICS.items()
             if any(key in row for row in rows)
         },
-        "latency, ms": lambda row: number(row.get("latency_ms")),
-        "images/s": lambda row: number(row.get("images_per_second")),
-        "peak memory, MiB": lambda row: mebibytes(row.get("peak_bytes")),
-        "KV cache, MiB": lambda row: mebibytes(row.get("cache_bytes")),
+        **TIME,
+        **MEMORY,
     }
     caption = (
         f"Against {_reference(result['reference'])[1]} with {result['features']} features "
