@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.table import Table
 
 from varcompress.cli.options import Device, Json, Loading, Model, Revision, Vae
 from varcompress.cli.output import note, out, print_json, progress_bar, say
@@ -14,8 +13,13 @@ from varcompress.cli.output import note, out, print_json, progress_bar, say
 
 def distill(
     model: Model,
-    recipe: Annotated[str, typer.Option(help="A recipe's name (see `varcompress recipes list`) or a YAML file.")],
     directory: Annotated[Path, typer.Option("--out", help="Directory that becomes the elastic checkpoint.")],
+    recipe: Annotated[
+        str | None,
+        typer.Option(
+            help="A recipe's name (see `varcompress recipes list`) or a YAML file.", show_default="made for the model"
+        ),
+    ] = None,
     data: Annotated[
         Path | None, typer.Option(help="Images, one subfolder per class, or digits. The embedded model needs none.")
     ] = None,
@@ -36,13 +40,20 @@ def distill(
 
     On several GPUs: torchrun --nproc-per-node 8 -m varcompress distill …
     """
+    from varcompress.report.tables import distill_table
     from varcompress.training import distill
     from varcompress.training.distributed import is_rank_zero, local_device
     from varcompress.training.log import summary
-    from varcompress.training.recipe import load_recipe
+    from varcompress.training.recipe import load_recipe, recipes_for
 
-    chosen = load_recipe(recipe, settings or ())
+    chosen = load_recipe(recipe, settings or ()) if recipe else None  # before a download, not after
     loaded = Loading(vae, str(local_device(device)), revision=revision).open(model)
+    if chosen is None:
+        name, *others = recipes_for(loaded.provenance.name)
+        chosen = load_recipe(name, settings or ())
+        if is_rank_zero():
+            instead = f" (also made for it: {', '.join(others)})" if others else ""
+            note(f"recipe {name}, made for {loaded.provenance.name}{instead}")
     with progress_bar() as progress:
         distill(
             loaded,
@@ -66,11 +77,7 @@ def distill(
     if as_json:
         print_json(result)
         return
-    table = Table("schedule", "steps", "first loss", "last loss", "at step", title="Cross-entropy, nats per token")
-    for row in result["schedules"]:
-        losses = (f"{row[key]:.3f}" for key in ("loss_first", "loss_last"))
-        table.add_row(row["schedule"], str(row["steps"]), *losses, str(row["last_step"]))
-    out.print(table)
+    out.print(distill_table(result))
     say(f"{result['steps']} steps in {result['seconds']:.0f} s; elastic checkpoint: {directory}")
     say("Next:")
     for command in ("profile {}", "eval {} --reference REF", "push {} REPO"):

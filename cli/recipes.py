@@ -26,7 +26,8 @@ def list_recipes(as_json: Json = False) -> None:
         return
     table = Table("name", "depths", "bridge", "epochs", "what it is")
     for recipe in recipes:
-        epochs = "+".join(str(recipe[f"epochs_{phase}"]) for phase in ("full", "ramp", "subnet"))
+        phases = "+".join(str(recipe[f"epochs_{phase}"]) for phase in ("full", "ramp", "subnet"))
+        epochs = str(recipe["epochs"] or phases)
         depths = " ".join(map(str, recipe["depths"]))
         table.add_row(recipe["name"], depths, str(recipe["bridge"]), epochs, recipe["title"])
     out.print(table)

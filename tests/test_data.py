@@ -216,7 +216,7 @@ def test_an_epoch_is_a_permutation_of_its_own():
     data = TokenData(tokens, rows, rows % 10)
     draw = {"seed": 3, "label_drop": 0.1, "null": 10}
     first, second = Epoch.draw(data, epoch=0, **draw), Epoch.draw(data, epoch=1, **draw)
-    labels, drawn = first.samples(slice(0, 2000))
+    labels, drawn, *_ = first.samples(slice(0, 2000))
     assert sorted(drawn[:, 0].tolist()) == rows.tolist()
     dropped = labels == 10
     assert torch.equal(labels[~dropped], drawn[~dropped, 0] % 10)
@@ -224,7 +224,7 @@ def test_an_epoch_is_a_permutation_of_its_own():
     assert np.bincount(first.views, minlength=4).min() > 400
     assert not np.array_equal(first.order, second.order)
     again = Epoch.draw(data, epoch=0, **draw)
-    assert torch.equal(again.samples(slice(100, 120))[1], drawn[100:120])
+    assert torch.equal(again.samples(slice(100, 120)).tokens, drawn[100:120])
 
 
 def test_the_digest_is_of_every_weight():
@@ -310,3 +310,16 @@ def test_whatever_a_decoder_raises_the_image_is_skipped(tiny, images, tmp_path, 
 
     monkeypatch.setattr("PIL.PngImagePlugin.PngImageFile.convert", broken)
     assert filled(tmp_path / "store", images, tiny).skipped == ("class3/1.png", "class5/3.png", "class7/2.png")
+
+
+def test_images_are_held_out_once_and_for_all():
+    rows = np.delete(np.arange(2001), 7)
+    data = TokenData(np.zeros((2001, 1, 1), dtype=np.uint16), rows, rows % 10)
+    kept, held = data.split(0.05, seed=3)
+    assert (len(kept), len(held)) == (1900, 100)
+    assert sorted([*kept.rows, *held.rows]) == list(rows)
+    assert all((part.labels == part.rows % 10).all() for part in (kept, held))
+    assert np.array_equal(data.split(0.05, seed=3)[1].rows, held.rows)
+    assert not np.array_equal(data.split(0.05, seed=4)[1].rows, held.rows)
+    whole, none = data.split(0.0, seed=3)
+    assert (np.array_equal(whole.rows, rows), len(none)) == (True, 0)

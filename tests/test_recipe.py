@@ -7,6 +7,7 @@ import yaml
 
 from varcompress.errors import InputError
 from varcompress.training.recipe import (
+    MADE_FOR,
     Recipe,
     copy_recipe,
     load_recipe,
@@ -14,9 +15,12 @@ from varcompress.training.recipe import (
     recipe_names,
     recipe_text,
     recipe_title,
+    recipes_for,
 )
 
-SMALL = {"name": "small", "depths": [4, 2], "bridge": 2}
+SMALL = {"name": "small", "depths": [4, 2], "bridge": 2, "epochs_subnet": 1}
+DRAWN = {"epochs_subnet": 0, "epochs": 2, "depth_probability": {"full": 0.5, 4: 1, 2: 1}}
+TAUGHT = {"teacher": "frozen", "loss": "kl"}
 
 
 def write(folder, text):
@@ -40,12 +44,42 @@ def test_every_recipe_of_the_package_is_valid_and_survives_yaml(name):
     assert Recipe.from_dict(yaml.safe_load(yaml.safe_dump(recipe.to_dict()))) == recipe
 
 
+@pytest.mark.parametrize("name", recipe_names())
+def test_a_recipe_says_of_each_of_its_figures_where_it_comes_from(name):
+    recipe, text = load_recipe(name), yaml.safe_load(recipe_text(name))
+    said = [key for keys in recipe.origin.values() for key in keys]
+    assert len(said) == len(set(said))
+    assert set(said) == set(text) - machine_fields() - {"name", "seed"}
+
+
+def test_what_a_user_sets_is_no_longer_said_to_come_from_elsewhere():
+    recipe = load_recipe("variant-d30", ["learning_rate=1e-5"])
+    assert "learning_rate" not in recipe.origin["published"]
+    assert "batch_size" in recipe.origin["published"]
+
+
+def test_every_recipe_is_made_for_a_model_that_has_a_name():
+    assert sorted(name for names in MADE_FOR.values() for name in names) == recipe_names()
+    assert recipes_for("var-d30")[0] == recipes_for("var_d30")[0] == "variant-d30"
+    with pytest.raises(InputError, match="no recipe is made for var-d20: name one with --recipe"):
+        recipes_for("var-d20")
+
+
+def test_a_loss_by_name_is_a_weight_of_one():
+    recipe = Recipe.from_dict({**SMALL, **TAUGHT})
+    assert recipe.loss == {"kl": 1.0}
+    assert load_recipe("digits", ["loss={kl: 0.5, cross_entropy: 0.5}"]).loss == {"kl": 0.5, "cross_entropy": 0.5}
+
+
 def test_what_says_only_how_the_machine_is_used_is_named_once():
-    assert machine_fields() == {"accumulation", "activation_checkpointing", "checkpoint_every"}
+    names = {"accumulation", "activation_checkpointing", "checkpoint_every", "together", "origin"}
+    assert machine_fields() == names
 
 
 def test_a_file_is_read_and_floats_without_a_dot_are_floats(tmp_path):
-    path = write(tmp_path, "name: mine\ndepths: [4, 2]\nbridge: 1\nlearning_rate: 1e-6\nweight_decay: 1\n")
+    path = write(
+        tmp_path, "name: mine\ndepths: [4, 2]\nbridge: 1\nepochs_full: 1\nlearning_rate: 1e-6\nweight_decay: 1\n"
+    )
     recipe = load_recipe(path)
     assert recipe.learning_rate == 1e-6
     assert isinstance(recipe.weight_decay, float)
@@ -66,7 +100,7 @@ def test_settings_override_the_file():
         "activation_checkpointing=true",
         "betas=[0.8,0.9]",
     ]
-    recipe = load_recipe("digits", settings)
+    recipe = load_recipe("variant-digits", settings)
     assert (recipe.learning_rate, recipe.depths, recipe.dtype) == (1e-5, (8, 4), "bfloat16")
     assert recipe.activation_checkpointing is True
     assert recipe.betas == (0.8, 0.9)
@@ -98,7 +132,39 @@ def test_settings_override_the_file():
         ({"betas": [0.9, 1]}, "betas must be from 0 to 1, not 1"),
         ({"p_start": 1.2}, "p_start must be from 0 to 1, not 1.2"),
         ({"epochs_full": -1}, "epochs_full must be at least 0, not -1"),
-        ({"epochs_full": 0, "epochs_ramp": 0, "epochs_subnet": 0}, "nothing to train"),
+        ({"epochs_subnet": 0}, "nothing to train"),
+        ({"epochs": 2}, "epochs goes with depth_probability"),
+        ({**DRAWN, "epochs_full": 1}, "leave out epochs_full"),
+        ({**DRAWN, "epochs": 0}, "the run has epochs, at least 1"),
+        ({**DRAWN, "depth_probability": {3: 1}}, "depth_probability names 3, which is none of the depths: full, 4, 2"),
+        ({**DRAWN, "depth_probability": {"half": 1}}, "depth_probability names half"),
+        ({**DRAWN, "depth_probability": {4: 1.5}}, "depth_probability must be from 0 to 1, not 1.5"),
+        ({**DRAWN, "depth_probability": {4: -1}}, "depth_probability must be from 0 to 1, not -1"),
+        ({**DRAWN, "depth_probability": {4: float("nan")}}, "depth_probability must be from 0 to 1, not nan"),
+        ({**DRAWN, "depth_probability": {4: "often"}}, "depth_probability: 4 must be a number, not 'often'"),
+        ({**DRAWN, "depth_probability": {4: 0, 2: 0}}, "depth_probability is 0 for every depth"),
+        ({**DRAWN, "depth_probability": {}}, "depth_probability is 0 for every depth"),
+        ({**DRAWN, "depth_probability": 0.5}, "depth_probability must be a list of `name: value` lines, not 0.5"),
+        ({"loss": "hinge"}, "loss must be cross_entropy or kl, or a weight for each, not 'hinge'"),
+        ({"loss": {"kl": 0}}, "not no weight above 0"),
+        ({"loss": 3}, "loss must be a list of `name: value` lines, not 3"),
+        ({"loss": "kl"}, "the loss kl and a teacher go together"),
+        ({"teacher": "frozen"}, "the loss kl and a teacher go together"),
+        ({"teacher": "mine"}, "teacher must be none or frozen, not 'mine'"),
+        ({**TAUGHT, "guidance": "none"}, "set loss: kl and label_drop: 0"),
+        ({**TAUGHT, "guidance": "none", "label_drop": 0, "cfg": [3, 1]}, "two that ascend, not (3.0, 1.0)"),
+        ({**TAUGHT, "guidance": "none", "label_drop": 0, "cfg": [1, 1]}, "two that ascend"),
+        ({**TAUGHT, "guidance": "none", "label_drop": 0, "cfg": [1]}, "cfg must be a list such as"),
+        ({**TAUGHT, "guidance": "none", "label_drop": 0, "cfg": [0, float("inf")]}, "two that ascend"),
+        ({**TAUGHT, "guidance": "none", "label_drop": 0, "cfg": "strong"}, "cfg must be a number, not 'strong'"),
+        ({"layers": "nearest"}, "layers must be equidistant, sensitivity or lists of numbers, not 'nearest'"),
+        ({"layers": [[0, 1, 2, 5]]}, "layers has lists of 4 layers, but depths are 4, 2"),
+        ({"layers": [[0, 2, 1, 5], [0, 5]]}, "each list of layers must ascend"),
+        ({"layers": [0, 5]}, "layers must be a list such as [16, 8, 4, 2], not 0"),
+        ({"layers": 3}, "layers must be text, not 3"),
+        ({"holdout": 0.9}, "holdout must be from 0 to 0.5, not 0.9"),
+        ({"origin": {"rumour": ["depths"]}}, "origin must be published, embedded, guess, not 'rumour'"),
+        ({"origin": {"guess": ["depth"]}}, "origin names 'depth', which is no key of a recipe"),
         ({"batch_size": 10, "accumulation": 3}, "batch_size 10 does not divide into 3 passes"),
         ({"checkpoint_every": 0}, "checkpoint_every must be at least 1, not 0"),
     ],

@@ -25,15 +25,17 @@ from safetensors.torch import load_file
 
 from tests.conftest import random_model
 from varcompress.checkpoint import load_elastic, load_official
+from varcompress.data.tokens import Samples
 from varcompress.errors import InputError
 from varcompress.fingerprint import weights_digest
 from varcompress.training import distill
 from varcompress.training.distributed import Ranks
 from varcompress.training.log import read_steps, summary
-from varcompress.training.loop import adamw, check_fit, micro_batches, token_losses
-from varcompress.training.losses import CrossEntropy
-from varcompress.training.progressive import plan
-from varcompress.training.recipe import Recipe
+from varcompress.training.loop import adamw, check_fit, micro_batches
+from varcompress.training.losses import Targets
+from varcompress.training.objective import Objective
+from varcompress.training.recipe import FULL, Recipe
+from varcompress.training.strategy import plan
 
 SMALL = Recipe(
     name="small",
@@ -56,6 +58,12 @@ ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
 def changed(**values) -> Recipe:
     return Recipe.from_dict({**SMALL.to_dict(), **values})
+
+
+def token_losses(model, labels, tokens, schedule):
+    """Cross-entropy of each token under a schedule, the mean over images: (L,)."""
+    samples = Samples(labels, tokens, None, None)
+    return Objective(model, SMALL).measure(samples, Targets(tokens), [schedule])[0, 0]
 
 
 class Interrupt(Exception):
@@ -126,11 +134,11 @@ def test_the_plan_is_variants_three_phases():
 def test_depths_are_drawn_with_their_probabilities():
     recipe = changed(epochs_full=5, epochs_ramp=15, epochs_subnet=10, depths=[5, 4, 3, 2])
     steps = plan(recipe, steps_per_epoch=200)
-    subnets = [step.depth is not None for step in steps]
+    subnets = [step.depths != (FULL,) for step in steps]
     assert 0.16 < np.mean(subnets[:1000]) < 0.24
     assert 0.56 < np.mean(subnets[1000:4000]) < 0.64
     assert all(subnets[4000:])
-    counts = Counter(step.depth for step in steps[4000:])
+    counts = Counter(depth for step in steps[4000:] for depth in step.depths)
     assert set(counts) == {5, 4, 3, 2}
     assert all(420 < count < 580 for count in counts.values())
 
@@ -139,7 +147,7 @@ def test_the_plan_depends_on_seed_and_step_alone():
     assert plan(SMALL, 10) == plan(SMALL, 10)
     longer = plan(changed(epochs_subnet=5), 10)
     assert longer[:39] == plan(SMALL, 10)[:39]
-    assert [step.depth for step in plan(changed(seed=1), 10)] != [step.depth for step in plan(SMALL, 10)]
+    assert [step.depths for step in plan(changed(seed=1), 10)] != [step.depths for step in plan(SMALL, 10)]
 
 
 # -- one step -------------------------------------------------------------------------------------
@@ -149,7 +157,7 @@ def test_token_losses_are_cross_entropy_of_teacher_forced_logits(tiny):
     tokens, labels = torch.randint(0, 40, (3, 30)), torch.tensor([1, 2, 9])
     logits = tiny.forward(labels, tokens, "d2@2")
     expected = torch.stack([F.cross_entropy(logits[:, i], tokens[:, i]) for i in range(30)])
-    found = token_losses(tiny, labels, tokens, tiny.schedule("d2@2"), SMALL, CrossEntropy())
+    found = token_losses(tiny, labels, tokens, tiny.schedule("d2@2"))
     torch.testing.assert_close(found, expected)
 
 
@@ -158,7 +166,7 @@ def test_layers_outside_a_subnet_without_bridge_stay_untouched(tiny):
     optimizer = adamw(model.var, changed(weight_decay=0.5, learning_rate=0.1))
     before = {name: value.clone() for name, value in model.var.state_dict().items()}
     tokens, labels = torch.randint(0, 40, (3, 30)), torch.tensor([1, 2, 9])
-    token_losses(model, labels, tokens, model.schedule("d3@0"), SMALL, CrossEntropy()).mean().backward()
+    token_losses(model, labels, tokens, model.schedule("d3@0")).mean().backward()
     torch.nn.utils.clip_grad_norm_(model.var.parameters(), 1.0)
     optimizer.step()
     moved = {name for name, value in model.var.state_dict().items() if not torch.equal(value, before[name])}
@@ -170,7 +178,7 @@ def test_layers_outside_a_subnet_without_bridge_stay_untouched(tiny):
 def test_the_bridge_trains_the_layers_outside_a_subnet(tiny):
     model = copy.deepcopy(tiny)
     tokens, labels = torch.randint(0, 40, (3, 30)), torch.tensor([1, 2, 9])
-    token_losses(model, labels, tokens, model.schedule("d2@1"), SMALL, CrossEntropy()).mean().backward()
+    token_losses(model, labels, tokens, model.schedule("d2@1")).mean().backward()
     assert all(parameter.grad is not None for parameter in model.var.parameters())
 
 
@@ -200,7 +208,7 @@ def test_a_step_that_raises_leaves_nothing_behind(tiny, images, tmp_path):
     assert all(parameter.grad is None for parameter in model.var.parameters())
     runs.clear()
     tokens, labels = torch.randint(0, 40, (3, 30)), torch.tensor([1, 2, 9])
-    token_losses(model, labels, tokens, model.schedule("full"), SMALL, CrossEntropy()).mean().backward()
+    token_losses(model, labels, tokens, model.schedule("full")).mean().backward()
     assert len(runs) == 1  # nothing is recomputed where nobody asks for it
 
 
@@ -251,9 +259,11 @@ def test_every_step_is_logged(undisturbed):
     for line, step in zip(steps, expected, strict=True):
         assert (line["step"], line["epoch"], line["phase"]) == (step.number, step.epoch, step.phase)
         assert line["p"] == pytest.approx(step.p)
-        assert line["depth"] == (step.depth or 6)
-        assert line["schedule"] == (f"d{step.depth}@2" if step.depth else "full")
-        assert line["loss"] == pytest.approx(np.dot(line["loss_per_scale"], shares), rel=1e-5)
+        (depth,) = step.depths
+        schedule = "full" if depth == FULL else f"d{depth}@2"
+        assert line["losses"] == {schedule: pytest.approx(line["loss"])}
+        assert line["loss"] == pytest.approx(np.dot(line["cross_entropy"][schedule], shares), rel=1e-5)
+        assert "kl" not in line
         assert line["learning_rate"] == pytest.approx(SMALL.learning_rate * (1 - 0.5 * step.number / STEPS))
         assert line["seconds"] > 0
 
@@ -268,8 +278,7 @@ def test_training_helps_the_subnets(tiny, images, tmp_path):
     for depth in (4, 2):
         with torch.no_grad():
             before, after = (
-                token_losses(m, labels, tokens, m.schedule(f"d{depth}@2"), SMALL, CrossEntropy()).mean().item()
-                for m in (tiny, model)
+                token_losses(m, labels, tokens, m.schedule(f"d{depth}@2")).mean().item() for m in (tiny, model)
             )
         assert after < before - 0.5
 
@@ -606,8 +615,9 @@ def test_two_processes_train_as_one_does(undisturbed, worker, tmp_path):
     subprocess.run(command, env=ENVIRONMENT, check=True, capture_output=True, timeout=180)
     for one, two in zip(losses(undisturbed), losses(tmp_path / "two"), strict=True):
         assert two["loss"] == pytest.approx(one["loss"], rel=1e-4)
-        assert two["loss_per_scale"] == pytest.approx(one["loss_per_scale"], rel=1e-3)
-        assert {k: two[k] for k in ("step", "phase", "schedule")} == {k: one[k] for k in ("step", "phase", "schedule")}
+        for schedule, per_scale in one["cross_entropy"].items():
+            assert two["cross_entropy"][schedule] == pytest.approx(per_scale, rel=1e-3)
+        assert {k: two[k] for k in ("step", "phase")} == {k: one[k] for k in ("step", "phase")}
     digests = {(tmp_path / "two" / f"rank{rank}.txt").read_text() for rank in range(2)}
     assert digests == {weights_digest(load_elastic(tmp_path / "two"))}
 

@@ -174,6 +174,43 @@ class Schedule:
         return tuple(len(layers) * round((4 + 2 * mlp_ratio) * width * width) for layers in self.layers)
 
 
+@dataclass(frozen=True)
+class Branches:
+    """Schedules that one teacher-forced pass runs side by side: a trunk, and a branch of tokens for each of them.
+
+    The trunk is the tokens of the scales at the start, as many as all schedules run with the same layers: the bridge.
+    What follows differs from schedule to schedule, so each has its own copy of the later tokens, which see the trunk
+    and themselves. One schedule alone is all trunk. The pieces of the pass are the trunk and the branches, in order.
+    """
+
+    schedules: tuple[Schedule, ...]
+
+    @cached_property
+    def trunk(self) -> int:
+        """Tokens that the schedules share."""
+        first, ends = self.schedules[0], (0, *self.schedules[0].ends)
+        scales = range(len(first.layers))
+        differ = (k for k in scales if any(s.layers[k] != first.layers[k] for s in self.schedules))
+        return ends[next(differ, len(first.layers))]
+
+    @cached_property
+    def lengths(self) -> tuple[int, ...]:
+        """Tokens of each piece."""
+        branch = self.schedules[0].ends[-1] - self.trunk
+        return (self.trunk, *(branch for _ in self.schedules if branch))
+
+    def seen(self, layer: int) -> tuple[int, ...]:
+        """How many tokens of each piece a layer sees: the first ones."""
+        branches = self.schedules[: len(self.lengths) - 1]
+        ahead = max(schedule.layer_tokens[layer] for schedule in self.schedules)
+        return (min(ahead, self.trunk), *(max(s.layer_tokens[layer] - self.trunk, 0) for s in branches))
+
+    @cached_property
+    def layers(self) -> tuple[int, ...]:
+        """The layers that any of them runs."""
+        return tuple(sorted({layer for schedule in self.schedules for layer in schedule.layers[0]}))
+
+
 # -- text -----------------------------------------------------------------------------------------
 
 

@@ -11,12 +11,15 @@ from torch import Tensor
 
 from varcompress.kernels.philox import philox
 
-DEPTH, SAMPLE, CROP = 1, 2, 3  # what a stream is for
+DEPTH, SAMPLE, CROP, HOLDOUT, CFG, DROP_PATH = 1, 2, 3, 4, 5, 6  # what a stream is for
 
 
-def words(seed: int, stream: int, index: int, count: int) -> tuple[Tensor, ...]:
-    """Four independent rows of `count` random 32-bit words (int64, on the CPU) for (seed, stream, index)."""
-    position = torch.arange(count)
+def words(seed: int, stream: int, index: int, count: int, *, first: int = 0) -> tuple[Tensor, ...]:
+    """Four independent rows of `count` random 32-bit words (int64, on the CPU) for (seed, stream, index).
+
+    first: where in the rows to begin.
+    """
+    position = torch.arange(first, first + count)
     counter = (position, position.new_full((1,), index), position.new_full((1,), stream), position.new_zeros(1))
     return philox(tuple(torch.broadcast_tensors(*counter)), seed)
 

@@ -7,16 +7,17 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from varcompress.data.sources import Source
-from varcompress.data.streams import SAMPLE, fractions, words
+from varcompress.data.streams import HOLDOUT, SAMPLE, fractions, words
 from varcompress.errors import InputError
 from varcompress.files import disk_errors, write_json
 from varcompress.fingerprint import weights_digest
@@ -28,6 +29,15 @@ CHUNK = 32  # images encoded at a time
 AHEAD = 2  # chunks that are read while one is encoded
 META, TOKENS, STATES = "store.json", "tokens.npy", "states.npy"
 PENDING, DONE, UNREADABLE = 0, 1, 2
+
+
+class Samples(NamedTuple):
+    """Images to train on: labels (B,) and tokens (B, L), int64, and which they are: rows and views (B,) of the store."""
+
+    labels: Tensor
+    tokens: Tensor
+    rows: np.ndarray
+    views: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -45,6 +55,20 @@ class TokenData:
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    def samples(self, places: np.ndarray, views: np.ndarray, labels: np.ndarray | None = None) -> Samples:
+        """The images at these places of `rows`, in these views; labels: in place of their own."""
+        rows = self.rows[places]
+        tokens = torch.from_numpy(self.tokens[rows, views].astype(np.int64))
+        return Samples(torch.from_numpy(self.labels[places] if labels is None else labels), tokens, rows, views)
+
+    def split(self, share: float, seed: int) -> tuple[TokenData, TokenData]:
+        """Two parts of the data, by chance: all but a share of the images, and those. No image is in both."""
+        order = words(seed, HOLDOUT, 0, len(self))[0].argsort(stable=True).numpy()
+        held, kept = np.split(order, [round(share * len(self))])
+        return tuple(
+            replace(self, rows=self.rows[part], labels=self.labels[part]) for part in map(np.sort, (kept, held))
+        )
 
 
 class TokenStore:
@@ -105,7 +129,7 @@ class TokenStore:
         todo = [chunk for chunk in chunks[rank::ranks] if (states[chunk.start : chunk.stop] == PENDING).any()]
         size = self.model.tokenizer.config.image_size
         done = len(chunks[rank::ranks]) - len(todo)
-        with disk_errors(self.path), _Rows(self.path / TOKENS) as tokens, _Rows(self.path / STATES) as marks:
+        with disk_errors(self.path), Rows(self.path / TOKENS) as tokens, Rows(self.path / STATES) as marks:
             read = partial(self.source.read, size=size, views=self.views)
             for chunk, images in _read_ahead(todo, read):
                 readable = [i for i, image in enumerate(images) if image is not None]
@@ -133,7 +157,7 @@ class TokenStore:
         return TokenData(np.load(self.path / TOKENS, mmap_mode="r"), rows, self.source.labels[rows], skipped)
 
 
-class _Rows:
+class Rows:
     """Writes rows of a .npy file in place. Plain writes, because a full disk kills the writer of a memory map."""
 
     def __init__(self, path: Path) -> None:
@@ -189,8 +213,6 @@ class Epoch:
         views = (fractions(view) * data.tokens.shape[1]).long().numpy()
         return cls(data, order, views[order], labels[order])
 
-    def samples(self, places: slice) -> tuple[Tensor, Tensor]:
-        """Labels (B,) and tokens (B, L), int64, of the images at these places of the pass."""
-        rows = self.data.rows[self.order[places]]
-        tokens = self.data.tokens[rows, self.views[places]].astype(np.int64)
-        return torch.from_numpy(self.labels[places]), torch.from_numpy(tokens)
+    def samples(self, places: slice) -> Samples:
+        """The images at these places of the pass."""
+        return self.data.samples(self.order[places], self.views[places], self.labels[places])

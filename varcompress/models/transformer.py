@@ -23,7 +23,7 @@ from varcompress.kernels.backend import Kernels
 from varcompress.kernels.modulate import modulate
 from varcompress.models.cache import KVCache
 from varcompress.models.linear import ConditionLinear, Linear
-from varcompress.schedule import Schedule
+from varcompress.schedule import Branches, Schedule
 
 MAX_LOG_SCALE = math.log(100)
 # All but cuDNN's, whose backward pass gives NaN under a mask at some lengths, such as the 2,240 tokens of 512 px.
@@ -65,6 +65,19 @@ class Layout(NamedTuple):
         """The layout of images with these scales."""
         scale = torch.tensor([k for k, side in enumerate(patch_nums) for _ in range(side * side)], device=device)
         return cls(scale, scale[:, None] >= scale)
+
+    def mask_of(self, trunk: int, seen: tuple[int, ...]) -> Tensor:
+        """The mask of a layer that sees the first `seen` tokens of each piece of a pass (see `Branches`): (n, n) bool.
+
+        A token of a branch sees the trunk and its own branch.
+        """
+        if not any(seen[1:]):
+            return self.mask[: seen[0], : seen[0]]
+        device = self.mask.device
+        starts = [0, *[trunk] * (len(seen) - 1)]
+        place = torch.cat([torch.arange(a, a + n, device=device) for a, n in zip(starts, seen, strict=True)])
+        piece = torch.cat([torch.full((n,), i, device=device) for i, n in enumerate(seen)])
+        return self.mask[place[:, None], place] & ((piece[:, None] == piece) | (piece == 0))
 
 
 class Constants(NamedTuple):
@@ -197,14 +210,21 @@ class Block(nn.Module):
             return (self.ada_gss + shared).unbind(2)
         return self.ada_lin(condition).unflatten(-1, (6, -1))[:, None].unbind(2)
 
-    def forward(self, x: Tensor, condition: Tensor, shared: Tensor | None, mask: Tensor) -> Tensor:
+    def forward(
+        self, x: Tensor, condition: Tensor, shared: Tensor | None, mask: Tensor, kept: Tensor | None = None
+    ) -> Tensor:
         """The teacher-forced pass, in which all scales stand side by side: x (B, n, C) -> (B, n, C).
 
-        condition and shared: see `modulation`; mask: (n, n) bool, block-causal. The AdaLN vectors are computed in here
+        condition and shared: see `modulation`; mask: (n, n) bool, block-causal; kept: (2, B), a factor of each branch
+        for stochastic depth (arXiv 1603.09382): 0, or 1 over the probability that it is not. The AdaLN vectors are computed in here
         so that activation checkpointing keeps the condition in their place, and so that whoever shards a block's
         weights (FSDP) can gather all of them when the block is called.
         """
         gamma1, gamma2, scale1, scale2, shift1, shift2 = self.modulation(condition, shared)
+        if kept is not None:
+            gamma1, gamma2 = (
+                gamma * factor[:, None, None] for gamma, factor in zip((gamma1, gamma2), kept, strict=True)
+            )
         branch = self.attn.attend(*self.attn.project(modulate(x, scale1, shift1)), mask)
         x = torch.addcmul(x, branch, gamma1)
         return torch.addcmul(x, self.ffn(modulate(x, scale2, shift2)), gamma2)
@@ -301,40 +321,63 @@ class VAR(nn.Module):
         return condition[:, None] + self.pos_start
 
     def forward(
-        self, labels: Tensor, teacher_input: Tensor, schedule: Schedule, *, checkpointing: bool = False
+        self,
+        labels: Tensor,
+        teacher_input: Tensor,
+        schedules: Schedule | Branches,
+        *,
+        checkpointing: bool = False,
+        kept: Tensor | None = None,
     ) -> Tensor:
-        """Teacher-forced logits under a schedule: (B, L, V) float32.
+        """Teacher-forced logits under a schedule, (B, L, V) float32, or under several in one pass, (B, N, V).
 
-        labels: (B,) int64; teacher_input: (B, L - p_1^2, z_channels), see `VQVAE.teacher_input`; checkpointing:
-        recompute the activations of each layer in the backward pass instead of keeping them.
+        labels: (B,) int64; teacher_input: (B, L - p_1^2, z_channels), see `VQVAE.teacher_input`; N: the tokens of all
+        pieces of the branches, one after another; checkpointing: recompute the activations of each layer in the
+        backward pass instead of keeping them; kept: (depth, 2, B), see `Block.forward`.
         A layer sees only the tokens of the scales that it runs at; the block-causal mask makes that exactly what
         cached generation computes.
         """
+        branches = schedules if isinstance(schedules, Branches) else Branches((schedules,))
         condition = self.class_emb(labels)
         x = torch.cat((self.first_input(condition), self.word_embed(teacher_input.to(condition.dtype))), dim=1)
-        x = x + self.positions()
+        trunk, late = (x + self.positions()).split((branches.trunk, self.config.tokens - branches.trunk), dim=1)
+        pieces = Pieces([trunk, *[late] * (len(branches.lengths) - 1)])
         shared = self.shared_modulation(condition)
-        later = x.new_empty(len(x), 0, x.shape[2])  # the tokens that the layer at hand does not see
-        for layer in schedule.layers[0]:
-            seen = schedule.layer_tokens[layer]
-            x, later = split_at(seen, x, later)
-            block, mask = self.blocks[layer], self.layout.mask[:seen, :seen]
+        seen = None
+        for layer in branches.layers:
+            if branches.seen(layer) != seen:
+                seen = branches.seen(layer)
+                x, mask = pieces.take(x, seen), self.layout.mask_of(branches.trunk, seen)
+            given = (x, condition, shared, mask, None if kept is None else kept[layer])
             if checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, condition, shared, mask, use_reentrant=False)
+                x = checkpoint(self.blocks[layer], *given, use_reentrant=False)
             else:
-                x = block(x, condition, shared, mask)
-        x, later = split_at(self.config.tokens, x, later)
+                x = self.blocks[layer](*given)
+        x = pieces.take(x, branches.lengths)
         return self.head(modulate(x, *self.head_nm.modulation(condition))).float()
 
 
-def split_at(tokens: int, x: Tensor, later: Tensor) -> tuple[Tensor, Tensor]:
-    """Move tokens between x (B, n, C) and `later` (B, m, C), which follow them, until x has `tokens` of them.
+class Pieces:
+    """The residual of a pass in pieces (B, n, C), of which some layers see only the first tokens, or none."""
 
-    Neither is a view of what they were before: of a view, a layer would keep the whole base for its backward pass.
-    """
-    surplus = x.shape[1] - tokens
-    if surplus > 0:
-        return x[:, :tokens].clone(), torch.cat((x[:, tokens:], later), dim=1)
-    if surplus < 0:
-        return torch.cat((x, later[:, :-surplus]), dim=1), later[:, -surplus:].clone()
-    return x, later
+    def __init__(self, pieces: list[Tensor]) -> None:
+        self._waiting, self._taken = pieces, [0] * len(pieces)
+
+    def take(self, x: Tensor, tokens: tuple[int, ...]) -> Tensor:
+        """The first `tokens` of each piece side by side, (B, n, C), once `x` has brought back what was taken before.
+
+        It is no view: of a view, a layer would keep the whole base for its backward pass.
+        """
+        if sum(self._taken):
+            back = x.split(self._taken, dim=1)
+            self._waiting = [_join(part, rest) for part, rest in zip(back, self._waiting, strict=True)]
+        self._taken = list(tokens)
+        taken = [piece[:, :n] for piece, n in zip(self._waiting, tokens, strict=True)]
+        self._waiting = [piece[:, n:] for piece, n in zip(self._waiting, tokens, strict=True)]
+        return torch.cat([part for part in taken if part.shape[1]] or taken, dim=1)
+
+
+def _join(part: Tensor, rest: Tensor) -> Tensor:
+    if not rest.shape[1]:
+        return part
+    return torch.cat((part, rest), dim=1) if part.shape[1] else rest

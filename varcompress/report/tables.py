@@ -107,6 +107,20 @@ def demo_table(result: DemoResult) -> RenderableType:
     return _stacked(head, _table(title, columns, result["schedules"]))
 
 
+def distill_table(result: dict) -> RenderableType:
+    """What `distill` did: the loss of each schedule at its first and last steps, and on images kept aside."""
+    recipe, heldout = result["recipe"], (result["heldout"] or {}).get("losses", {})
+    columns = {
+        "steps": lambda r: f"{r['steps']:,}",
+        "first loss": lambda r: f"{r['loss_first']:.3f}",
+        "last loss": lambda r: f"{r['loss_last']:.3f}",
+        "at step": lambda r: f"{r['last_step']:,}",
+        **({"held out": lambda r: f"{heldout[r['schedule']]:.3f}"} if heldout else {}),
+    }
+    title = f"Loss ({_value(recipe['loss'])}), nats per token"
+    return _table(title, columns, result["schedules"])
+
+
 def inspect_table(result: dict) -> RenderableType:
     """What `describe` says of a model: its shape, its schedules' layers, and their cost by arithmetic."""
     rows = result["schedules"]
@@ -138,7 +152,7 @@ def _facts(result: dict) -> Table:
         "bridge": f"{count(result['bridge'], 'scale')} of {len(result['patch_nums'])} run all layers",
         "base model": result["base_model"],
         "licence": result["license"],
-        "recipe": recipe and ", ".join(f"{key} {_value(value)}" for key, value in recipe.items()),
+        "recipe": recipe and "; ".join(f"{key} {_value(value)}" for key, value in recipe.items()),
     }
     table = Table.grid(padding=(0, 2))
     table.add_column(style="bold")
@@ -190,7 +204,9 @@ def _beside(row: dict, key: str, unit: float = 1) -> str:
 
 
 def _value(value: object) -> str:
-    return joined(value) if isinstance(value, list | tuple) else str(value)
+    if isinstance(value, dict):
+        return joined(f"{key} {_value(item)}" for key, item in value.items())
+    return joined(map(_value, value)) if isinstance(value, list | tuple) else str(value)
 
 
 def _span(first: int, last: int) -> str:

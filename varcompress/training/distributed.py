@@ -78,6 +78,12 @@ class Ranks:
             self.on_rank_zero(lambda: _check_equal(found, what, remedy))
         return own
 
+    def sum_(self, tensor: Tensor) -> Tensor:
+        """The sum of a tensor over the processes, in its place."""
+        if self.count > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
     @torch.no_grad()
     def average_(self, tensors: list[Tensor]) -> None:
         """Replace each tensor by its mean over the processes, many at a time."""

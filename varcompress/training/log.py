@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 from varcompress.files import disk_errors, write_text
+from varcompress.training.recipe import FULL
 from varcompress.training.state import RunDirectory
 
 LAST = 10  # steps of a schedule whose mean is called its loss
@@ -50,22 +51,33 @@ def read_steps(path: Path) -> list[dict]:
 def summary(out: str | Path) -> dict:
     """What a run did: its steps and seconds, and per schedule its steps, the last of them, loss_first and loss_last.
 
-    A loss is the mean, in nats per token, over the first or last ten steps that trained the schedule.
+    A loss is the mean, in nats per token, over the first or last ten steps that trained the schedule. heldout is what
+    the last step measured on images that were never trained on, if the run kept any.
     """
     steps = read_steps(RunDirectory(out).steps_path)
-    by_schedule: dict[str, list[dict]] = {}
-    for step in sorted(steps, key=lambda step: -step["depth"]):
-        by_schedule.setdefault(step["schedule"], []).append(step)
-    schedules = []
-    for schedule, ran in by_schedule.items():
-        losses = [step["loss"] for step in ran]
-        schedules.append(
-            {
-                "schedule": schedule,
-                "steps": len(ran),
-                "loss_first": sum(losses[:LAST]) / len(losses[:LAST]),
-                "loss_last": sum(losses[-LAST:]) / len(losses[-LAST:]),
-                "last_step": ran[-1]["step"],
-            }
-        )
-    return {"steps": len(steps), "seconds": sum(step["seconds"] for step in steps), "schedules": schedules}
+    by_schedule: dict[str, list[tuple[int, float]]] = {}
+    for step in steps:
+        for schedule, loss in step["losses"].items():
+            by_schedule.setdefault(schedule, []).append((step["step"], loss))
+    return {
+        "steps": len(steps),
+        "seconds": sum(step["seconds"] for step in steps),
+        "schedules": [_schedule(schedule, ran) for schedule, ran in sorted(by_schedule.items(), key=_deepest_first)],
+        "heldout": next((step["heldout"] for step in reversed(steps) if "heldout" in step), None),
+    }
+
+
+def _schedule(schedule: str, ran: list[tuple[int, float]]) -> dict:
+    losses = [loss for _, loss in ran]
+    return {
+        "schedule": schedule,
+        "steps": len(ran),
+        "loss_first": sum(losses[:LAST]) / len(losses[:LAST]),
+        "loss_last": sum(losses[-LAST:]) / len(losses[-LAST:]),
+        "last_step": ran[-1][0],
+    }
+
+
+def _deepest_first(item: tuple[str, list]) -> int:
+    """full, then d16 before d8."""
+    return 0 if item[0] == FULL else 1 - int(item[0].lstrip("d").partition("@")[0]) + 10**6

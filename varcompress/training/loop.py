@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -18,18 +19,19 @@ from varcompress.data.sources import open_source
 from varcompress.data.tokens import Epoch, TokenData, TokenStore
 from varcompress.errors import InputError
 from varcompress.fingerprint import weights_digest
-from varcompress.hardware import fitting_memory
 from varcompress.images import skipped_note
 from varcompress.models.elastic import ElasticVAR
 from varcompress.models.transformer import VAR
 from varcompress.progress import Note, Progress, silent
 from varcompress.schedule import Schedule
 from varcompress.training.distributed import Ranks, joined, local_device
+from varcompress.training.ema import WeightMean
 from varcompress.training.log import StepLog
-from varcompress.training.losses import LOSSES, Loss
-from varcompress.training.progressive import Step, plan
-from varcompress.training.recipe import Recipe, load_recipe
+from varcompress.training.objective import Objective
+from varcompress.training.recipe import FULL, Recipe, load_recipe
 from varcompress.training.state import RunDirectory
+from varcompress.training.strategy import Step, plan
+from varcompress.training.teacher import StoredTeacher, Teacher
 
 SAME_MODEL = "open the same file everywhere, or one --revision of the Hub's"
 SHARE_OUT = "the output directory must be the same one on all machines"
@@ -74,17 +76,24 @@ def distill(
         source = ranks.on_rank_zero(lambda: open_source(data, model))
         ranks.on_rank_zero(lambda: _check_size(recipe, len(source)))
         digest = ranks.check_same(partial(weights_digest, model), "the weights of the model", SAME_MODEL)
+        teacher = teacher_of(model, recipe)  # a copy taken before the weights of a state to continue from
         identity = {"recipe": recipe.to_dict(), "model": digest, "data": source.digest}
+        if teacher:
+            identity["teacher"] = teacher.digest
         done = ranks.on_rank_zero(lambda: directory.begin(identity, note=note, resume=resume))
 
         store = TokenStore(tokens or directory.tokens_path, source, model, recipe.views)
         create = store.create if tokens or done else partial(directory.create_tokens, store.create)
         encoded = _encode(store, create, ranks, progress, note)
-        ranks.on_rank_zero(lambda: _check_size(recipe, len(encoded)))  # again, now that unreadable ones are out
-        steps = plan(recipe, len(encoded) // recipe.batch_size)  # a pass drops its last, incomplete batch
+        data, heldout = encoded.split(recipe.holdout, recipe.seed)
+        ranks.on_rank_zero(lambda: _check_size(recipe, len(data)))  # again, now that unreadable ones are out
+        steps = plan(recipe, len(data) // recipe.batch_size)  # a pass drops its last, incomplete batch
+        if recipe.teacher_logits == "stored" and teacher:
+            teacher = store_teacher(teacher, store, encoded, Objective(model, recipe, teacher), ranks, progress)
+        run = Run(model, recipe, steps, data, heldout, directory, ranks, Objective(model, recipe, teacher))
         with StepLog(directory.steps_path, done) if ranks.is_rank_zero else nullcontext() as log:
             try:
-                train(model, recipe, steps[done:], encoded, directory, log, ranks, progress)
+                train(run, done, log, progress)
             finally:
                 model.var.zero_grad()  # of a step that was interrupted; they are as large as the weights
 
@@ -94,111 +103,127 @@ def distill(
     return model
 
 
-def train(
-    model: ElasticVAR,
-    recipe: Recipe,
-    steps: list[Step],
-    data: TokenData,
-    directory: RunDirectory,
-    log: StepLog | None,
-    ranks: Ranks,
-    progress: Progress = silent,
-) -> None:
-    """Run `steps`, which follow the saved state if there is one. Rank 0 saves and logs."""
+@dataclass
+class Run:
+    """What the steps of a run share."""
+
+    model: ElasticVAR
+    recipe: Recipe
+    steps: list[Step]  # all of the run
+    data: TokenData
+    heldout: TokenData
+    directory: RunDirectory
+    ranks: Ranks
+    objective: Objective
+
+
+def train(run: Run, done: int, log: StepLog | None, progress: Progress = silent) -> None:
+    """Run all steps after `done`, of which the directory holds the state. Rank 0 saves and logs."""
+    model, recipe, ranks, last = run.model, run.recipe, run.ranks, len(run.steps)
     var = model.var
-    schedules = {depth: model.schedule(f"d{depth}@{recipe.bridge}") for depth in recipe.depths}
-    schedules[None] = model.schedule("full")
-    parameters = list(var.parameters())
     optimizer = adamw(var, recipe)
-    loss_of_tokens = LOSSES[recipe.loss]()
-    directory.load(var, optimizer)
-    if steps and steps[0].number > 1:
+    mean = WeightMean(var, recipe.ema) if recipe.ema else None
+    run.directory.load(var, optimizer, mean)
+    if 0 < done < last:
         ranks.check_same(partial(weights_digest, var), "the weights of the state to continue from", SHARE_OUT)
-    epoch = None
-    for step in steps:
+    epoch, held = None, ""
+    for step in run.steps[done:]:
         began = time.perf_counter()
         if epoch is None or step.place == 0:
             null = var.config.classes
-            epoch = Epoch.draw(data, seed=recipe.seed, epoch=step.epoch, label_drop=recipe.label_drop, null=null)
-        schedule = schedules[step.depth]
-        learning_rate = learning_rate_at(step.number, steps[-1].number, recipe)
-
-        token_loss = torch.zeros(var.config.tokens, device=model.device)  # (L,), mean over this process's images
-        for places in micro_batches(step, recipe, ranks):
-            token_loss += backward(model, *epoch.samples(places), schedule, recipe, loss_of_tokens)
-        # Layers that a step leaves out have no gradient: neither clipping nor AdamW touches them.
-        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-        ranks.average_([*gradients, token_loss])
-        gradient_norm = nn.utils.clip_grad_norm_(parameters, recipe.gradient_clip or math.inf)  # the norm before it
-        per_scale = [part.mean() for part in token_loss.split([p * p for p in var.config.patch_nums])]
-        loss, gradient_norm, *per_scale = torch.stack([token_loss.mean(), gradient_norm, *per_scale]).tolist()
-        _check_finite(step, loss, gradient_norm)  # before the weights move: no state of a spoilt model is saved
+            epoch = Epoch.draw(run.data, seed=recipe.seed, epoch=step.epoch, label_drop=recipe.label_drop, null=null)
+        schedules = schedules_of(model, recipe, step.depths)
+        learning_rate = learning_rate_at(step.number, last, recipe)
+        losses, gradient_norm = gradients(run, step, epoch, list(schedules.values()))
         for group in optimizer.param_groups:
             group["lr"] = learning_rate
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+        if mean:
+            mean.update(step.number)
 
+        line = {
+            "step": step.number,
+            "epoch": step.epoch,
+            **({} if step.phase is None else {"phase": step.phase, "p": round(step.p, 6)}),
+            "loss": run.objective.total(losses).item(),
+            **loss_fields(run.objective, losses, schedules),
+            "learning_rate": learning_rate,
+            "gradient_norm": gradient_norm,
+            "seconds": round(time.perf_counter() - began, 4),
+        }
+        if len(run.heldout) and (step.number % recipe.holdout_every == 0 or step.number == last):
+            line["heldout"] = measure_heldout(run, mean)
+            held = f", held out {line['heldout']['loss']:.3f}"
         if ranks.is_rank_zero:
-            log.append(
-                {
-                    "step": step.number,
-                    "epoch": step.epoch,
-                    "phase": step.phase,
-                    "p": round(step.p, 6),
-                    "schedule": str(schedule),
-                    "depth": step.depth or var.config.depth,
-                    "loss": loss,
-                    "loss_per_scale": per_scale,
-                    "learning_rate": learning_rate,
-                    "gradient_norm": gradient_norm,
-                    "seconds": round(time.perf_counter() - began, 4),
-                }
-            )
+            log.append(line)
             if step.number % recipe.checkpoint_every == 0 or step.ends_phase:
-                directory.save(var, optimizer, step.number)
-        what = f"distill: phase {step.phase}, p {step.p:.2f}, {schedule}, loss {loss:.3f}"
-        progress(step.number, steps[-1].number, what)
+                run.directory.save(var, optimizer, step.number, mean)
+        phase = f"phase {step.phase}, p {step.p:.2f}, " if step.phase else ""
+        names = " ".join("full" if depth == FULL else f"d{depth}" for depth in step.depths)
+        progress(step.number, last, f"distill: {phase}{names}, loss {line['loss']:.3f}{held}")
+    if mean:
+        mean.swap()
 
 
-def backward(
-    model: ElasticVAR, labels: Tensor, tokens: Tensor, schedule: Schedule, recipe: Recipe, loss: Loss
-) -> Tensor:
-    """Add the gradients of one pass of a step, and return its share of the loss of the step: (L,) float32.
+def gradients(run: Run, step: Step, epoch: Epoch, schedules: list[Schedule]) -> tuple[Tensor, float]:
+    """The clipped gradients of a step, in the parameters, averaged over the processes.
 
-    labels: (B,) int64; tokens: (B, L) int64; both may be on the host.
+    Returns the losses by kind, schedule and token (N, S, L), and the norm of the gradient before clipping.
     """
-    labels, tokens = labels.to(model.device), tokens.to(model.device)
-    with fitting_memory(model.device, len(labels), _memory_remedy(recipe)):
-        losses = token_losses(model, labels, tokens, schedule, recipe, loss) / recipe.accumulation
-        losses.mean().backward()
-    return losses.detach()
-
-
-def _memory_remedy(recipe: Recipe) -> str:
-    """What to do about a device that is too small."""
-    more = "" if recipe.activation_checkpointing else ", or set activation_checkpointing=true"
-    return f"raise accumulation (now {recipe.accumulation}){more}"
-
-
-def _check_finite(step: Step, loss: float, gradient_norm: float) -> None:
-    for what, value in (("loss", loss), ("norm of the gradient", gradient_norm)):
+    var, recipe = run.model.var, run.recipe
+    losses = sum(
+        run.objective.backward(epoch.samples(places), places, step.number, schedules)
+        for places in micro_batches(step, recipe, run.ranks)
+    )
+    parameters = list(var.parameters())
+    # Layers that a step leaves out have no gradient: neither clipping nor AdamW touches them.
+    run.ranks.average_([*(parameter.grad for parameter in parameters if parameter.grad is not None), losses])
+    norm = nn.utils.clip_grad_norm_(parameters, recipe.gradient_clip or math.inf).item()
+    # before the weights move: no state of a spoilt model is saved
+    for what, value in (("loss", run.objective.total(losses).item()), ("norm of the gradient", norm)):
         if not math.isfinite(value):
             raise InputError(f"step {step.number}: the {what} is {value}; start another run with a lower learning_rate")
+    return losses, norm
 
 
-def token_losses(
-    model: ElasticVAR, labels: Tensor, tokens: Tensor, schedule: Schedule, recipe: Recipe, loss: Loss
-) -> Tensor:
-    """The loss of the teacher-forced pass under a schedule, in nats.
+@torch.no_grad()
+def measure_heldout(run: Run, mean: WeightMean | None) -> dict:
+    """The losses of images that are never trained on, under the full network and every depth.
 
-    labels: (B,) int64, the null class included; tokens: (B, L) int64; returns the mean over the batch at each place,
-    (L,). The arithmetic is in the recipe's dtype, and activations are recomputed where the recipe says so.
+    Each image in its first view and with its label, so that the figures of all steps and runs compare.
     """
-    with torch.no_grad():
-        teacher_input = model.tokenizer.teacher_input(tokens)
-    with torch.autocast(model.device.type, torch.bfloat16, enabled=recipe.dtype == "bfloat16"):
-        logits = model.var(labels, teacher_input, schedule, checkpointing=recipe.activation_checkpointing)
-    return loss(logits, tokens).mean(dim=0)
+    recipe, ranks = run.recipe, run.ranks
+    schedules = schedules_of(run.model, recipe, (FULL, *recipe.depths))
+    size = max(1, recipe.batch_size // (ranks.count * recipe.accumulation))
+    starts = range(0, len(run.heldout), size)
+    losses = run.objective.zeros(len(schedules))
+    with mean.in_use() if mean else nullcontext():
+        for start in starts[ranks.rank :: ranks.count]:
+            places = np.arange(start, min(start + size, len(run.heldout)))
+            samples = run.heldout.samples(places, np.zeros_like(places))
+            losses += run.objective.evaluate(samples, list(schedules.values())) * len(places)
+    losses = ranks.sum_(losses) / len(run.heldout)
+    return {"loss": run.objective.total(losses).item(), **loss_fields(run.objective, losses, schedules)}
+
+
+def loss_fields(objective: Objective, losses: Tensor, schedules: dict[str, Schedule]) -> dict:
+    """What the log says of losses (N, S, L): of each schedule the loss, and each kind of it scale by scale."""
+    counts = [side * side for side in objective.model.var.config.patch_nums]
+    per_scale = torch.stack([part.mean(-1) for part in losses.split(counts, dim=-1)], dim=-1).tolist()
+    return {
+        "losses": dict(zip(schedules, objective.of_schedules(losses).tolist(), strict=True)),
+        **{
+            kind: dict(zip(schedules, values, strict=True))
+            for kind, values in zip(objective.losses, per_scale, strict=True)
+        },
+    }
+
+
+def schedules_of(model: ElasticVAR, recipe: Recipe, depths: Iterable[str | int]) -> dict[str, Schedule]:
+    """The schedules of these depths, by the text that a log calls them."""
+    texts = (depth if depth == FULL else f"d{depth}@{recipe.bridge}" for depth in depths)
+    return {text: model.schedule(text) for text in texts}
 
 
 def micro_batches(step: Step, recipe: Recipe, ranks: Ranks) -> Iterator[slice]:
@@ -215,10 +240,11 @@ def micro_batches(step: Step, recipe: Recipe, ranks: Ranks) -> Iterator[slice]:
 def learning_rate_at(number: int, steps: int, recipe: Recipe) -> float:
     """The learning rate of step `number` (from 1) of `steps`.
 
-    It rises linearly over the warm-up and falls linearly over the whole run, and the two are multiplied.
+    It rises linearly over the warm-up and falls over the whole run, linearly or as a cosine; the two are multiplied.
     """
-    rise = min(1.0, number / max(recipe.warmup_steps, 1))
-    return recipe.learning_rate * rise * (1 - (1 - recipe.learning_rate_end) * number / steps)
+    rise, done = min(1.0, number / max(recipe.warmup_steps, 1)), number / steps
+    fallen = done if recipe.learning_rate_decay == "linear" else (1 - math.cos(math.pi * done)) / 2
+    return recipe.learning_rate * rise * (1 - (1 - recipe.learning_rate_end) * fallen)
 
 
 def adamw(var: VAR, recipe: Recipe) -> torch.optim.AdamW:
@@ -228,6 +254,34 @@ def adamw(var: VAR, recipe: Recipe) -> torch.optim.AdamW:
     rest = [parameter for parameter in var.parameters() if id(parameter) not in known]
     groups = [{"params": matrices, "weight_decay": recipe.weight_decay}, {"params": rest, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=recipe.learning_rate, betas=recipe.betas, fused=True)
+
+
+def teacher_of(model: ElasticVAR, recipe: Recipe) -> Teacher | None:
+    """The teacher that a recipe asks for: the model as it is now."""
+    if recipe.teacher == "none":
+        return None
+    guided = recipe.guidance == "none"
+    return Teacher(model.var, model.schedule("full"), dtype=recipe.teacher_dtype, guided=guided)
+
+
+def store_teacher(
+    teacher: Teacher, store: TokenStore, data: TokenData, objective: Objective, ranks: Ranks, progress: Progress
+) -> StoredTeacher:
+    """What the teacher says of all images, beside their tokens, each process computing a share of it."""
+    recipe, config = objective.recipe, objective.model.var.config
+    settings = {
+        "dtype": recipe.dtype,
+        "label_drop": recipe.label_drop > 0,
+        "cfg": recipe.cfg if recipe.guidance == "none" else None,
+    }
+    stored = StoredTeacher(
+        store.path / "teacher", data, config, top=recipe.teacher_top, digest=teacher.digest, settings=settings
+    )
+    ranks.on_rank_zero(stored.create)
+    stored.compute(objective.teacher_says, ranks.rank, ranks.count, progress)
+    ranks.barrier()
+    stored.open()
+    return stored
 
 
 def check_fit(recipe: Recipe, model: ElasticVAR, ranks: Ranks) -> None:

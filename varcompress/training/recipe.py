@@ -5,17 +5,30 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Iterable
-from dataclasses import MISSING, asdict, dataclass, field, fields
+from dataclasses import MISSING, Field, asdict, dataclass, field, fields, replace
 from importlib import resources
 from pathlib import Path
-from typing import Literal, get_args, get_origin, get_type_hints
+from types import NoneType, UnionType
+from typing import Literal, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
 from varcompress.errors import InputError
 from varcompress.files import disk_errors, write_text
-from varcompress.sampling import MAX_SEED
+from varcompress.sampling import MAX_CFG, MAX_SEED
 from varcompress.training.losses import LOSSES
+
+
+FULL = "full"  # the full network's place among the depths
+ORIGINS = ("published", "embedded", "guess")  # a paper's figure, carried over from the embedded model, run by nobody
+LAYERS = ("equidistant", "sensitivity")  # ways to choose the layers of a depth
+EXAMPLES = {float: "[0.9, 0.95]", int: "[16, 8, 4, 2]", str: "[depths, bridge]"}  # of a list, by what it holds
+# the recipes made for a model that has a name; the first is taken where none is asked for
+MADE_FOR = {
+    "var-d30": ("variant-d30", "distil-d30", "distil-d30-unguided"),
+    "var-d16": ("variant-d16",),
+    "digits": ("digits", "digits-long", "digits-unguided", "variant-digits"),
+}
 
 
 def _within(low: float, high: float = math.inf, default: object = MISSING, *, machine: bool = False) -> object:
@@ -23,54 +36,82 @@ def _within(low: float, high: float = math.inf, default: object = MISSING, *, ma
 
     machine: it says only how the machine is used, as `machine_fields` has it.
     """
-    return field(default=default, metadata={"low": low, "high": high, "machine": machine})
+    return _plain(default, low=low, high=high, machine=machine)
+
+
+def _plain(default: object, **metadata: object) -> object:
+    """A field with what is known of it."""
+    if isinstance(default, dict):
+        return field(default_factory=default.copy, metadata=metadata)
+    return field(default=default, metadata=metadata)
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """Depths, phases, optimiser and batch of one distillation. A value out of range is refused by its name."""
+    """What is trained, by which losses and for how long. A value out of range is refused by its name.
+
+    Depths run either by the three phases of VARiant (epochs_full, epochs_ramp, epochs_subnet), one a step, or, where
+    depth_probability is given, several a step for `epochs`.
+    """
 
     name: str
     depths: tuple[int, ...] = _within(2)  # subnets to train, largest first
     bridge: int = _within(0)  # scales at the start that always run all layers
-    epochs_full: int = _within(0, default=5)  # phase 1: a subnet with probability p_start
-    epochs_ramp: int = _within(0, default=15)  # phase 2: the probability rises linearly
-    epochs_subnet: int = _within(0, default=10)  # phase 3: a subnet with probability p_end
+    layers: str | tuple[tuple[int, ...], ...] = "equidistant"  # of each depth; or "sensitivity", or by number
+
+    epochs_full: int = _within(0, default=0)  # phase 1: a subnet with probability p_start
+    epochs_ramp: int = _within(0, default=0)  # phase 2: the probability rises linearly
+    epochs_subnet: int = _within(0, default=0)  # phase 3: a subnet with probability p_end
     p_start: float = _within(0, 1, default=0.2)
     p_end: float = _within(0, 1, default=1.0)
-    loss: str = "cross_entropy"  # a name in losses.py
+    depth_probability: dict[str, float] | None = _within(0, 1, default=None)  # of each depth, in every step
+    epochs: int = _within(0, default=0)  # passes over the data, with depth_probability
+    together: bool = _plain(True, machine=True)  # the depths of a step in one pass, or one after another
+
+    loss: dict[str, float] = _within(0, default={"cross_entropy": 1.0})  # weights of the losses in losses.py
+    scale_weights: Literal["tokens", "scales", "lognormal"] = "tokens"  # see losses.py
+    teacher: Literal["none", "frozen"] = "none"  # frozen: the network that the run starts from
+    teacher_dtype: Literal["float32", "bfloat16"] = "float32"  # of its weights
+    teacher_logits: Literal["live", "stored"] = "live"  # stored: computed once, the largest kept beside the tokens
+    teacher_top: int = _within(1, default=64)  # how many are stored of each token
+    guidance: Literal["classifier-free", "none"] = "classifier-free"  # none: distilled, so that no second pass is run
+    cfg: float | tuple[float, float] = 1.5  # what guidance to distil; a range is given to the model as an input
+
     learning_rate: float = _within(0, default=1e-6)
-    learning_rate_end: float = _within(0, 1, default=1.0)  # the share of it left at the last step, falling linearly
+    learning_rate_end: float = _within(0, 1, default=1.0)  # the share of it left at the last step
+    learning_rate_decay: Literal["linear", "cosine"] = "linear"  # how it falls to that
     warmup_steps: int = _within(0, default=0)  # the learning rate rises linearly over so many steps
     weight_decay: float = _within(0, default=0.0)  # on the matrices of linear layers
     betas: tuple[float, float] = _within(0, 1 - 1e-9, default=(0.9, 0.95))
     gradient_clip: float = _within(0, default=2.0)  # largest norm of the gradient; 0 switches clipping off
+    ema: float = _within(0, 1 - 1e-9, default=0.0)  # decay of the weights' running mean, which is kept; 0: none
+    drop_path: float = _within(0, 1 - 1e-9, default=0.0)  # probability to skip a branch, at the last layer
+
     batch_size: int = _within(1, default=1024)  # images per step, on all devices together
     accumulation: int = _within(1, default=1, machine=True)  # passes of a device over its share of the batch
     label_drop: float = _within(0, 1, default=0.1)  # probability of the null class, for guidance
     views: int = _within(1, 256, default=1)  # of each image: the centre, then random crops
+    holdout: float = _within(0, 0.5, default=0.0)  # share of the images that are never trained on, to measure on
+    holdout_every: int = _within(1, default=500)  # steps between two measurements
+
     dtype: Literal["float32", "bfloat16"] = "bfloat16"  # of the arithmetic; weights and optimiser are float32
     # recompute activations in the backward pass: slower, far less memory
-    activation_checkpointing: bool = field(default=False, metadata={"machine": True})
+    activation_checkpointing: bool = _plain(False, machine=True)
     checkpoint_every: int = _within(1, default=1000, machine=True)  # steps between two states to --resume from
     seed: int = _within(0, MAX_SEED, default=0)
+    # where figures come from: their names under published, embedded (carried over from the embedded model) or guess
+    origin: dict[str, tuple[str, ...]] = _plain({}, machine=True)
 
     def __post_init__(self) -> None:
         for item in fields(self):
-            value, low = getattr(self, item.name), item.metadata.get("low")
-            if low is None:
-                continue
-            high = item.metadata["high"]
-            for number in value if isinstance(value, tuple) else (value,):
-                if not low <= number <= high or not math.isfinite(number):
-                    limits = f"from {low:g} to {high:g}" if math.isfinite(high) else f"at least {low:g}"
-                    raise InputError(f"recipe: {item.name} must be {limits}, not {number:g}")
+            self._check_bounds(item)
         if not self.depths or list(self.depths) != sorted(set(self.depths), reverse=True):
             raise InputError(f"recipe: depths must run from large to small, each once, not {list(self.depths)}")
-        if not self.epochs_full + self.epochs_ramp + self.epochs_subnet:
-            raise InputError("recipe: epochs_full, epochs_ramp and epochs_subnet are all 0: nothing to train")
-        if self.loss not in LOSSES:
-            raise InputError(f"recipe: loss must be {' or '.join(LOSSES)}, not {self.loss!r}")
+        self._check_strategy()
+        self._check_layers()
+        self._check_losses()
+        self._check_guidance()
+        self._check_origin()
         if not self.learning_rate:
             raise InputError("recipe: learning_rate must be more than 0")
         if self.batch_size % self.accumulation:
@@ -78,6 +119,82 @@ class Recipe:
                 f"recipe: batch_size {self.batch_size} does not divide into {self.accumulation} passes (accumulation): "
                 "choose a multiple"
             )
+
+    def _check_bounds(self, item: Field) -> None:
+        value, low = getattr(self, item.name), item.metadata.get("low")
+        if low is None or value is None:
+            return
+        high = item.metadata["high"]
+        for number in value.values() if isinstance(value, dict) else value if isinstance(value, tuple) else (value,):
+            if not low <= number <= high or not math.isfinite(number):
+                limits = f"from {low:g} to {high:g}" if math.isfinite(high) else f"at least {low:g}"
+                raise InputError(f"recipe: {item.name} must be {limits}, not {number:g}")
+
+    def _check_strategy(self) -> None:
+        phases = self.epochs_full + self.epochs_ramp + self.epochs_subnet
+        if self.depth_probability is None:
+            if self.epochs:
+                raise InputError("recipe: epochs goes with depth_probability: the phases have epochs of their own")
+            if not phases:
+                raise InputError("recipe: epochs_full, epochs_ramp and epochs_subnet are all 0: nothing to train")
+            return
+        if phases or not self.epochs:
+            raise InputError(
+                "recipe: with depth_probability the run has epochs, at least 1, and no phases: "
+                "leave out epochs_full, epochs_ramp and epochs_subnet"
+            )
+        known = [FULL, *map(str, self.depths)]
+        if unknown := [depth for depth in self.depth_probability if depth not in known]:
+            raise InputError(
+                f"recipe: depth_probability names {unknown[0]}, which is none of the depths: {', '.join(known)}"
+            )
+        if not any(self.depth_probability.values()):
+            raise InputError("recipe: depth_probability is 0 for every depth: nothing to train")
+
+    def _check_layers(self) -> None:
+        if isinstance(self.layers, str):
+            if self.layers not in LAYERS:
+                raise InputError(f"recipe: layers must be {', '.join(LAYERS)} or lists of numbers, not {self.layers!r}")
+        elif tuple(map(len, self.layers)) != self.depths:
+            raise InputError(
+                f"recipe: layers has lists of {', '.join(str(len(chosen)) for chosen in self.layers)} layers, "
+                f"but depths are {', '.join(map(str, self.depths))}: give one list for each, in that order"
+            )
+        elif any(list(chosen) != sorted(set(chosen)) for chosen in self.layers):
+            raise InputError("recipe: each list of layers must ascend, each layer once")
+
+    def _check_losses(self) -> None:
+        unknown = [name for name in self.loss if name not in LOSSES]
+        if unknown or not any(self.loss.values()):
+            found = repr(unknown[0]) if unknown else "no weight above 0"
+            raise InputError(f"recipe: loss must be {' or '.join(LOSSES)}, or a weight for each, not {found}")
+        if bool(self.loss.get("kl")) != (self.teacher != "none"):
+            raise InputError(
+                "recipe: the loss kl and a teacher go together: set teacher: frozen and loss: kl, or neither"
+            )
+
+    def _check_guidance(self) -> None:
+        low, high = self.cfg if isinstance(self.cfg, tuple) else (self.cfg, self.cfg)
+        if not -MAX_CFG <= low <= high <= MAX_CFG or (isinstance(self.cfg, tuple) and low == high):
+            raise InputError(
+                f"recipe: cfg must be a number from -{MAX_CFG} to {MAX_CFG}, or two that ascend, not {self.cfg}"
+            )
+        if self.teacher_logits == "stored" and isinstance(self.cfg, tuple):
+            raise InputError(
+                "recipe: what a teacher says under a range of cfg cannot be stored: set teacher_logits: live"
+            )
+        if self.guidance == "none" and (self.loss.keys() != {"kl"} or self.label_drop):
+            raise InputError(
+                "recipe: guidance: none distils the teacher's guided logits: set loss: kl and label_drop: 0"
+            )
+
+    def _check_origin(self) -> None:
+        names = {item.name for item in fields(self)}
+        for origin, keys in self.origin.items():
+            if origin not in ORIGINS:
+                raise InputError(f"recipe: origin must be {', '.join(ORIGINS)}, not {origin!r}")
+            if unknown := sorted(set(keys) - names):
+                raise InputError(f"recipe: origin names {unknown[0]!r}, which is no key of a recipe")
 
     @classmethod
     def from_dict(cls, values: dict, where: object = "recipe") -> Recipe:
@@ -88,14 +205,18 @@ class Recipe:
             if key not in hints:
                 raise InputError(f"{where}: unknown key {key!r}{_nearest(str(key), hints)}")
             converted[key] = _convert(f"{where}: {key}", hints[key], value)
-        missing = [item.name for item in fields(cls) if item.default is MISSING and item.name not in values]
+        missing = [item.name for item in fields(cls) if _required(item) and item.name not in values]
         if missing:
             raise InputError(f"{where}: lacks {', '.join(missing)}")
         return cls(**converted)
 
     def to_dict(self) -> dict:
         """Plain values, as they stand in a YAML file."""
-        return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
+        return {key: _as_plain(value) for key, value in asdict(self).items()}
+
+
+def _required(item: Field) -> bool:
+    return item.default is MISSING and item.default_factory is MISSING
 
 
 def machine_fields() -> frozenset[str]:
@@ -116,13 +237,29 @@ def load_recipe(source: str | Path, settings: Iterable[str] = ()) -> Recipe:
         raise InputError(f"{where}: not YAML{f', line {mark.line + 1}' if mark else ''}: {problem}") from error
     if not isinstance(values, dict):
         raise InputError(f"{where}: a recipe is a list of `key: value` lines")
-    return Recipe.from_dict({**values, **dict(map(_setting, settings))}, where)
+    changed = dict(map(_setting, settings))
+    recipe = Recipe.from_dict({**values, **changed}, where)
+    if "origin" in changed:
+        return recipe
+    # what a user sets comes from nowhere but from them
+    origin = {name: tuple(key for key in keys if key not in changed) for name, keys in recipe.origin.items()}
+    return replace(recipe, origin=origin)
 
 
 def recipe_names() -> list[str]:
     """Names of the recipes that the package brings."""
     files = resources.files("varcompress.recipes").iterdir()
     return sorted(file.name.removesuffix(".yaml") for file in files if file.name.endswith(".yaml"))
+
+
+def recipes_for(model: str) -> tuple[str, ...]:
+    """Names of the recipes made for a model of this name, the one to take first. InputError where there is none."""
+    found = MADE_FOR.get(model.replace("_", "-"))  # var_d30.pth holds what is called var-d30
+    if not found:
+        raise InputError(
+            f"no recipe is made for {model}: name one with --recipe ({', '.join(recipe_names())}, or a YAML file)"
+        )
+    return found
 
 
 def recipe_text(name: str) -> str:
@@ -184,6 +321,12 @@ def _setting(text: str) -> tuple[str, object]:
         raise InputError(f"--set {text!r}: the value is not readable") from error
 
 
+def _as_plain(value: object) -> object:
+    if isinstance(value, dict):
+        return {key: _as_plain(item) for key, item in value.items()}
+    return list(map(_as_plain, value)) if isinstance(value, tuple) else value
+
+
 def _nearest(word: str, choices: Iterable[str]) -> str:
     close = difflib.get_close_matches(word, list(choices), n=1)
     return f": did you mean {close[0]}?" if close else ""
@@ -191,16 +334,26 @@ def _nearest(word: str, choices: Iterable[str]) -> str:
 
 def _convert(what: str, hint: object, value: object) -> object:
     """`value` as the type of its field, or InputError."""
-    if get_origin(hint) is tuple:
-        kind, *rest = get_args(hint)
+    origin, options = get_origin(hint), get_args(hint)
+    if origin in (Union, UnionType):
+        return _convert_union(what, options, value)
+    if origin is dict:
+        if isinstance(value, str) and options == (str, float):
+            value = {value: 1.0}  # one loss alone
+        if not isinstance(value, dict):
+            raise InputError(f"{what} must be a list of `name: value` lines, not {value!r}")
+        # a depth is text as a key, which it becomes in JSON at the latest
+        return {str(key): _convert(f"{what}: {key}", options[1], item) for key, item in value.items()}
+    if origin is tuple:
+        kind, *rest = options
         count = None if rest == [Ellipsis] else 1 + len(rest)
         if not isinstance(value, (list, tuple)) or (count and len(value) != count):
-            example = "[0.9, 0.95]" if kind is float else "[16, 8, 4, 2]"
+            example = EXAMPLES.get(kind, "[[0, 14, 29], [0, 29]]")
             raise InputError(f"{what} must be a list such as {example}, not {value!r}")
         return tuple(_convert(what, kind, item) for item in value)
-    if get_origin(hint) is Literal:
-        if value not in get_args(hint):
-            raise InputError(f"{what} must be {' or '.join(get_args(hint))}, not {value!r}")
+    if origin is Literal:
+        if value not in options:
+            raise InputError(f"{what} must be {' or '.join(options)}, not {value!r}")
         return value
     if hint is float and isinstance(value, (int, float, str)) and not isinstance(value, bool):
         try:
@@ -211,3 +364,14 @@ def _convert(what: str, hint: object, value: object) -> object:
         return value
     expected = {float: "a number", int: "a whole number", bool: "true or false", str: "text"}[hint]
     raise InputError(f"{what} must be {expected}, not {value!r}")
+
+
+def _convert_union(what: str, options: tuple, value: object) -> object:
+    """`value` as the one of several types that it is a list, a mapping, nothing or a plain value for."""
+    if value is None and NoneType in options:
+        return None
+    kind = tuple if isinstance(value, (list, tuple)) else dict if isinstance(value, dict) else None
+    fitting = [option for option in options if option is not NoneType and get_origin(option) is kind]
+    if kind is None and len(fitting) > 1:  # of two plain types, text is taken as such
+        fitting = [type(value)] if type(value) in fitting else fitting
+    return _convert(what, (fitting or [option for option in options if option is not NoneType])[0], value)

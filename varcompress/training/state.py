@@ -27,6 +27,7 @@ from varcompress.models.elastic import ElasticVAR
 from varcompress.models.transformer import VAR
 from varcompress.progress import Note
 from varcompress.publish import save
+from varcompress.training.ema import WeightMean
 from varcompress.training.recipe import Recipe, machine_fields
 
 STEPS, WORK = "steps.jsonl", ".training"
@@ -64,7 +65,7 @@ class RunDirectory:
     def begin(self, identity: dict, *, note: Note, resume: bool) -> int:
         """Start or continue a run, and return the number of steps that are done already.
 
-        identity: {"recipe": {...}, "model": digest, "data": digest}. Raises InputError when the run that is there was
+        identity: {"recipe": {...}, "model": digest, "data": digest, "teacher": digest}. Raises InputError when the run that is there was
         started with another, and names the difference; what only says how the machine is used may differ.
         """
         done = self.step()
@@ -107,18 +108,20 @@ class RunDirectory:
         except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
             raise InputError(f"{self._state}: damaged; delete {self.out} and start again") from error
 
-    def save(self, var: VAR, optimizer: torch.optim.Optimizer, step: int) -> None:
+    def save(self, var: VAR, optimizer: torch.optim.Optimizer, step: int, mean: WeightMean | None = None) -> None:
         """Write the state after `step`. The earlier state stays whole until the new one is."""
         tensors = {}
         for name, parameter in var.named_parameters():
             tensors[f"weight.{name}"] = parameter.detach().contiguous()
             for moment, value in optimizer.state.get(parameter, {}).items():
                 tensors[f"{moment}.{name}"] = value.contiguous()
+        if mean:
+            tensors |= {f"mean.{name}": value.contiguous() for name, value in mean.state.items()}
         with disk_errors(self._state), replacing(self._state) as temporary:
             save_file(tensors, temporary, metadata={"step": str(step)})
 
     @torch.no_grad()
-    def load(self, var: VAR, optimizer: torch.optim.Optimizer) -> None:
+    def load(self, var: VAR, optimizer: torch.optim.Optimizer, mean: WeightMean | None = None) -> None:
         """Put the saved state, if there is one, into the weights and the optimiser."""
         if not self._state.is_file():
             return
@@ -128,6 +131,8 @@ class RunDirectory:
                 parameter.copy_(state.get_tensor(f"weight.{name}"))
                 if f"step.{name}" in saved:  # a parameter that never had a gradient has no moments
                     optimizer.state[parameter] = {moment: state.get_tensor(f"{moment}.{name}") for moment in MOMENTS}
+            for name, value in mean.state.items() if mean else ():
+                value.copy_(state.get_tensor(f"mean.{name}"))
 
     def finish(self, model: ElasticVAR) -> None:
         """Put the elastic checkpoint into place, file by file, then drop what only training needed."""
@@ -164,6 +169,6 @@ def _compare(out: Path, started: dict, now: dict) -> None:
         raise InputError(
             f"{out}: was made with another recipe: {'; '.join(differences)}: use that one, or choose another output"
         )
-    for part in ("model", "data"):
+    for part in ("model", "data", "teacher"):
         if started.get(part) != now.get(part):
             raise InputError(f"{out}: was started with another {part}: resume with the same, or choose another output")

@@ -1,0 +1,230 @@
+"""Runs with a teacher: several depths a step, what a state must hold to go on from, images held out, stored answers."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import subprocess
+
+import numpy as np
+import pytest
+import torch
+
+from tests.conftest import random_model
+from tests.test_training import (  # noqa: F401  (fixtures are found by their names)
+    ENVIRONMENT,
+    TORCHRUN,
+    Interrupt,
+    _one_thread,
+    images,
+    interrupt_at,
+    losses,
+    weights,
+    worker,
+)
+from varcompress.checkpoint import load_elastic
+from varcompress.errors import InputError
+from varcompress.fingerprint import weights_digest
+from varcompress.training import distill
+from varcompress.training.log import summary
+from varcompress.training.loop import learning_rate_at
+from varcompress.training.recipe import FULL, Recipe
+from varcompress.training.strategy import plan
+
+TAUGHT = Recipe(
+    name="taught",
+    depths=(4, 2),
+    bridge=2,
+    depth_probability={"full": 0.3, "4": 0.6, "2": 1},
+    epochs=4,
+    loss={"kl": 1.0},
+    teacher="frozen",
+    learning_rate=2e-3,
+    learning_rate_end=0.02,
+    learning_rate_decay="cosine",
+    warmup_steps=2,
+    ema=0.8,
+    drop_path=0.05,
+    batch_size=8,
+    dtype="float32",
+    checkpoint_every=3,
+    views=2,
+    holdout=0.2,
+    holdout_every=4,
+)
+STEPS = 16
+
+
+def changed(**values) -> Recipe:
+    return Recipe.from_dict({**TAUGHT.to_dict(), **values})
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tiny, images, tmp_path_factory):  # noqa: F811
+    """A run of TAUGHT from the first step to the last."""
+    out = tmp_path_factory.mktemp("runs") / "taught"
+    distill(copy.deepcopy(tiny), TAUGHT, data=images, out=out)
+    return out
+
+
+# -- which depths run -----------------------------------------------------------------------------
+
+
+def test_each_depth_is_drawn_with_its_own_probability_whatever_the_others_do():
+    recipe = changed(epochs=400, depth_probability={"full": 0.25, "4": 0.6, "2": 1})
+    steps = plan(recipe, 10)
+    ran = {depth: np.array([depth in step.depths for step in steps]) for depth in (FULL, 4, 2)}
+    for depth, probability in ((FULL, 0.25), (4, 0.6), (2, 1)):
+        assert np.mean(ran[depth]) == pytest.approx(probability, abs=0.03)
+    assert np.mean(ran[FULL] & ran[4]) == pytest.approx(0.25 * 0.6, abs=0.03)
+    more = plan(changed(epochs=400, depths=[5, 4, 2], depth_probability={"full": 0.25, "5": 0.9, "4": 0.6, "2": 1}), 10)
+    assert [4 in step.depths for step in more] == list(ran[4])
+
+
+def test_a_step_never_trains_nothing():
+    steps = plan(changed(epochs=100, depth_probability={"full": 0.05, "2": 0.1}), 10)
+    assert all(len(step.depths) >= 1 for step in steps)
+    alone = [step.depths for step in steps if len(step.depths) == 1]
+    assert set(alone) == {(FULL,), (2,)}
+    assert alone.count((2,)) > alone.count((FULL,))
+
+
+def test_the_learning_rate_falls_as_a_cosine():
+    rates = [learning_rate_at(step, 100, changed(warmup_steps=0)) / 2e-3 for step in (1, 50, 100)]
+    assert rates == pytest.approx([1, 0.51, 0.02], abs=1e-3)
+    assert learning_rate_at(3, 100, changed(warmup_steps=10)) == pytest.approx(0.3 * 2e-3, rel=0.01)
+
+
+# -- the log --------------------------------------------------------------------------------------
+
+
+def test_a_line_says_which_depths_ran_and_what_each_scale_lost(undisturbed, tiny):
+    steps, expected = losses(undisturbed), plan(TAUGHT, 4)
+    assert len(steps) == STEPS
+    shares = [p * p / 30 for p in (1, 2, 3, 4)]
+    for line, step in zip(steps, expected, strict=True):
+        names = ["full" if depth == FULL else f"d{depth}@2" for depth in step.depths]
+        assert list(line["losses"]) == list(line["kl"]) == list(line["cross_entropy"]) == names
+        assert "phase" not in line
+        assert line["loss"] == pytest.approx(np.mean(list(line["losses"].values())), rel=1e-5)
+        for name in names:
+            assert line["losses"][name] == pytest.approx(np.dot(line["kl"][name], shares), rel=1e-4)
+        early = {tuple(per_scale[:2]) for per_scale in line["kl"].values()}
+        assert len(early) == 1  # the depths of a step share the bridge
+
+
+def test_held_out_images_are_measured_under_every_depth(undisturbed, tiny, images, tmp_path):  # noqa: F811
+    steps = losses(undisturbed)
+    assert [line["step"] for line in steps if "heldout" in line] == [4, 8, 12, 16]
+    first, last = steps[3]["heldout"], steps[-1]["heldout"]
+    assert set(last["losses"]) == {"full", "d4@2", "d2@2"}
+    assert last["losses"]["d2@2"] < first["losses"]["d2@2"]
+    assert summary(undisturbed)["heldout"] == last
+    # the figure is of the images alone: what the steps learn from in another order changes nothing of the first one
+    distill(copy.deepcopy(tiny), changed(epochs=1, learning_rate=1e-12), data=images, out=tmp_path / "a")
+    distill(
+        copy.deepcopy(tiny), changed(epochs=1, learning_rate=1e-12, accumulation=2), data=images, out=tmp_path / "b"
+    )
+    a, b = (losses(tmp_path / name)[-1]["heldout"]["losses"] for name in "ab")
+    assert a == pytest.approx(b, rel=1e-5)
+    assert a["full"] == pytest.approx(0, abs=1e-6)  # the untouched network is its teacher
+
+
+def test_the_progress_line_tells_the_held_out_loss(tiny, images, tmp_path):  # noqa: F811
+    said = []
+    distill(
+        copy.deepcopy(tiny),
+        TAUGHT,
+        data=images,
+        out=tmp_path / "out",
+        progress=lambda done, total, what: said.append(what),
+    )
+    last = [what for what in said if what.startswith("distill")][-1]
+    assert last.startswith("distill: ")
+    assert ", held out 0." in last or ", held out 1." in last
+
+
+# -- what is learned ------------------------------------------------------------------------------
+
+
+def test_a_taught_subnet_comes_nearer_to_its_teacher(undisturbed):
+    heldout = [line["heldout"]["losses"] for line in losses(undisturbed) if "heldout" in line]
+    assert heldout[-1]["d2@2"] < 0.9 * heldout[0]["d2@2"]
+    assert all(math.isfinite(value) for line in heldout for value in line.values())
+
+
+def test_one_after_another_learns_the_same(undisturbed, tiny, images, tmp_path):  # noqa: F811
+    distill(copy.deepcopy(tiny), changed(together=False), data=images, out=tmp_path / "out")
+    for one, other in zip(losses(undisturbed), losses(tmp_path / "out"), strict=True):
+        assert other["loss"] == pytest.approx(one["loss"], rel=1e-3)
+
+
+def test_the_checkpoint_holds_the_mean_of_the_weights(undisturbed, tiny, images, tmp_path):  # noqa: F811
+    plain = distill(copy.deepcopy(tiny), changed(ema=0.0), data=images, out=tmp_path / "plain")
+    assert weights_digest(plain) != weights_digest(load_elastic(undisturbed))
+    # of weights that nothing moves, the mean is what they are
+    still = distill(copy.deepcopy(tiny), changed(learning_rate=1e-30), data=images, out=tmp_path / "still")
+    for mean, before in zip(still.var.parameters(), tiny.var.parameters(), strict=True):
+        torch.testing.assert_close(mean, before)
+
+
+def test_stored_answers_teach_nearly_as_live_ones(undisturbed, tiny, images, tmp_path):  # noqa: F811
+    whole = changed(teacher_logits="stored", teacher_top=40)
+    distill(copy.deepcopy(tiny), whole, data=images, out=tmp_path / "whole")
+    for live, stored in zip(losses(undisturbed), losses(tmp_path / "whole"), strict=True):
+        assert stored["loss"] == pytest.approx(live["loss"], rel=0.01)
+    few, tokens = changed(teacher_logits="stored", teacher_top=4), tmp_path / "tokens"
+    for name in ("few", "again"):  # the second one finds what the first has computed
+        said = []
+        distill(
+            copy.deepcopy(tiny), few, data=images, out=tmp_path / name, tokens=tokens,
+            progress=lambda done, total, what, said=said: said.append(what.split(":")[0]),
+        )  # fmt: skip
+        assert ("teacher" in said) == (name == "few")
+    assert weights(tmp_path / "few") == weights(tmp_path / "again")
+    assert losses(tmp_path / "few")[0]["loss"] < losses(undisturbed)[0]["loss"]  # a lower bound
+    other = random_model(seed=1)
+    other.tokenizer.load_state_dict(tiny.tokenizer.state_dict())
+    with pytest.raises(InputError, match="teacher: holds what another teacher said"):
+        distill(other, few, data=images, out=tmp_path / "other", tokens=tokens)
+
+
+# -- going on -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stored", [False, True])
+@pytest.mark.parametrize("step", [2, 7, 16])
+def test_resuming_with_a_teacher_reaches_the_same_weights(tiny, images, tmp_path, step, stored):  # noqa: F811
+    recipe = changed(teacher_logits="stored", teacher_top=8) if stored else TAUGHT
+    distill(copy.deepcopy(tiny), recipe, data=images, out=tmp_path / "undisturbed")
+    out = tmp_path / "out"
+    with pytest.raises(Interrupt):
+        distill(copy.deepcopy(tiny), recipe, data=images, out=out, progress=interrupt_at(step))
+    distill(copy.deepcopy(tiny), recipe, data=images, out=out, resume=True, note=str)
+    assert weights(out) == weights(tmp_path / "undisturbed")
+    assert losses(out) == losses(tmp_path / "undisturbed")
+
+
+def test_a_run_knows_its_teacher_and_refuses_another(tiny, images, tmp_path):  # noqa: F811
+    out = tmp_path / "out"
+    with pytest.raises(Interrupt):
+        distill(copy.deepcopy(tiny), TAUGHT, data=images, out=out, progress=interrupt_at(4))
+    run = out / ".training" / "run.json"
+    started = json.loads(run.read_text())
+    assert started["teacher"] == weights_digest(tiny.var)
+    run.write_text(json.dumps({**started, "teacher": "0" * 64}))
+    with pytest.raises(InputError, match="was started with another teacher"):
+        distill(copy.deepcopy(tiny), TAUGHT, data=images, out=out, resume=True)
+    run.write_text(json.dumps(started))
+    with pytest.raises(InputError, match="was started with another model"):
+        distill(random_model(seed=1), TAUGHT, data=images, out=out, resume=True)
+
+
+def test_two_processes_are_taught_as_one_is(undisturbed, worker, tmp_path):  # noqa: F811
+    command = worker(TAUGHT, tmp_path / "two", *TORCHRUN)
+    subprocess.run(command, env=ENVIRONMENT, check=True, capture_output=True, timeout=180)
+    for one, two in zip(losses(undisturbed), losses(tmp_path / "two"), strict=True):
+        assert two["loss"] == pytest.approx(one["loss"], rel=1e-3)
+        if "heldout" in one:
+            assert two["heldout"]["losses"] == pytest.approx(one["heldout"]["losses"], rel=1e-3)

@@ -1,0 +1,156 @@
+"""What a step minimises: the recipe's losses, of one teacher-forced pass under all schedules of the step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+
+import torch
+from torch import Tensor
+
+from varcompress.data.streams import CFG, DROP_PATH, fractions, words
+from varcompress.data.tokens import Samples
+from varcompress.hardware import fitting_memory
+from varcompress.models.elastic import ElasticVAR
+from varcompress.schedule import Branches, Schedule
+from varcompress.training.losses import LOSSES, Distribution, Targets, scale_weights
+from varcompress.training.recipe import Recipe
+from varcompress.training.teacher import StoredTeacher, Teacher
+
+
+class Objective:
+    """The loss of a step. A loss of several schedules is the mean over them.
+
+    Of schedules in one pass that is E/L times the loss of the E tokens they share, which are computed once, and
+    (1 - E/L) times the mean of the others' losses over the schedules.
+    """
+
+    def __init__(self, model: ElasticVAR, recipe: Recipe, teacher: Teacher | StoredTeacher | None = None) -> None:
+        self.model, self.recipe, self.teacher = model, recipe, teacher
+        # all that can be measured are, for the log; those of weight 0 train nothing
+        self.losses = {name: loss() for name, loss in LOSSES.items() if name != "kl" or teacher}
+        config, device = model.var.config, model.device
+        self._weights = torch.tensor([recipe.loss.get(name, 0.0) for name in self.losses], device=device)
+        self._scale_weights = scale_weights(recipe.scale_weights, config.patch_nums).to(device)
+
+    def backward(self, samples: Samples, places: slice, step: int, schedules: Sequence[Schedule]) -> Tensor:
+        """Add the gradients of one pass of a step. Returns its losses by kind, schedule and token: (N, S, L) float32.
+
+        samples: those at these places of step `step`; they may be on the host. All passes of a step together have the
+        gradient of the step, so each has its share of it.
+        """
+        device, recipe = self.model.device, self.recipe
+        random = self._random(step, places)
+        with fitting_memory(device, len(samples.labels), _memory_remedy(recipe)):
+            targets = self.targets(samples, random.get("cfg"))
+            if recipe.together:
+                measured = self.measure(samples, targets, schedules, **random) / recipe.accumulation
+                self.total(measured).backward()
+                return measured.detach()
+            parts = []
+            for schedule in schedules:  # the same gradients, one after another: less memory, more time
+                measured = self.measure(samples, targets, [schedule], **random) / recipe.accumulation
+                (self.total(measured) / len(schedules)).backward()
+                parts.append(measured.detach())
+            return torch.cat(parts, dim=1)
+
+    @torch.no_grad()
+    def evaluate(self, samples: Samples, schedules: Sequence[Schedule]) -> Tensor:
+        """Losses by kind, schedule and token, the mean over the images: (N, S, L) float32. Nothing is left to chance."""
+        cfg = self._middle_cfg(samples)
+        return self.measure(samples, self.targets(samples, cfg), schedules, cfg)
+
+    def teacher_says(self, samples: Samples) -> Distribution:
+        """The teacher's distributions of these samples."""
+        return self.targets(samples, self._middle_cfg(samples)).teacher
+
+    def _middle_cfg(self, samples: Samples) -> Tensor | None:
+        """The guidance in the middle of the range, for each sample; None where none is distilled."""
+        if self.recipe.guidance != "none":
+            return None
+        return torch.full((len(samples.labels),), sum(self._cfg_range) / 2, device=self.model.device)
+
+    def zeros(self, schedules: int) -> Tensor:
+        """Losses (N, S, L) to add to."""
+        return torch.zeros(len(self.losses), schedules, self.model.var.config.tokens, device=self.model.device)
+
+    @property
+    def _cfg_range(self) -> tuple[float, float]:
+        cfg = self.recipe.cfg
+        return cfg if isinstance(cfg, tuple) else (cfg, cfg)
+
+    def targets(self, samples: Samples, cfg: Tensor | None) -> Targets:
+        """What these samples are to predict."""
+        tokens = samples.tokens.to(self.model.device)
+        if self.teacher is None:
+            return Targets(tokens)
+        with torch.no_grad(), self._autocast():
+            teacher_input = self.model.tokenizer.teacher_input(tokens)
+            return Targets(tokens, self.teacher(samples, teacher_input, cfg))
+
+    def measure(
+        self,
+        samples: Samples,
+        targets: Targets,
+        schedules: Sequence[Schedule],
+        cfg: Tensor | None = None,
+        kept: Tensor | None = None,
+    ) -> Tensor:
+        """Losses by kind, schedule and token, the mean over the images, in nats: (N, S, L) float32, with gradients."""
+        branches = Branches(tuple(schedules))
+        with torch.no_grad():
+            teacher_input = self.model.tokenizer.teacher_input(targets.tokens)
+        with self._autocast():
+            logits = self.model.var(
+                samples.labels.to(self.model.device),
+                teacher_input,
+                branches,
+                checkpointing=self.recipe.activation_checkpointing,
+                kept=kept,
+            )
+        trunk, *rest = (
+            self._of_piece(piece, targets.of(slice(0, branches.trunk) if i == 0 else slice(branches.trunk, None)))
+            for i, piece in enumerate(logits.split(branches.lengths, dim=1))
+        )
+        whole = [torch.cat((trunk, branch), dim=-1) for branch in rest] or [trunk] * len(schedules)
+        return torch.stack(whole, dim=1)
+
+    def _of_piece(self, logits: Tensor, targets: Targets) -> Tensor:
+        """Losses of some tokens, the mean over the images: (N, n)."""
+        log_probs = logits.log_softmax(-1)
+        return torch.stack([loss(log_probs, targets).mean(0) for loss in self.losses.values()])
+
+    def total(self, measured: Tensor) -> Tensor:
+        """The loss that is minimised, of losses (N, S, L): ()."""
+        return (self.of_schedules(measured)).mean()
+
+    def of_schedules(self, measured: Tensor) -> Tensor:
+        """The same of each schedule: (S,)."""
+        return (torch.einsum("n,nsl->sl", self._weights, measured) * self._scale_weights).mean(-1)
+
+    def _random(self, step: int, places: slice) -> dict[str, Tensor]:
+        """What chance decides for each image of a pass, whatever the other images and processes."""
+        recipe, depth, device = self.recipe, self.model.var.config.depth, self.model.device
+        images, random = places.stop - places.start, {}
+        if recipe.guidance == "none":
+            low, high = self._cfg_range
+            drawn = fractions(words(recipe.seed, CFG, step, images, first=places.start)[0])
+            random["cfg"] = (low + (high - low) * drawn).float().to(device)
+        if recipe.drop_path:
+            count = 2 * depth  # branches of an image
+            drawn = fractions(words(recipe.seed, DROP_PATH, step, images * count, first=places.start * count)[0])
+            # as VAR is trained: the first layer drops nothing, the last one the most
+            drop = torch.linspace(0, recipe.drop_path, depth, dtype=torch.float64).repeat_interleave(2)
+            kept = ((drawn.view(images, count) >= drop) / (1 - drop)).float()
+            random["kept"] = kept.T.reshape(depth, 2, images).to(device)
+        return random
+
+    def _autocast(self) -> torch.autocast | nullcontext:
+        return torch.autocast(self.model.device.type, torch.bfloat16, enabled=self.recipe.dtype == "bfloat16")
+
+
+def _memory_remedy(recipe: Recipe) -> str:
+    """What to do about a device that is too small."""
+    more = "" if recipe.activation_checkpointing else ", or set activation_checkpointing=true"
+    apart = ", or set together=false" if recipe.together and recipe.depth_probability else ""
+    return f"raise accumulation (now {recipe.accumulation}){more}{apart}"
