@@ -126,6 +126,13 @@ def test_schedules_and_their_layers(distilled):
     assert "| `d2@2` | 6x2, 2x2 | 0, 5 |" in text
 
 
+def test_a_models_own_subnets_are_in_its_card(tiny):
+    model = ElasticVAR(tiny.var, tiny.tokenizer, bridge=2, depths=(3, 2), subnets={3: (0, 1, 4)})
+    card = model_card(model)
+    assert "| `d3@2,0+1+4` | 6x2, 3x2 | 0, 1, 4 |" in section(card, "Schedules")
+    assert 'schedule="d3@2,0+1+4"' in section(card, "Use")
+
+
 def test_recipe_licence_and_citations(distilled, tiny):
     card = model_card(distilled)
     recipe = re.search(r"```yaml\n(.*?)```", card, re.DOTALL)[1]

@@ -71,12 +71,20 @@ def test_official_round_trip(tiny, tiny_files):
 @pytest.mark.parametrize("shared_aln", [False, True])
 def test_elastic_round_trip(shared_aln, tmp_path):
     model = random_model(shared_aln=shared_aln, patch_nums=(1, 2, 4), seed=1)
-    model.bridge, model.depths = 1, (3, 2)
+    model.bridge, model.depths, model.subnets = 1, (3, 2), {2: (0, 4)}
     model.provenance = Provenance("mine", "someone/base", "apache-2.0", RECIPE)
     again = load_elastic(save_elastic(model, tmp_path / "new" / "folder"))
     assert_equal_weights(model, again)
-    assert (again.bridge, again.depths, again.provenance) == (1, (3, 2), model.provenance)
+    assert (again.bridge, again.depths, again.subnets) == (1, (3, 2), {2: (0, 4)})
+    assert again.provenance == model.provenance
+    assert [str(schedule) for schedule in again.default_schedules()] == ["full", "d3@1", "d2@1,0+4"]
     assert torch.equal(model.generate([1, 2], "d2", seed=5), again.generate([1, 2], "d2", seed=5))
+
+
+def test_a_checkpoint_from_before_subnets_has_none_of_its_own(elastic):
+    _, folder = elastic
+    rewrite(folder, subnets="remove")
+    assert load_elastic(folder).subnets == {}
 
 
 def test_dtype_survives(tiny, tmp_path):
@@ -324,6 +332,20 @@ def drop_a_tensor(folder: Path) -> None:
         (lambda f: rewrite(f, bridge="wide"), "damaged elastic directory"),
         (lambda f: rewrite(f, bridge=9), "bridge 9 .* do not fit a model of 6 layers and 4 scales"),
         (lambda f: rewrite(f, depths=[40]), r"depths \[40\] do not fit"),
+        (lambda f: rewrite(f, subnets={"2": [0, 6]}), r"subnet 2 of layers \[0, 6\] does not fit a model of 6 layers"),
+        (lambda f: rewrite(f, subnets={"2": [-1, 0]}), r"subnet 2 of layers \[-1, 0\] does not fit"),
+        (lambda f: rewrite(f, subnets={"2": [4, 0]}), r"subnet 2 of layers \[4, 0\] does not fit"),
+        (lambda f: rewrite(f, subnets={"2": [4, 4]}), r"subnet 2 of layers \[4, 4\] does not fit"),
+        (lambda f: rewrite(f, subnets={"3": [0, 4]}), r"subnet 3 of layers \[0, 4\] does not fit"),
+        (lambda f: rewrite(f, subnets={"0": []}), r"subnet 0 of layers \[\] does not fit"),
+        (lambda f: rewrite(f, subnets={"2": [0, 4.5]}), r"subnet 2 of layers \[0, 4.5\] does not fit"),
+        (lambda f: rewrite(f, subnets={"2": [0, "4"]}), r"subnet 2 of layers \[0, '4'\] does not fit"),
+        (lambda f: rewrite(f, subnets={"2": [False, True]}), "subnet 2 of layers .* does not fit"),
+        (lambda f: rewrite(f, subnets={"2": [[0], [4]]}), "subnet 2 of layers .* does not fit"),
+        (lambda f: rewrite(f, subnets={"two": [0, 4]}), "damaged elastic directory"),
+        (lambda f: rewrite(f, subnets={"2": 4}), "damaged elastic directory"),
+        (lambda f: rewrite(f, subnets=[2, 4]), "damaged elastic directory"),
+        (lambda f: rewrite(f, subnets=None), "damaged elastic directory"),
         (lambda f: rewrite(f, var=None), "damaged elastic directory"),
         (lambda f: rewrite(f, var={"patch_nums": [1, 2]}), "not a VAR transformer"),
         (lambda f: (f / "config.json").write_text("{"), "damaged elastic directory"),

@@ -42,6 +42,9 @@ def test_the_default_schedules_are_the_models():
     small = random_model(depth=3, patch_nums=(1, 2))
     rows = profile(small, batch_size=1, runs=1, warmup=0)["schedules"]
     assert [row["schedule"] for row in rows] == ["full", "d2@1"]
+    small.subnets = {2: (0, 1)}
+    rows = profile(small, batch_size=1, runs=1, warmup=0)["schedules"]
+    assert [row["schedule"] for row in rows] == ["full", "d2@1,0+1"]
 
 
 def test_the_result_is_json_and_says_where(model, result):

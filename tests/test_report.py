@@ -12,12 +12,14 @@ from rich.console import Console
 
 from varcompress.cost import describe
 from varcompress.errors import InputError
+from varcompress.models.elastic import ElasticVAR
 from varcompress.profiling import profile
 from varcompress.report.format import NOT_GIVEN, count, mebibytes, number
 from varcompress.report.plots import plot_eval, plot_profile, plot_samples
 from varcompress.report.tables import demo_table, eval_table, inspect_table, profile_table
 
 NAMES = ["full", "d16@6", "d8@6", "d4@6", "30x1,20x1,16x2,12x2,8x1,4x2,2x1", "30x6,16x2,8x2"]
+OWN = "d16@6,0+1+3+5+7+9+11-13+15+17+19+21+23+25+28"  # layers that are not equidistant
 DIGITS = ("digits_fd", "digits_is", "digits_kid", "digits_precision", "digits_recall")
 INCEPTION = ("fid", "is", "kid", "precision", "recall")
 
@@ -68,7 +70,7 @@ def text_of(renderable, width: int) -> str:
     return console.export_text()
 
 
-@pytest.mark.parametrize(("names", "width"), [(NAMES[:4], 80), (NAMES, 100)])
+@pytest.mark.parametrize(("names", "width"), [(NAMES[:4], 80), ([*NAMES, OWN], 100)])
 def test_a_profile_of_a_large_model_fits(names, width):
     """No figure is cut or broken over two lines."""
     text = text_of(profile_table(big_profile(names)), width)
@@ -111,6 +113,13 @@ def test_inspect_says_what_the_model_is(tiny):
     assert "0 2 5" in text
 
 
+def test_inspect_shows_the_layers_of_a_models_own_subnet(tiny):
+    model = ElasticVAR(tiny.var, tiny.tokenizer, bridge=2, depths=(3, 2), subnets={2: (0, 4)})
+    text = text_of(inspect_table(describe(model)), 80)
+    assert re.search(r"d3@2 +1-2 +6 +0-5 *\n +3-4 +3 +0 2 5 *\n", text)
+    assert re.search(r"d2@2,0\+4 +1-2 +6 +0-5 *\n +3-4 +2 +0 4 *\n", text)
+
+
 def test_demo_table():
     row = {"schedule": "d4@2", "untrained": 91.5, "distilled": 3.25, "latency_ms": 55.0, "speedup": 2.5}
     row |= {"cache_bytes": 2**20, "peak_bytes": 2**23}
@@ -129,7 +138,7 @@ def pixels(path) -> np.ndarray:
         return np.asarray(image.convert("RGB"))
 
 
-@pytest.mark.parametrize("names", [["full"], NAMES])
+@pytest.mark.parametrize("names", [["full"], [*NAMES, OWN]])
 def test_plots_are_drawn(tmp_path, names):
     plots = [
         plot_profile(big_profile(names), tmp_path / "profile.png"),

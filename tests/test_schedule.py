@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from varcompress.cost import decoder_flops
 from varcompress.errors import InputError
 from varcompress.models.autoencoder import TokenizerConfig
-from varcompress.schedule import Schedule, equidistant
+from varcompress.schedule import Schedule, equidistant, is_subnet
 
 PATCH_NUMS = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
 PATCH_NUMS_512 = (1, 2, 3, 4, 6, 9, 13, 18, 24, 32)
@@ -20,8 +20,11 @@ D30 = {"width": 1920, "vocab": 4096}
 TOKENIZER = TokenizerConfig(160, (1, 1, 2, 2, 4), 2, 32, 4096, 4, 3, PATCH_NUMS)
 
 
-def parse(text: str, *, depth=30, patch_nums=PATCH_NUMS, bridge=6) -> Schedule:
-    return Schedule.parse(text, depth=depth, patch_nums=patch_nums, bridge=bridge)
+OWN = {4: (0, 4, 17, 28), 2: (0, 17)}
+
+
+def parse(text: str, *, depth=30, patch_nums=PATCH_NUMS, bridge=6, **own) -> Schedule:
+    return Schedule.parse(text, depth=depth, patch_nums=patch_nums, bridge=bridge, **own)
 
 
 @st.composite
@@ -108,6 +111,41 @@ def test_forms_of_the_same_schedule():
     assert str(parse("30x6,16x2,8x2")) == "30x6,16x2,8x2"
 
 
+def test_a_models_own_subnet_is_what_its_depth_alone_means():
+    assert parse("d2", subnets=OWN) == parse("d2@6,0+17") == parse("30x6,0+17x4")
+    assert parse("d4", subnets=OWN, bridge=3).layers[3:] == (OWN[4],) * 7
+    assert parse("d8", subnets=OWN) == parse("d8")
+
+
+@pytest.mark.parametrize("text", ["d2@6", "30x6,2x4", "30x6,4x2,2x2", "2x10", "d2@6,0+17", "full"])
+def test_every_other_form_means_the_same_for_every_model(text):
+    assert parse(text, subnets=OWN) == parse(text)
+
+
+def test_a_table_shows_the_depth_of_a_models_own_subnet():
+    assert [str(parse(f"d{depth}", subnets=OWN)) for depth in (8, 4, 2)] == ["d8@6", "d4@6,0+4+17+28", "d2@6,0+17"]
+
+
+@pytest.mark.parametrize(
+    ("layers", "fits"),
+    [
+        ((0, 4, 29), True),
+        ([5], True),
+        ((), False),
+        ((4, 0), False),
+        ((0, 0), False),
+        ((0, 30), False),
+        ((-1, 0), False),
+        ((0, 4.0), False),
+        ((False, 4), False),
+        ("04", False),
+        (([0], [4]), False),
+    ],
+)
+def test_subnets_of_thirty_layers(layers, fits):
+    assert is_subnet(layers, 30) is fits
+
+
 def test_tokens():
     schedule = parse("d8")
     assert (schedule.ends[5], schedule.ends[-1]) == (91, 680)
@@ -163,6 +201,12 @@ def test_ceilings(text, alone, with_decoder):
         ("30x6,0+29x2,3+29x2", "layer 3 comes back at scale 9"),
         ("30x6,0+x4", "is not understood"),
         (f"d{'9' * 5000}", "is not understood"),
+        ("d3@6,0+17", "schedule 'd3@6,0+17' names 2 layers: write d2, or name 3"),
+        ("d2@6,0+30", "schedule 'd2@6,0+30' names layers 30: this model has layers 0 to 29, in order"),
+        ("d2@6,17+0", "scale 7: layers must be ascending"),
+        ("d2@11,0+17", "a bridge of 11 scales"),
+        ("d2,0+17", "is not understood"),
+        ("d2@6,17", "is not understood"),
     ],
 )
 def test_refused_texts(text, message):
@@ -207,9 +251,11 @@ def test_widening_is_refused_by_name(case, data):
     ("layers", "text"),
     [
         (((0, 1, 2, 3), (0, 3)), "d2@1"),
-        (((0, 1, 2, 3), (1, 2)), "4x1,1+2x1"),
-        (((0, 1, 2, 3), (2,)), "4x1,2-2x1"),
-        (((0, 2, 3), (0, 2, 3)), "0+2+3x2"),
+        (((0, 1, 2, 3), (1, 2)), "d2@1,1+2"),
+        (((0, 1, 2, 3), (2,)), "d1@1,2-2"),
+        (((0, 2, 3), (0, 2, 3)), "d3@0,0+2+3"),
+        (((1, 2, 3), (1, 3)), "1-3x1,2x1"),
+        (((1, 2, 3), (1, 2)), "1-3x1,1+2x1"),
     ],
 )
 def test_hand_picked_layers_are_not_printed_as_the_equidistant_subnet(layers, text):
@@ -229,8 +275,35 @@ def any_schedules(draw):
     return Schedule(depth, patch_nums, tuple(layers))
 
 
-@given(any_schedules(), st.integers(0, 5))
-def test_every_schedule_has_one_text_that_reads_back_and_names_a_file(schedule, bridge):
+@st.composite
+def schedules_and_models(draw):
+    """Any schedule, and what a model that it fits has of its own: a bridge, and subnets of the schedule's depths."""
+    schedule = draw(any_schedules())
+    shape = {"depth": schedule.depth, "patch_nums": schedule.patch_nums}
+    bridge = draw(st.integers(0, len(schedule.layers)))
+    if draw(st.booleans()):  # the equidistant subnet after some bridge, which others would seldom be
+        count = draw(st.integers(min(2, schedule.depth), schedule.depth))
+        schedule = Schedule.after_bridge(equidistant(range(schedule.depth), count), **shape, bridge=bridge)
+    counts = {len(layers) for layers in schedule.layers}
+    layers = st.permutations(range(schedule.depth))
+    subnets = {count: tuple(sorted(draw(layers)[:count])) for count in counts}
+    return schedule, {**shape, "bridge": bridge, "subnets": subnets}
+
+
+@given(schedules_and_models())
+def test_every_schedule_has_one_text_that_reads_back_on_every_model_and_names_a_file(case):
+    schedule, model = case
     text = str(schedule)
-    assert parse(text, depth=schedule.depth, patch_nums=schedule.patch_nums, bridge=bridge) == schedule
+    assert parse(text, **model) == schedule
     assert re.fullmatch(r"[a-z0-9@,+-]+", text)
+
+
+@given(schedules_and_models())
+def test_own_subnets_run_after_the_own_bridge_and_show_their_depth(case):
+    _, model = case
+    for count, layers in model["subnets"].items():
+        schedule = parse(f"d{count}", **model)
+        whole = tuple(range(model["depth"]))
+        bridge = model["bridge"]
+        assert schedule.layers == (whole,) * bridge + (layers,) * (len(model["patch_nums"]) - bridge)
+        assert str(schedule) == "full" or re.match(rf"d{count}@{bridge}(,|$)", str(schedule))

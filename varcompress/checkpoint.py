@@ -3,7 +3,7 @@
 An official checkpoint is a `.pth` of FoundationVision/VAR, one file for the transformer and one for
 the tokenizer; everything about the model is read from the shapes it holds. An elastic directory is
 
-    config.json         shapes, bridge, depths, base model
+    config.json         shapes, bridge, depths, subnets, base model
     model.safetensors   `var.*` and `tokenizer.*`, the official keys behind those prefixes
     recipe.yaml         the recipe that made it, when there was one
 """
@@ -33,6 +33,7 @@ from varcompress.models.elastic import ElasticVAR, Provenance
 from varcompress.models.tokenizer import VQVAE
 from varcompress.models.transformer import VAR, VARConfig
 from varcompress.results import check_owner
+from varcompress.schedule import is_subnet
 
 FORMAT = 1
 CONFIG, WEIGHTS, RECIPE = "config.json", "model.safetensors", "recipe.yaml"
@@ -215,6 +216,7 @@ def config_text(model: ElasticVAR) -> str:
         "tokenizer": dataclasses.asdict(model.tokenizer.config),
         "bridge": model.bridge,
         "depths": list(model.depths),
+        "subnets": model.subnets,
         **{key: value for key, value in dataclasses.asdict(model.provenance).items() if key != "recipe"},
     }
     return json.dumps(config, indent=2) + "\n"
@@ -233,6 +235,7 @@ def load_elastic(path: str | Path) -> ElasticVAR:
             raise InputError(f"{path / CONFIG}: format {config['format']} is not known: update varcompress")
         patch_nums = tuple(config["var"]["patch_nums"])
         bridge, depths = int(config["bridge"]), tuple(map(int, config["depths"]))
+        subnets = {int(count): tuple(layers) for count, layers in dict(config.get("subnets", {})).items()}
         state = load_file(path / WEIGHTS)
         recipe = yaml.safe_load((path / RECIPE).read_text()) if (path / RECIPE).is_file() else None
     except InputError:
@@ -253,13 +256,19 @@ def load_elastic(path: str | Path) -> ElasticVAR:
             f"{path / CONFIG}: bridge {bridge} and depths {list(depths)} do not fit a model of "
             f"{depth} layers and {scales} scales: save or download it again"
         )
+    for count, layers in subnets.items():
+        if len(layers) != count or not is_subnet(layers, depth):
+            raise InputError(
+                f"{path / CONFIG}: subnet {count} of layers {list(layers)} does not fit a model of {depth} layers: "
+                "save or download it again"
+            )
     provenance = Provenance(
         name=config.get("name", path.name),
         base_model=config.get("base_model"),
         license=config.get("license"),
         recipe=recipe,
     )
-    return ElasticVAR(var, tokenizer, bridge=bridge, depths=depths, provenance=provenance)
+    return ElasticVAR(var, tokenizer, bridge=bridge, depths=depths, subnets=subnets, provenance=provenance)
 
 
 def is_elastic(path: str | Path) -> bool:

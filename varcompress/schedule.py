@@ -9,19 +9,20 @@ the tokens it missed. Everything else here is arithmetic on that: tokens, cache 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate, groupby
 
 from varcompress.errors import InputError
 
-FORMS = "write full, d8, d8@6, 30x6,8x4, or layers by their numbers: 30x6,0+4+17-20x4"
-# part of a list: a count of layers, or layers by number, times a number of scales
+FORMS = "write full, d8, d8@6, 30x6,8x4, or layers by their numbers: d2@6,0+17 or 30x6,0+4+17-20x4"
 NUMBER = r"[0-9]{1,6}"  # more digits no model has, and Python refuses thousands in words of its own
 RUN = rf"{NUMBER}(?:-{NUMBER})?"
-PART = re.compile(rf"(?:(?P<count>{NUMBER})|(?P<layers>(?={NUMBER}[-+]){RUN}(?:\+{RUN})*))x(?P<scales>{NUMBER})")
-SUBNET = re.compile(rf"d({NUMBER})(?:@({NUMBER}))?")
+LAYERS = rf"(?={NUMBER}[-+]){RUN}(?:\+{RUN})*"
+# part of a list: a count of layers, or layers by number, times a number of scales
+PART = re.compile(rf"(?:(?P<count>{NUMBER})|(?P<layers>{LAYERS}))x(?P<scales>{NUMBER})")
+SUBNET = re.compile(rf"d(?P<count>{NUMBER})(?:@(?P<bridge>{NUMBER})(?:,(?P<layers>{LAYERS}))?)?")
 
 
 def equidistant(layers: Iterable[int], depth: int) -> tuple[int, ...]:
@@ -35,6 +36,13 @@ def equidistant(layers: Iterable[int], depth: int) -> tuple[int, ...]:
     if not 2 <= depth < len(layers):
         raise InputError(f"depth {depth}: a subnet of {len(layers)} layers has 2 to {len(layers)} of them")
     return tuple(layers[i * (len(layers) - 1) // (depth - 1)] for i in range(depth))
+
+
+def is_subnet(layers: Sequence[object], depth: int) -> bool:
+    """Whether these are layers of a model of `depth`: at least one, whole numbers, ascending, each once."""
+    if not layers or any(type(layer) is not int for layer in layers):
+        return False
+    return list(layers) == sorted(set(layers)) and layers[0] >= 0 and layers[-1] < depth
 
 
 @dataclass(frozen=True)
@@ -77,23 +85,40 @@ class Schedule:
             allowed = set(layers)
 
     @classmethod
-    def parse(cls, text: str, *, depth: int, patch_nums: Iterable[int], bridge: int) -> Schedule:
-        """Read a schedule's text form; `str` gives it back.
+    def after_bridge(cls, layers: Iterable[int], *, depth: int, patch_nums: Iterable[int], bridge: int) -> Schedule:
+        """All layers for `bridge` scales, and from then on `layers`."""
+        patch_nums, layers = tuple(patch_nums), tuple(layers)
+        return cls(depth, patch_nums, (tuple(range(depth)),) * bridge + (layers,) * (len(patch_nums) - bridge))
 
-        `full`; `d8`: the subnet of 8 layers after the model's own bridge; `d8@6`: after a bridge of 6 scales;
+    @classmethod
+    def parse(
+        cls,
+        text: str,
+        *,
+        depth: int,
+        patch_nums: Iterable[int],
+        bridge: int,
+        subnets: Mapping[int, tuple[int, ...]] = {},
+    ) -> Schedule:
+        """Read a schedule's text form; `str` gives it back, in a form that needs no model's bridge or subnets.
+
+        `full`; `d8`: the model's own subnet of 8 layers after its own bridge; `d8@6`: the equidistant subnet of 8
+        layers after a bridge of 6 scales; `d2@6,0+17`: the subnet of these layers;
         `30x6,16x2,8x2`: layers x scales, each number of layers at equal distances among those still in use, so that
         it shrinks although the 8 of 30 are not all among the 16 of 30; `30x6,0+4+17-20x4`: layers by their numbers.
+        bridge, subnets: the model's own, subnets by their depth; those that are not there are equidistant.
         Raises InputError for a text that is none, or that does not fit the model.
         """
         patch_nums, text = tuple(patch_nums), text.strip().lower()
         scales = len(patch_nums)
         if match := SUBNET.fullmatch(text):
-            bridge = int(match[2]) if match[2] else bridge
+            own = match["bridge"] is None
+            bridge = bridge if own else int(match["bridge"])
             if bridge > scales:
                 raise InputError(f"schedule {text!r}: a bridge of {bridge} scales, but this model has {scales}")
-            parts = [(str(depth), bridge), (match[1], scales - bridge)]
-        else:
-            parts = [(str(depth), scales)] if text == "full" else _parts(text, scales)
+            subnet = _subnet(match, subnets if own else {}, depth, scale=bridge + 1)
+            return cls.after_bridge(subnet, depth=depth, patch_nums=patch_nums, bridge=bridge)
+        parts = [(str(depth), scales)] if text == "full" else _parts(text, scales)
         layers: list[tuple[int, ...]] = []
         for part, count in parts:
             in_use = layers[-1] if layers else tuple(range(depth))
@@ -102,20 +127,16 @@ class Schedule:
 
     def __str__(self) -> str:
         """The text that `parse` reads back, letters, digits and @ , + - alone: it names files too."""
-        parts, in_use = [], tuple(range(self.depth))
-        for segment in self.segments:
-            count = len(segment.layers)
-            even = (count >= 2 or self.depth == 1) and segment.layers == equidistant(in_use, count)
-            parts.append((str(count) if even else _numbered(segment.layers), len(segment.scales)))
-            in_use = segment.layers
-        if parts == [(str(self.depth), len(self.patch_nums))]:
+        *before, last = self.segments
+        every = tuple(range(self.depth))
+        if last.layers == every:
             return "full"
-        (first, bridge), (last, _) = parts[0], parts[-1]
-        if last.isdecimal() and len(parts) == 1:
-            return f"d{last}@0"
-        if last.isdecimal() and len(parts) == 2 and first == str(self.depth):
-            return f"d{last}@{bridge}"
-        return ",".join(f"{part}x{scales}" for part, scales in parts)
+        if [segment.layers for segment in before] in ([], [every]):
+            count, text = len(last.layers), _text(last.layers, every)
+            return f"d{count}@{last.scales[0]}" + (f",{text}" if text != str(count) else "")
+        in_use = (every, *(segment.layers for segment in before))
+        parts = zip(self.segments, in_use, strict=True)
+        return ",".join(f"{_text(segment.layers, among)}x{len(segment.scales)}" for segment, among in parts)
 
     # -- tokens ---------------------------------------------------------------------------------
 
@@ -226,6 +247,17 @@ def _parts(text: str, scales: int) -> list[tuple[str, int]]:
     return parts
 
 
+def _subnet(match: re.Match, subnets: Mapping[int, tuple[int, ...]], depth: int, *, scale: int) -> tuple[int, ...]:
+    """The layers of d8, d8@6 or d2@6,0+17, which run from `scale` (from 1) on."""
+    text, count = match.string, int(match["count"])
+    if count in subnets:
+        return subnets[count]
+    layers = _layers(match["layers"] or match["count"], text, tuple(range(depth)), depth, scale=scale)
+    if len(layers) != count:
+        raise InputError(f"schedule {text!r} names {len(layers)} layers: write d{len(layers)}, or name {count}")
+    return layers
+
+
 def _layers(part: str, text: str, in_use: tuple[int, ...], depth: int, *, scale: int) -> tuple[int, ...]:
     """The layers that a part of the schedule `text` names, from `scale` (from 1) on."""
     if not part.isdecimal():
@@ -252,6 +284,12 @@ def _runs(part: str, text: str, depth: int) -> Iterator[tuple[int, int]]:
         if not first <= last < depth:
             raise InputError(f"schedule {text!r} names layers {run}: this model has layers 0 to {depth - 1}, in order")
         yield first, last
+
+
+def _text(layers: tuple[int, ...], in_use: tuple[int, ...]) -> str:
+    """The text of layers: their count where they are equidistant among those in use, else their numbers."""
+    count = len(layers)
+    return str(count) if count > 1 and layers == equidistant(in_use, count) else _numbered(layers)
 
 
 def _numbered(layers: tuple[int, ...]) -> str:

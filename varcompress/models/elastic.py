@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -43,6 +43,7 @@ class ElasticVAR(nn.Module):
 
     bridge: scales that run all layers in schedules that name none (`d8`).
     depths: depths it was trained for, largest first; empty for an untouched checkpoint.
+    subnets: depth -> layers, ascending, of the subnets that are not the equidistant ones.
     """
 
     def __init__(
@@ -52,12 +53,13 @@ class ElasticVAR(nn.Module):
         *,
         bridge: int | None = None,
         depths: Sequence[int] = (),
+        subnets: Mapping[int, tuple[int, ...]] = {},
         provenance: Provenance | None = None,
     ) -> None:
         super().__init__()
         self.var, self.tokenizer = var, tokenizer
         self.bridge = default_bridge(len(var.config.patch_nums)) if bridge is None else bridge
-        self.depths = tuple(depths)
+        self.depths, self.subnets = tuple(depths), dict(subnets)
         self.provenance = provenance or Provenance()
         self._streamed: StreamedBlocks | None = None
         self._graphs = Graphs()
@@ -152,7 +154,8 @@ class ElasticVAR(nn.Module):
         """A schedule of this model, from its text form. Raises InputError for one that does not fit."""
         config = self.var.config
         if isinstance(schedule, str):
-            return Schedule.parse(schedule, depth=config.depth, patch_nums=config.patch_nums, bridge=self.bridge)
+            own = {"bridge": self.bridge, "subnets": self.subnets}
+            return Schedule.parse(schedule, depth=config.depth, patch_nums=config.patch_nums, **own)
         if not isinstance(schedule, Schedule):
             raise InputError(f"a schedule is text, such as full or d8, or a Schedule, not {schedule!r}")
         if (schedule.depth, schedule.patch_nums) != (config.depth, config.patch_nums):

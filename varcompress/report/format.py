@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 
 MIB = 2**20
@@ -44,15 +45,12 @@ def joined(values: Iterable) -> str:
 
 
 def folded(schedule: str) -> str:
-    """A long schedule name on several lines, broken at its commas."""
+    """A long schedule name on several lines, broken after a comma or, between layers, after a plus."""
     lines = [""]
-    for part in schedule.split(","):
-        glue = "," if lines[-1] else ""
+    for part in re.findall(r"[^,+]+[,+]?", schedule):
         if len(lines[-1]) + len(part) > LONG_NAME:
-            lines[-1] += glue
-            lines.append(part)
-        else:
-            lines[-1] += glue + part
+            lines.append("")
+        lines[-1] += part
     return "\n".join(lines)
 
 
