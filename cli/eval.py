@@ -43,6 +43,9 @@ def evaluate(
         Path | None,
         typer.Option(help="torch-fidelity's Inception weights, where there is no network.", show_default=False),
     ] = None,
+    resamples: Annotated[
+        int, typer.Option(min=0, help="Resamples of the images, for the spread of FID; 0 for none, 50 are enough.")
+    ] = 0,
     directory: Annotated[
         Path | None,
         typer.Option(
@@ -82,6 +85,7 @@ def evaluate(
             rounding=rounding,
             features=features,
             feature_weights=feature_weights,
+            resamples=resamples,
             progress=progress,
         )
     if as_json:

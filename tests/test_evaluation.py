@@ -455,7 +455,8 @@ def test_scores_do_not_depend_on_the_batch_size(model, tmp_path, pixels):
         for size in (3, 50)
     ]
     for name in score_fields(DIGITS.name):  # but for a pixel that rounding tips the other way
-        assert rows[0][name] == pytest.approx(rows[1][name], rel=1e-3, abs=1e-6)
+        if name != "digits_fd_std":  # which was not asked for
+            assert rows[0][name] == pytest.approx(rows[1][name], rel=1e-3, abs=1e-6)
 
 
 def test_rounding_is_in_the_result_and_in_the_scores(model, tmp_path, pixels):
@@ -488,12 +489,27 @@ def test_distances_between_all_images_are_computed_on_the_device(monkeypatch):
     assert seen == ["meta", "meta"]
 
 
+def test_the_spread_of_a_distance_is_that_of_other_images(model, tmp_path, pixels):
+    """Of scores from ten seeds: the bootstrap says nearly what drawing again does."""
+    reference = write_npz(tmp_path / "images.npz", arr_0=pixels)
+    options = {"reference": reference, "num_images": 60, "batch_size": 60}
+    (row,) = evaluate(model, ["full"], resamples=50, **options)["schedules"]
+    assert evaluate(model, ["full"], **options)["schedules"][0]["digits_fd_std"] is None
+    drawn = [
+        evaluate(model, ["full"], sampling=Sampling(seed=seed), **options)["schedules"][0]["digits_fd"]
+        for seed in range(10)
+    ]
+    assert 0.4 < row["digits_fd_std"] / np.std(drawn, ddof=1) < 2.5
+    with pytest.raises(InputError, match="resamples 1: a spread needs at least 2"):
+        evaluate(model, ["full"], resamples=1, **options)
+
+
 def test_statistics_give_no_kid_precision_or_recall(model, tmp_path, extractor, pixels):
     whole = read(write_npz(tmp_path / "images.npz", arr_0=pixels), extractor)
     path = write_npz(tmp_path / "statistics.npz", **whole.statistics)
     result = evaluate(model, ["full"], reference=path, num_images=20)
     (row,) = result["schedules"]
-    assert [row[name] for name in score_fields(DIGITS.name)[3:]] == [None] * 4
+    assert [row[name] for name in score_fields(DIGITS.name)[4:]] == [None] * 4
     assert "the reference holds statistics only: no KID, precision or recall" in result["notes"]
     (with_images,) = evaluate(model, ["full"], reference=tmp_path / "images.npz", num_images=20)["schedules"]
     assert row["digits_fd"] == pytest.approx(with_images["digits_fd"], rel=1e-6)

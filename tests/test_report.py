@@ -121,12 +121,28 @@ def test_inspect_shows_the_layers_of_a_models_own_subnet(tiny):
 
 
 def test_demo_table():
-    row = {"schedule": "d4@2", "untrained": 91.5, "distilled": 3.25, "latency_ms": 55.0, "speedup": 2.5}
-    row |= {"cache_bytes": 2**20, "peak_bytes": 2**23}
-    result = {"device": "cpu", "score": "digits_fd", "images": 1000, "batch_size": 64, "schedules": [row]}
-    text = text_of(demo_table(result), 80)
-    for part in ("digits FD of 1,000 images", "91.5", "3.25", "2.50", "8.00"):
+    costs = {"latency_ms": 55.0, "speedup": 2.5, "cache_bytes": 2**20, "peak_bytes": 2**23}
+    scores = {"full": (30.0, 31.0), "d4@2": (91.5, 32.5), "d2@2": (99.0, 50.0)}
+    rows = [
+        {
+            "schedule": schedule,
+            "untrained": before,
+            "untrained_std": 1.0,
+            "distilled": after,
+            "distilled_std": 1.0,
+            **costs,
+        }
+        for schedule, (before, after) in scores.items()
+    ]
+    result = {"device": "cpu", "score": "digits_fd", "images": 1000, "batch_size": 64, "schedules": rows}
+    text = text_of(demo_table(result), 100)
+    for part in ("digits FD of 1,000 images", "91.5 ± 1.00", "2.50", "8.00"):
         assert part in text
+    full, d4, d2 = (next(line for line in text.splitlines() if line.strip().startswith(name)) for name in scores)
+    assert "1.03 (noise)" in full  # 1.0 beside a noise of 1.4
+    assert "1.08 (noise)" in d4  # 2.5 is less than two of it
+    assert "1.67 " in d2
+    assert "(noise)" not in d2
 
 
 # -- plots ----------------------------------------------------------------------------------------

@@ -76,7 +76,7 @@ def test_whose_weights(tmp_path):
 
 
 def test_metrics_of_an_evaluation_have_names():
-    assert score_fields("inception") == ("fid", "is", "is_std", "kid", "kid_std", "precision", "recall")
+    assert score_fields("inception") == ("fid", "fid_std", "is", "is_std", "kid", "kid_std", "precision", "recall")
     assert len({metric.name for metric in METRICS.values()}) == len(METRICS)
 
 

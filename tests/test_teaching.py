@@ -228,3 +228,31 @@ def test_two_processes_are_taught_as_one_is(undisturbed, worker, tmp_path):  # n
         assert two["loss"] == pytest.approx(one["loss"], rel=1e-3)
         if "heldout" in one:
             assert two["heldout"]["losses"] == pytest.approx(one["heldout"]["losses"], rel=1e-3)
+
+
+# -- other layers ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layers", [((0, 1, 3, 5), (0, 5)), "sensitivity"])
+def test_a_run_trains_the_layers_that_its_recipe_chooses(tiny, images, tmp_path, layers):  # noqa: F811
+    recipe, out = changed(layers=layers, epochs=2), tmp_path / "out"
+    with pytest.raises(Interrupt):
+        distill(copy.deepcopy(tiny), recipe, data=images, out=out, progress=interrupt_at(4))
+    chosen = {int(depth): tuple(of) for depth, of in json.loads((out / ".training/subnets.json").read_text()).items()}
+    model = distill(copy.deepcopy(tiny), recipe, data=images, out=out, resume=True, note=str)
+    assert model.subnets == chosen == load_elastic(out).subnets
+    assert set(chosen) == {4, 2}
+    if layers != "sensitivity":
+        assert chosen == {4: (0, 1, 3, 5), 2: (0, 5)}
+    assert model.schedule("d4").layers[-1] == chosen[4]
+    assert str(model.schedule("d4")) in losses(out)[-1]["heldout"]["losses"]
+    plain = distill(model, changed(epochs=1), data=images, out=tmp_path / "plain")
+    assert plain.subnets == {}  # a model that is distilled again keeps nothing of the earlier recipe
+
+
+@pytest.mark.parametrize("layers", [((0, 1, 3, 4), (0, 5)), ((1, 2, 3, 5), (0, 5)), ((0, 1, 2, 6), (0, 6))])
+def test_layers_without_the_first_or_last_are_refused(tiny, images, tmp_path, layers):  # noqa: F811
+    with pytest.raises(
+        InputError, match="each list of layers must hold the first and the last layer of the model, 0 and 5"
+    ):
+        distill(copy.deepcopy(tiny), changed(layers=layers), data=images, out=tmp_path / "out")

@@ -456,7 +456,7 @@ def test_a_killed_save_leaves_nothing_after_the_run_is_continued(undisturbed, ti
     (work / ".state.safetensors.999999999.tmp" / ".tmpX1y2Z3").write_bytes(b"half")
     with pytest.raises(Interrupt):
         distill(copy.deepcopy(tiny), SMALL, data=images, out=out, resume=True, note=str, progress=interrupt_at(4))
-    assert sorted(path.name for path in work.iterdir()) == ["run.json", "state.safetensors", "tokens"]
+    assert sorted(path.name for path in work.iterdir()) == ["run.json", "state.safetensors", "subnets.json", "tokens"]
     distill(copy.deepcopy(tiny), SMALL, data=images, out=out, resume=True, note=str)
     assert weights(out) == weights(undisturbed)
 
@@ -542,7 +542,12 @@ def test_a_state_that_cannot_be_written_leaves_the_earlier_one(undisturbed, tiny
     with files_no_larger_than(len(before) // 2), pytest.raises(InputError, match="could not be written"):
         distill(copy.deepcopy(tiny), SMALL, data=images, out=out, resume=True, note=str)
     assert state.read_bytes() == before
-    assert sorted(path.name for path in state.parent.iterdir()) == ["run.json", "state.safetensors", "tokens"]
+    assert sorted(path.name for path in state.parent.iterdir()) == [
+        "run.json",
+        "state.safetensors",
+        "subnets.json",
+        "tokens",
+    ]
     distill(copy.deepcopy(tiny), SMALL, data=images, out=out, resume=True, note=str)
     assert weights(out) == weights(undisturbed)
 

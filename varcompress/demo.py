@@ -1,4 +1,4 @@
-"""The whole path on the embedded model: score it, distil it, score it again, measure what each schedule saves."""
+"""The whole path on the embedded model: score it, let it teach its subnets, score them, measure what each saves."""
 
 from __future__ import annotations
 
@@ -23,7 +23,8 @@ from varcompress.training import distill
 from varcompress.training.recipe import load_recipe
 from varcompress.training.state import RunDirectory
 
-SCORE, NUM_IMAGES = "digits_fd", 1000
+SCORE, NUM_IMAGES, RESAMPLES = "digits_fd", 2000, 50
+PER_CLASS = 2  # samples in the picture
 BATCH_SIZE = 64  # of the profile
 
 
@@ -31,8 +32,8 @@ def run_demo(out: str | Path, *, progress: Progress = silent, note: Note = warni
     """Distil, profile and evaluate `digits` into the elastic directory `out`.
 
     A demo that was interrupted goes on with the distillation where it stopped; a finished one only measures again.
-    Returns a JSON-able dict: per schedule the score of the untouched and of the distilled weights,
-    and speed, cache and peak memory; plus the files written. Raises InputError when `out` holds
+    Returns a JSON-able dict: per schedule the score of the untouched and of the distilled weights with its spread over
+    the choice of images, and speed, cache and peak memory; plus the files written. Raises InputError when `out` holds
     something else.
     """
     out, started = Path(out), time.monotonic()
@@ -41,11 +42,11 @@ def run_demo(out: str | Path, *, progress: Progress = silent, note: Note = warni
     recipe = load_recipe("digits")
     model = load("digits")
     model.bridge, model.depths = recipe.bridge, recipe.depths
-    settings = {"num_images": NUM_IMAGES, "batch_size": 100, "progress": progress}
-    samples = {"untrained subnets": sample_rows(model)}
+    settings = {"num_images": NUM_IMAGES, "batch_size": 100, "resamples": RESAMPLES, "progress": progress}
+    samples = {"before: the teacher (full) and its subnets, untrained": sample_rows(model)}
     before = evaluate(model, **settings)
     model = distill(model, recipe, out=out, resume=resume, progress=progress, note=note)
-    samples["distilled subnets"] = sample_rows(model)
+    samples["after: one set of weights for all depths"] = sample_rows(model)
     after = evaluate(model, **settings)
     costs = profile(model, batch_size=BATCH_SIZE, runs=9, progress=progress)
     result: DemoResult = {
@@ -58,7 +59,9 @@ def run_demo(out: str | Path, *, progress: Progress = silent, note: Note = warni
             {
                 "schedule": cost["schedule"],
                 "untrained": untrained[SCORE],
+                "untrained_std": untrained[f"{SCORE}_std"],
                 "distilled": distilled[SCORE],
+                "distilled_std": distilled[f"{SCORE}_std"],
                 **{key: cost[key] for key in ("latency_ms", "speedup", "cache_bytes", "peak_bytes")},
             }
             for untrained, distilled, cost in zip(
@@ -77,9 +80,9 @@ def run_demo(out: str | Path, *, progress: Progress = silent, note: Note = warni
 
 
 def sample_rows(model: ElasticVAR) -> dict[str, np.ndarray]:
-    """One image of every class under every schedule, from the same random streams: {schedule: (10, H, W, 3) uint8}."""
-    classes, sampling = range(model.var.config.classes), Sampling(seed=1)
+    """Images of every class under every schedule, from the same random streams: {schedule: (20, H, W, 3) uint8}."""
+    classes = [label for label in range(model.var.config.classes) for _ in range(PER_CLASS)]
     return {
-        str(schedule): pixels(draw_images(model, classes, schedule, sampling=sampling))
+        str(schedule): pixels(draw_images(model, classes, schedule, sampling=Sampling(seed=1)))
         for schedule in model.default_schedules()
     }

@@ -114,6 +114,7 @@ class Metric:
     more_is_better: bool
     compute: Callable[[Compared], tuple[float, ...]]
     has_spread: bool = False  # the field KEY_std goes with it
+    resampled: bool = False  # and is found by scoring resamples of the generated images, where those are asked for
     needs_images: bool = False  # of the reference, not its statistics alone
 
     @property
@@ -123,7 +124,7 @@ class Metric:
 
 
 TABLE = {
-    "fid": Metric("FID", False, frechet),
+    "fid": Metric("FID", False, frechet, has_spread=True, resampled=True),
     "is": Metric("IS", True, inception_score, has_spread=True),
     "kid": Metric("KID", False, kernel_distance, has_spread=True, needs_images=True),
     "precision": Metric("precision", True, precision, needs_images=True),
@@ -154,11 +155,24 @@ def score_fields(features: str) -> tuple[str, ...]:
     return tuple(field for pair in fields for field in pair)
 
 
-def score(compared: Compared, features: str) -> dict[str, float | None]:
-    """All scores on these features, field by field; None where the reference has statistics only."""
+def score(compared: Compared, features: str, *, resamples: int = 0) -> dict[str, float | None]:
+    """All scores on these features, field by field; None where the reference has statistics only.
+
+    resamples: of the images, for the spread of scores that have none by themselves; 0: None in its place.
+    """
     found: dict[str, float | None] = {}
     for key, metric in metrics_on(features).items():
-        fields = [key, f"{key}_std"][: 1 + metric.has_spread]
         missing = metric.needs_images and compared.reference is None
-        found |= zip(fields, [None] * len(fields) if missing else metric.compute(compared), strict=True)
+        values = (None, None) if missing else metric.compute(compared)
+        if metric.resampled:
+            values = (*values, spread(metric, compared, resamples) if resamples else None)
+        found |= zip((key, f"{key}_std")[: 1 + metric.has_spread], values, strict=False)
     return found
+
+
+def spread(metric: Metric, compared: Compared, resamples: int) -> float:
+    """The standard deviation of a score over the choice of images, by the bootstrap: images drawn with replacement."""
+    generator, count = np.random.default_rng(SEED), len(compared.vectors)
+    draws = (torch.from_numpy(generator.integers(count, size=count)) for _ in range(resamples))
+    scores = [metric.compute(replace(compared, vectors=compared.vectors[draw]))[0] for draw in draws]
+    return float(np.std(scores, ddof=1))

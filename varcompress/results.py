@@ -107,11 +107,13 @@ class EvalResult(Conditions):
 
 
 class DemoRow(TypedDict):
-    """A schedule of the demo: its score before and after distilling, and what it costs."""
+    """A schedule of the demo: its score before and after distilling, and what it costs. `full` before is the teacher."""
 
     schedule: str
     untrained: float
+    untrained_std: float  # over the choice of images
     distilled: float
+    distilled_std: float
     latency_ms: float
     speedup: float
     cache_bytes: int

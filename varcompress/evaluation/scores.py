@@ -39,6 +39,7 @@ def evaluate(
     rounding: str = ROUND,
     features: str | None = None,
     feature_weights: str | Path | None = None,
+    resamples: int = 0,
     progress: Progress = silent,
 ) -> EvalResult:
     """Generate `num_images` class-balanced images under each schedule and score them against `reference`.
@@ -48,7 +49,8 @@ def evaluate(
     out for the embedded digits. features: "inception" or "digits", by default what fits the model;
     feature_weights: a file of Inception weights, where there is no network; sampling: by default VAR's
     published settings; rounding: how images become bytes, "round" to the nearest or "truncate". Image i has class
-    i * classes // num_images and random stream (seed, i), so the scores do not depend on batch_size.
+    i * classes // num_images and random stream (seed, i), so the scores do not depend on batch_size. resamples: of
+    the images, two at least, for the spread of the Frechet distance; 0 leaves it out, which saves time.
 
     Returns a dict that JSON can hold, whose fields `results.EvalResult` names; latency is the median per batch, and a
     score that the reference cannot give is None.
@@ -60,6 +62,8 @@ def evaluate(
     num_images = num_images or network.num_images
     if num_images < MIN_IMAGES or batch_size < 1:
         raise InputError(f"{num_images} images in batches of {batch_size}: scores need at least {MIN_IMAGES} and 1")
+    if resamples == 1 or resamples < 0:
+        raise InputError(f"resamples {resamples}: a spread needs at least 2, and 0 asks for none")
     own = own_source(model)
     if reference is None and own is None:
         raise InputError("a reference is needed: --reference with a folder of images or an .npz")
@@ -71,7 +75,8 @@ def evaluate(
         known = read_reference(compared, extractor, size=size, batch_size=batch_size, progress=progress)
         options = {"num_images": num_images, "batch_size": batch_size, "sampling": sampling, "rounding": rounding}
         rows = [
-            _evaluate_schedule(model, schedule, known, extractor, progress=progress, **options) for schedule in chosen
+            _evaluate_schedule(model, schedule, known, extractor, resamples=resamples, progress=progress, **options)
+            for schedule in chosen
         ]
     return {
         "kind": EVAL,
@@ -81,7 +86,7 @@ def evaluate(
         "reference_details": known.details,
         "features": network.printed,
         "settings": {**asdict(sampling), "images": num_images, "rounding": rounding},
-        "notes": known.notes + _notes(network, known, num_images, sampling),
+        "notes": known.notes + _notes(network, known, num_images, sampling, resamples),
         "schedules": rows,
     }
 
@@ -109,6 +114,7 @@ def _evaluate_schedule(
     batch_size: int,
     sampling: Sampling,
     rounding: str,
+    resamples: int,
     progress: Progress,
 ) -> EvalRow:
     """One schedule's line of the result. The first batch runs once more, before the others, for memory and warm-up."""
@@ -127,7 +133,7 @@ def _evaluate_schedule(
     latency_ms = statistics.median(times_ms)
     return {
         "schedule": str(schedule),
-        **score(compare(Features.join(parts), reference, extractor.device), extractor.spec.name),
+        **score(compare(Features.join(parts), reference, extractor.device), extractor.spec.name, resamples=resamples),
         "latency_ms": latency_ms,
         "images_per_second": batch_size / latency_ms * 1e3,
         "peak_bytes": memory.bytes,
@@ -138,7 +144,9 @@ def _evaluate_schedule(
 # -- what goes with the scores ------------------------------------------------------------------
 
 
-def _notes(network: FeatureNetwork, reference: Reference, num_images: int, sampling: Sampling) -> list[str]:
+def _notes(
+    network: FeatureNetwork, reference: Reference, num_images: int, sampling: Sampling, resamples: int = 0
+) -> list[str]:
     """What a reader must know before setting these scores beside others."""
     notes = [network.note] if network.note else []
     if network.published and num_images != network.num_images:
@@ -152,4 +160,6 @@ def _notes(network: FeatureNetwork, reference: Reference, num_images: int, sampl
         notes.append("the reference holds statistics only: no KID, precision or recall")
     elif (size := min(num_images, len(reference.vectors))) < KID_SUBSET_SIZE:
         notes.append(f"KID in subsets of {size} images instead of {KID_SUBSET_SIZE:,}")
+    if resamples:
+        notes.append(f"± of the Frechet distance: standard deviation over {resamples} resamples of the images")
     return notes

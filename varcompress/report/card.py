@@ -76,7 +76,8 @@ def model_card(
         measured=[SECTIONS[result["kind"]](result) for result in results],
         plots=plots or {},
         samples=samples,
-        recipe=recipe and yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True).strip(),
+        recipe=recipe and _recipe(recipe),
+        origin=recipe and _origin(recipe),
     )
     return _sealed(f"{card}\n")
 
@@ -223,6 +224,27 @@ SECTIONS = {PROFILE: _profile, EVAL: _eval}
 def _table(columns: Mapping[str, Callable], rows: Sequence) -> dict:
     """columns: heading -> text of a row."""
     return {"header": list(columns), "rows": [[cell(row) for cell in columns.values()] for row in rows]}
+
+
+ORIGIN = {
+    "published": "published",
+    "embedded": "carried over from the model embedded in varcompress",
+    "guess": "a guess that nobody has run at this size",
+}
+
+
+def _recipe(recipe: dict) -> str:
+    """A recipe as YAML, without what is said of it elsewhere and what it leaves as it is."""
+    shown = {key: value for key, value in recipe.items() if key != "origin" and value is not None}
+    return yaml.safe_dump(shown, sort_keys=False, allow_unicode=True).strip()
+
+
+def _origin(recipe: dict) -> list[str]:
+    """Where the figures of a recipe come from, a line for each place."""
+    said = recipe.get("origin") or {}
+    return [
+        f"{meaning}: {joined(f'`{key}`' for key in said[name])}" for name, meaning in ORIGIN.items() if said.get(name)
+    ]
 
 
 def _base(model: ElasticVAR) -> str:

@@ -93,18 +93,32 @@ def eval_table(result: EvalResult) -> RenderableType:
 
 def demo_table(result: DemoResult) -> RenderableType:
     """What the demo showed: each schedule's score before and after distilling, and what the schedule saves."""
-    metric = METRICS[result["score"]]
-    head = f"{result['device']}; {metric.name} of {count(result['images'], 'image')} ({metric.better} is better)"
+    metric, rows = METRICS[result["score"]], result["schedules"]
+    head = (
+        f"{result['device']}; {metric.name} of {count(result['images'], 'image')} ({metric.better} is better), "
+        "± one standard deviation over the choice of images"
+    )
     columns = {
-        "untrained": lambda r: number(r["untrained"]),
-        "distilled": lambda r: number(r["distilled"]),
-        "latency, ms": lambda r: number(r["latency_ms"]),
+        "untrained": lambda r: score(r, "untrained"),
+        "distilled": lambda r: score(r, "distilled"),
+        "of the teacher's": lambda r: _beside_teacher(r, rows[0]),
         "speed-up": lambda r: number(r["speedup"]),
         "cache, MiB": lambda r: mebibytes(r["cache_bytes"]),
         "peak, MiB": lambda r: mebibytes(r["peak_bytes"]),
     }
-    title = f"{metric.name} of untrained and distilled subnets, and the cost of a batch of {result['batch_size']}"
-    return _stacked(head, _table(title, columns, result["schedules"]))
+    title = f"{metric.name} before and after, and the cost of a batch of {result['batch_size']}"
+    foot = (
+        "The teacher is full, untrained. (noise): within two standard deviations of its score. Another training seed "
+        "moves a score as well: docs/training.md."
+    )
+    return _stacked(head, _table(title, columns, rows), Text(foot))
+
+
+def _beside_teacher(row: dict, teacher: dict) -> str:
+    """A score over the teacher's, and whether they differ by more than the choice of images explains."""
+    difference = abs(row["distilled"] - teacher["untrained"])
+    noise = (row["distilled_std"] ** 2 + teacher["untrained_std"] ** 2) ** 0.5
+    return f"{number(row['distilled'] / teacher['untrained'])}" + (" (noise)" if difference <= 2 * noise else "")
 
 
 def distill_table(result: dict) -> RenderableType:

@@ -23,17 +23,19 @@ from varcompress.images import skipped_note
 from varcompress.models.elastic import ElasticVAR
 from varcompress.models.transformer import VAR
 from varcompress.progress import Note, Progress, silent
-from varcompress.schedule import Schedule
+from varcompress.schedule import Schedule, is_subnet
 from varcompress.training.distributed import Ranks, joined, local_device
 from varcompress.training.ema import WeightMean
 from varcompress.training.log import StepLog
 from varcompress.training.objective import Objective
 from varcompress.training.recipe import FULL, Recipe, load_recipe
+from varcompress.training.sensitivity import eliminate, late_kl
 from varcompress.training.state import RunDirectory
 from varcompress.training.strategy import Step, plan
 from varcompress.training.teacher import StoredTeacher, Teacher
 
 SAME_MODEL = "open the same file everywhere, or one --revision of the Hub's"
+SENSITIVITY_IMAGES = 64  # that decide which layers the late scales miss least
 SHARE_OUT = "the output directory must be the same one on all machines"
 
 
@@ -87,6 +89,8 @@ def distill(
         encoded = _encode(store, create, ranks, progress, note)
         data, heldout = encoded.split(recipe.holdout, recipe.seed)
         ranks.on_rank_zero(lambda: _check_size(recipe, len(data)))  # again, now that unreadable ones are out
+        model.bridge, model.depths = recipe.bridge, recipe.depths
+        model.subnets = ranks.on_rank_zero(lambda: directory.subnets(lambda: subnets_of(model, recipe, data, progress)))
         steps = plan(recipe, len(data) // recipe.batch_size)  # a pass drops its last, incomplete batch
         if recipe.teacher_logits == "stored" and teacher:
             teacher = store_teacher(teacher, store, encoded, Objective(model, recipe, teacher), ranks, progress)
@@ -97,7 +101,6 @@ def distill(
             finally:
                 model.var.zero_grad()  # of a step that was interrupted; they are as large as the weights
 
-        model.bridge, model.depths = recipe.bridge, recipe.depths
         model.provenance = replace(model.provenance, recipe=recipe.to_dict())
         ranks.on_rank_zero(lambda: directory.finish(model))
     return model
@@ -132,7 +135,7 @@ def train(run: Run, done: int, log: StepLog | None, progress: Progress = silent)
         if epoch is None or step.place == 0:
             null = var.config.classes
             epoch = Epoch.draw(run.data, seed=recipe.seed, epoch=step.epoch, label_drop=recipe.label_drop, null=null)
-        schedules = schedules_of(model, recipe, step.depths)
+        schedules = schedules_of(model, step.depths)
         learning_rate = learning_rate_at(step.number, last, recipe)
         losses, gradient_norm = gradients(run, step, epoch, list(schedules.values()))
         for group in optimizer.param_groups:
@@ -194,7 +197,7 @@ def measure_heldout(run: Run, mean: WeightMean | None) -> dict:
     Each image in its first view and with its label, so that the figures of all steps and runs compare.
     """
     recipe, ranks = run.recipe, run.ranks
-    schedules = schedules_of(run.model, recipe, (FULL, *recipe.depths))
+    schedules = schedules_of(run.model, (FULL, *recipe.depths))
     size = max(1, recipe.batch_size // (ranks.count * recipe.accumulation))
     starts = range(0, len(run.heldout), size)
     losses = run.objective.zeros(len(schedules))
@@ -220,10 +223,23 @@ def loss_fields(objective: Objective, losses: Tensor, schedules: dict[str, Sched
     }
 
 
-def schedules_of(model: ElasticVAR, recipe: Recipe, depths: Iterable[str | int]) -> dict[str, Schedule]:
-    """The schedules of these depths, by the text that a log calls them."""
-    texts = (depth if depth == FULL else f"d{depth}@{recipe.bridge}" for depth in depths)
-    return {text: model.schedule(text) for text in texts}
+def schedules_of(model: ElasticVAR, depths: Iterable[str | int]) -> dict[str, Schedule]:
+    """The schedules of these depths, by their texts."""
+    chosen = [model.schedule(depth if depth == FULL else f"d{depth}") for depth in depths]
+    return {str(schedule): schedule for schedule in chosen}
+
+
+def subnets_of(model: ElasticVAR, recipe: Recipe, data: TokenData, progress: Progress) -> dict[int, tuple[int, ...]]:
+    """The layers of each depth, where they are not the equidistant ones."""
+    if recipe.layers == "equidistant":
+        return {}
+    if recipe.layers != "sensitivity":
+        return dict(zip(recipe.depths, recipe.layers, strict=True))
+    places = np.arange(min(SENSITIVITY_IMAGES, len(data)))
+    images = data.samples(places, np.zeros_like(places))
+    full = model.schedule("full")
+    loss = late_kl(model, images.labels, images.tokens)
+    return eliminate(loss, full, recipe.bridge, recipe.depths, keep=(0, full.depth - 1), progress=progress)
 
 
 def micro_batches(step: Step, recipe: Recipe, ranks: Ranks) -> Iterator[slice]:
@@ -290,6 +306,12 @@ def check_fit(recipe: Recipe, model: ElasticVAR, ranks: Ranks) -> None:
     if recipe.depths[0] >= depth:
         raise InputError(
             f"recipe: depths names {recipe.depths[0]}, but the model has {depth} layers: list fewer than that"
+        )
+    numbered = [] if isinstance(recipe.layers, str) else recipe.layers
+    if any(not is_subnet(layers, depth) or {layers[0], layers[-1]} != {0, depth - 1} for layers in numbered):
+        raise InputError(
+            f"recipe: each list of layers must hold the first and the last layer of the model, 0 and {depth - 1}, "
+            "and ascend between them"
         )
     if recipe.bridge >= scales:
         raise InputError(

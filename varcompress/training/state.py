@@ -2,10 +2,11 @@
 
     OUT/steps.jsonl                     one line per step, stays
     OUT/.training/run.json              recipe, model and data the run was started with
+    OUT/.training/subnets.json          layers of the depths that are not equidistant, as they were chosen
     OUT/.training/state.safetensors     weights, moments of the optimiser, step: one file, so always one moment
     OUT/.training/tokens/               the token store, unless it lives elsewhere
 
-The last three go when the elastic checkpoint stands in OUT.
+The last four go when the elastic checkpoint stands in OUT.
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ class RunDirectory:
         self.steps_path = self.out / STEPS
         self.tokens_path = self.work / "tokens"
         self._run, self._state = self.work / "run.json", self.work / "state.safetensors"
+        self._subnets = self.work / "subnets.json"
 
     @property
     def finished(self) -> bool:
@@ -89,6 +91,16 @@ class RunDirectory:
         except (OSError, ValueError, KeyError, TypeError):
             pass
         raise InputError(f"{self._run}: missing or damaged, so the run cannot go on: choose another output directory")
+
+    def subnets(self, choose: Callable[[], dict[int, tuple[int, ...]]]) -> dict[int, tuple[int, ...]]:
+        """The layers of each depth, as they were chosen when the run began: a continued run must not choose anew."""
+        if self.step() and self._subnets.is_file():
+            chosen = json.loads(self._subnets.read_text(encoding="utf-8"))
+            return {int(depth): tuple(layers) for depth, layers in chosen.items()}
+        chosen = choose()
+        with disk_errors(self._subnets):
+            write_json(self._subnets, chosen)
+        return chosen
 
     def create_tokens(self, create: Callable[[], None]) -> None:
         """Make the token store here; one that `create` refuses is from a run that came to no step, and goes."""
