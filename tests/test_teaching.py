@@ -29,6 +29,7 @@ from varcompress.fingerprint import weights_digest
 from varcompress.training import distill
 from varcompress.training.log import summary
 from varcompress.training.loop import learning_rate_at
+from varcompress.training.optimizer import optimizer_of
 from varcompress.training.recipe import FULL, Recipe
 from varcompress.training.strategy import plan
 
@@ -154,6 +155,19 @@ def test_a_taught_subnet_comes_nearer_to_its_teacher(undisturbed):
     assert all(math.isfinite(value) for line in heldout for value in line.values())
 
 
+def test_muon_moves_the_matrices_of_the_layers_and_adamw_the_rest(tiny):
+    model = copy.deepcopy(tiny)
+    optimizer = optimizer_of(model.var, changed(optimizer="muon"))
+    before = {name: parameter.detach().clone() for name, parameter in model.var.named_parameters()}
+    model(torch.tensor([1, 2]), torch.zeros(2, 30, dtype=torch.int64)).square().mean().backward()
+    optimizer.step(1e-3)
+    for name, parameter in model.var.named_parameters():
+        muon = name.startswith("blocks.") and "ada_lin" not in name and parameter.ndim == 2
+        assert set(optimizer.state(parameter)) == ({"momentum_buffer"} if muon else {"step", "exp_avg", "exp_avg_sq"})
+        assert parameter.grad is None
+        assert not torch.equal(parameter, before[name])
+
+
 def test_one_after_another_learns_the_same(undisturbed, tiny, images, tmp_path):  # noqa: F811
     distill(copy.deepcopy(tiny), changed(together=False), data=images, out=tmp_path / "out")
     for one, other in zip(losses(undisturbed), losses(tmp_path / "out"), strict=True):
@@ -193,10 +207,12 @@ def test_stored_answers_teach_nearly_as_live_ones(undisturbed, tiny, images, tmp
 # -- going on -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("stored", [False, True])
+@pytest.mark.parametrize(
+    "change", [{}, {"teacher_logits": "stored", "teacher_top": 8}, {"optimizer": "muon", "ema": 0}]
+)
 @pytest.mark.parametrize("step", [2, 7, 16])
-def test_resuming_with_a_teacher_reaches_the_same_weights(tiny, images, tmp_path, step, stored):  # noqa: F811
-    recipe = changed(teacher_logits="stored", teacher_top=8) if stored else TAUGHT
+def test_resuming_with_a_teacher_reaches_the_same_weights(tiny, images, tmp_path, step, change):  # noqa: F811
+    recipe = changed(**change)
     distill(copy.deepcopy(tiny), recipe, data=images, out=tmp_path / "undisturbed")
     out = tmp_path / "out"
     with pytest.raises(Interrupt):

@@ -21,13 +21,13 @@ from varcompress.errors import InputError
 from varcompress.fingerprint import weights_digest
 from varcompress.images import skipped_note
 from varcompress.models.elastic import ElasticVAR
-from varcompress.models.transformer import VAR
 from varcompress.progress import Note, Progress, silent
 from varcompress.schedule import Schedule, is_subnet
 from varcompress.training.distributed import Ranks, joined, local_device
 from varcompress.training.ema import WeightMean
 from varcompress.training.log import StepLog
 from varcompress.training.objective import Objective
+from varcompress.training.optimizer import optimizer_of
 from varcompress.training.recipe import FULL, Recipe, load_recipe
 from varcompress.training.sensitivity import eliminate, late_kl
 from varcompress.training.state import RunDirectory
@@ -124,7 +124,7 @@ def train(run: Run, done: int, log: StepLog | None, progress: Progress = silent)
     """Run all steps after `done`, of which the directory holds the state. Rank 0 saves and logs."""
     model, recipe, ranks, last = run.model, run.recipe, run.ranks, len(run.steps)
     var = model.var
-    optimizer = adamw(var, recipe)
+    optimizer = optimizer_of(var, recipe)
     mean = WeightMean(var, recipe.ema) if recipe.ema else None
     run.directory.load(var, optimizer, mean)
     if 0 < done < last:
@@ -138,10 +138,7 @@ def train(run: Run, done: int, log: StepLog | None, progress: Progress = silent)
         schedules = schedules_of(model, step.depths)
         learning_rate = learning_rate_at(step.number, last, recipe)
         losses, gradient_norm = gradients(run, step, epoch, list(schedules.values()))
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        optimizer.step(learning_rate)
         if mean:
             mean.update(step.number)
 
@@ -261,15 +258,6 @@ def learning_rate_at(number: int, steps: int, recipe: Recipe) -> float:
     rise, done = min(1.0, number / max(recipe.warmup_steps, 1)), number / steps
     fallen = done if recipe.learning_rate_decay == "linear" else (1 - math.cos(math.pi * done)) / 2
     return recipe.learning_rate * rise * (1 - (1 - recipe.learning_rate_end) * fallen)
-
-
-def adamw(var: VAR, recipe: Recipe) -> torch.optim.AdamW:
-    """AdamW over the transformer. Only the matrices of linear layers decay, not biases and embeddings."""
-    matrices = [module.weight for module in var.modules() if isinstance(module, nn.Linear)]
-    known = set(map(id, matrices))
-    rest = [parameter for parameter in var.parameters() if id(parameter) not in known]
-    groups = [{"params": matrices, "weight_decay": recipe.weight_decay}, {"params": rest, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=recipe.learning_rate, betas=recipe.betas, fused=True)
 
 
 def teacher_of(model: ElasticVAR, recipe: Recipe) -> Teacher | None:

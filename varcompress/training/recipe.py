@@ -77,6 +77,7 @@ class Recipe:
     guidance: Literal["classifier-free", "none"] = "classifier-free"  # none: distilled, so that no second pass is run
     cfg: float | tuple[float, float] = 1.5  # what guidance to distil; a range is given to the model as an input
 
+    optimizer: Literal["adamw", "muon"] = "adamw"  # muon: of the matrices of the layers; AdamW of the rest
     learning_rate: float = _within(0, default=1e-6)
     learning_rate_end: float = _within(0, 1, default=1.0)  # the share of it left at the last step
     learning_rate_decay: Literal["linear", "cosine"] = "linear"  # how it falls to that

@@ -29,10 +29,11 @@ from varcompress.models.transformer import VAR
 from varcompress.progress import Note
 from varcompress.publish import save
 from varcompress.training.ema import WeightMean
+from varcompress.training.optimizer import Optimizer
 from varcompress.training.recipe import Recipe, machine_fields
 
 STEPS, WORK = "steps.jsonl", ".training"
-MOMENTS = ("step", "exp_avg", "exp_avg_sq")
+WEIGHT, MEAN = "weight", "mean"  # in a state, beside the moments of the optimiser
 
 
 class RunDirectory:
@@ -120,31 +121,35 @@ class RunDirectory:
         except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
             raise InputError(f"{self._state}: damaged; delete {self.out} and start again") from error
 
-    def save(self, var: VAR, optimizer: torch.optim.Optimizer, step: int, mean: WeightMean | None = None) -> None:
+    def save(self, var: VAR, optimizer: Optimizer, step: int, mean: WeightMean | None = None) -> None:
         """Write the state after `step`. The earlier state stays whole until the new one is."""
         tensors = {}
         for name, parameter in var.named_parameters():
-            tensors[f"weight.{name}"] = parameter.detach().contiguous()
-            for moment, value in optimizer.state.get(parameter, {}).items():
+            tensors[f"{WEIGHT}.{name}"] = parameter.detach().contiguous()
+            for moment, value in optimizer.state(parameter).items():
                 tensors[f"{moment}.{name}"] = value.contiguous()
         if mean:
-            tensors |= {f"mean.{name}": value.contiguous() for name, value in mean.state.items()}
+            tensors |= {f"{MEAN}.{name}": value.contiguous() for name, value in mean.state.items()}
         with disk_errors(self._state), replacing(self._state) as temporary:
             save_file(tensors, temporary, metadata={"step": str(step)})
 
     @torch.no_grad()
-    def load(self, var: VAR, optimizer: torch.optim.Optimizer, mean: WeightMean | None = None) -> None:
-        """Put the saved state, if there is one, into the weights and the optimiser."""
+    def load(self, var: VAR, optimizer: Optimizer, mean: WeightMean | None = None) -> None:
+        """Put the saved state, if there is one, into the weights, the optimiser and the mean of the weights."""
         if not self._state.is_file():
             return
         with safe_open(self._state, framework="pt", device=str(var.device)) as state:
-            saved = set(state.keys())
+            kinds: dict[str, list[str]] = {}  # what there is of each parameter; one without a gradient has no moments
+            for key in state.keys():  # noqa: SIM118 (it is no dict)
+                kind, _, name = key.partition(".")
+                kinds.setdefault(name, []).append(kind)
             for name, parameter in var.named_parameters():
-                parameter.copy_(state.get_tensor(f"weight.{name}"))
-                if f"step.{name}" in saved:  # a parameter that never had a gradient has no moments
-                    optimizer.state[parameter] = {moment: state.get_tensor(f"{moment}.{name}") for moment in MOMENTS}
-            for name, value in mean.state.items() if mean else ():
-                value.copy_(state.get_tensor(f"mean.{name}"))
+                found = {kind: state.get_tensor(f"{kind}.{name}") for kind in kinds[name]}
+                parameter.copy_(found.pop(WEIGHT))
+                if mean:
+                    mean.state[name].copy_(found.pop(MEAN))
+                if found:
+                    optimizer.load(parameter, found)
 
     def finish(self, model: ElasticVAR) -> None:
         """Put the elastic checkpoint into place, file by file, then drop what only training needed."""

@@ -1,0 +1,232 @@
+"""Ways to train the embedded model, beside each other: held-out KL to the teacher and digits FD, over seeds.
+
+    python -m tests.benchmarks.training ours --seeds 0 1 2
+    python -m tests.benchmarks.training --tables
+
+The first trains one row of the table for each seed, which is `varcompress distill digits` with the recipe and settings
+that the row names, and writes docs/benchmarks/training/ROW-SEED.json; the second writes the tables of all such files
+into docs/training.md. A row takes a single thread, so that two may run side by side on two cores.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from varcompress.data.sources import open_source
+from varcompress.data.tokens import TokenStore
+from varcompress.evaluation import evaluate
+from varcompress.hardware import device_name
+from varcompress.loading import load
+from varcompress.models.elastic import ElasticVAR
+from varcompress.schedule import Branches
+from varcompress.training import distill
+from varcompress.training.loop import subnets_of
+from varcompress.training.objective import Objective
+from varcompress.training.recipe import FULL, Recipe, load_recipe
+from varcompress.training.strategy import plan
+from varcompress.training.teacher import Teacher
+
+ROOT = Path(__file__).parents[2]
+FOLDER, PAGE = ROOT / "docs" / "benchmarks" / "training", ROOT / "docs" / "training.md"
+NUM_IMAGES, RESAMPLES = 2000, 50
+
+
+@dataclass(frozen=True)
+class Row:
+    """One way to train: a recipe of the package, changed by settings. group: the table that it stands in."""
+
+    group: str
+    title: str
+    recipe: str
+    settings: tuple[str, ...] = ()
+
+    @property
+    def command(self) -> str:
+        settings = "".join(
+            f" --set {setting!r}" if " " in setting else f" --set {setting}" for setting in self.settings
+        )
+        return f"varcompress distill digits --recipe {self.recipe}{settings} --set seed=SEED --out DIR"
+
+
+def _fixed(p: float) -> tuple[str, ...]:
+    return "epochs_full=18", "epochs_ramp=0", "epochs_subnet=0", f"p_start={p}"
+
+
+KL = ("loss=kl", "teacher=frozen")
+ROWS = {
+    "teacher": Row("strategy", "the teacher: nothing trained", "digits"),
+    "fixed-0.1": Row("strategy", "fixed p = 0.1, cross-entropy", "variant-digits", _fixed(0.1)),
+    "fixed-0.5": Row("strategy", "fixed p = 0.5, cross-entropy", "variant-digits", _fixed(0.5)),
+    "fixed-1": Row("strategy", "fixed p = 1, cross-entropy", "variant-digits", _fixed(1)),
+    "progressive": Row("strategy", "progressive, cross-entropy (VARiant)", "variant-digits"),
+    "progressive-kl": Row("strategy", "progressive, KL to the teacher", "variant-digits", KL),
+    "ours": Row("strategy", "`digits`: several depths a step, KL to the teacher", "digits"),
+    "ours-2x": Row("strategy", "the same, twice as long", "digits", ("epochs=16",)),
+    "ours-4x": Row("strategy", "`digits-long`: the same, four times as long", "digits-long"),
+}
+
+
+# -- one run --------------------------------------------------------------------------------------
+
+
+def run(name: str, seed: int) -> dict:
+    """Train a row from one seed and score it."""
+    row = ROWS[name]
+    recipe = load_recipe(row.recipe, [*row.settings, f"seed={seed}"])
+    model, started = load("digits", device="cpu"), time.monotonic()
+    with tempfile.TemporaryDirectory() as folder:
+        if name != "teacher":
+            model = distill(model, recipe, out=Path(folder) / "run", note=print)
+        seconds = time.monotonic() - started
+        model.bridge, model.depths = recipe.bridge, recipe.depths
+        heldout = held_out(model, recipe, Path(folder) / "tokens")
+    scores = evaluate(model, num_images=NUM_IMAGES, batch_size=100, resamples=RESAMPLES)
+    return {
+        "row": name,
+        "seed": seed,
+        "recipe": recipe.to_dict(),
+        "units": 0 if name == "teacher" else units(recipe),
+        "seconds": seconds,
+        "threads": torch.get_num_threads(),
+        "device": device_name(model.device),
+        "torch": torch.__version__,
+        "commit": commit(),
+        "heldout": heldout,
+        "fd": {label: line["digits_fd"] for label, line in zip(labels(recipe), scores["schedules"], strict=True)},
+        "fd_std": {
+            label: line["digits_fd_std"] for label, line in zip(labels(recipe), scores["schedules"], strict=True)
+        },
+    }
+
+
+def labels(recipe: Recipe) -> list[str]:
+    """What the tables call the schedules."""
+    return [FULL, *(f"d{depth}" for depth in recipe.depths)]
+
+
+def held_out(model: ElasticVAR, recipe: Recipe, folder: Path) -> dict[str, dict[str, float]]:
+    """KL to the untouched model and cross-entropy of the images that the recipe holds out, in nats per token."""
+    teacher, source = load("digits", device="cpu"), open_source(None, model)
+    store = TokenStore(folder, source, model, 1)
+    store.create()
+    store.encode()
+    _, heldout = store.read().split(recipe.holdout, recipe.seed)
+    places = np.arange(len(heldout))
+    judge = load_recipe("digits-unguided" if recipe.guidance == "none" else "digits")
+    guided = judge.guidance == "none"
+    objective = Objective(model, judge, Teacher(teacher.var, teacher.schedule("full"), guided=guided))
+    losses = objective.evaluate(heldout.samples(places, np.zeros_like(places)), model.default_schedules()).mean(-1)
+    return {
+        kind: dict(zip(labels(recipe), values, strict=True))
+        for kind, values in zip(objective.losses, losses.tolist(), strict=True)
+    }
+
+
+def units(recipe: Recipe) -> float:
+    """The work of a run in passes of the full network, forward and backward, over 64 images.
+
+    Layers x tokens alone are counted; a forward pass is a third of both.
+    """
+    model = load("digits", device="cpu")
+    model.bridge, model.depths = recipe.bridge, recipe.depths
+    if not isinstance(recipe.layers, str):
+        model.subnets = subnets_of(model, recipe, None, None)
+    images = len(open_source(None, model))
+    steps = plan(recipe, (images - round(recipe.holdout * images)) // recipe.batch_size)
+    full = model.schedule(FULL)
+    whole = full.depth * full.ends[-1]
+    rows = 0.0
+    for step in steps:
+        branches = Branches(tuple(model.schedule(FULL if depth == FULL else f"d{depth}") for depth in step.depths))
+        rows += sum(sum(branches.seen(layer)) for layer in branches.layers)
+        rows += whole / 3 * (2 if recipe.guidance == "none" else 1) if recipe.teacher != "none" else 0
+    return rows / whole * recipe.batch_size / 64
+
+
+def commit() -> str:
+    """The commit of this tree, + where it was changed since."""
+    ask = ["git", "-C", str(ROOT), "describe", "--always", "--dirty=+", "--exclude=*"]
+    return subprocess.run(ask, capture_output=True, text=True, check=False).stdout.strip()
+
+
+# -- tables ---------------------------------------------------------------------------------------
+
+
+def table(group: str) -> str:
+    """The rows of a group that were measured, means over seeds with their standard deviation."""
+    header = [
+        "row",
+        "steps x batch",
+        "units",
+        *(f"FD {label}" for label in LABELS),
+        *(f"KL {label}" for label in LABELS),
+    ]
+    lines = [header, ["---"] * len(header)]
+    for name, row in ROWS.items():
+        found = [json.loads(path.read_text()) for path in sorted(FOLDER.glob(f"{name}-[0-9].json"))]
+        if row.group == group and found:
+            lines.append(_line(row, found))
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+LABELS = [FULL, "d16", "d8", "d4", "d2"]
+
+
+def _line(row: Row, found: list[dict]) -> list[str]:
+    recipe = Recipe.from_dict(found[0]["recipe"])
+    steps = len(plan(recipe, round(1797 * (1 - recipe.holdout)) // recipe.batch_size)) if found[0]["units"] else 0
+    fd = [_spread([run["fd"][label] for run in found], 1) for label in LABELS]
+    kl = [_spread([run["heldout"]["kl"][label] for run in found], 3) for label in LABELS]
+    return [row.title, f"{steps} x {recipe.batch_size}" if steps else "–", f"{found[0]['units']:.0f}", *fd, *kl]
+
+
+def _spread(values: Iterable[float], digits: int) -> str:
+    values = list(values)
+    spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.{digits}f}{spread}"
+
+
+def commands() -> str:
+    """What each row runs."""
+    return "\n".join(f"- {row.title}: `{row.command}`" for name, row in ROWS.items() if name != "teacher")
+
+
+def write_section(name: str, text: str) -> None:
+    """Put a text between its marks in the page."""
+    begin, end = f"<!-- {name}: written by tests/benchmarks/training.py -->", f"<!-- end of {name} -->"
+    before, rest = PAGE.read_text(encoding="utf-8").split(begin)
+    PAGE.write_text(f"{before}{begin}\n\n{text}\n\n{end}{rest.split(end)[1]}", encoding="utf-8")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("rows", nargs="*", choices=[*ROWS, []], metavar="ROW", help=", ".join(ROWS))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--tables", action="store_true")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    for name in options.rows:
+        for seed in options.seeds[:1] if name == "teacher" else options.seeds:
+            result = run(name, seed)
+            (FOLDER / f"{name}-{seed}.json").write_text(json.dumps(result, indent=1) + "\n")
+            print(name, seed, {key: round(value, 1) for key, value in result["fd"].items()}, flush=True)
+    if options.tables:
+        for group in dict.fromkeys(row.group for row in ROWS.values()):
+            write_section(group, table(group))
+        write_section("commands", commands())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,60 @@
+"""The optimiser of a run: torch's AdamW, or Muon for the matrices of the layers and AdamW for the rest."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from varcompress.models.transformer import VAR
+from varcompress.training.recipe import Recipe
+
+MUON_MOMENTUM = 0.95  # its authors' figure
+
+
+class Optimizer:
+    """One or two of torch's optimisers, which share a learning rate."""
+
+    def __init__(self, *parts: torch.optim.Optimizer) -> None:
+        self._parts = parts
+
+    def step(self, learning_rate: float) -> None:
+        """Move the weights, and let go of their gradients."""
+        for part in self._parts:
+            for group in part.param_groups:
+                group["lr"] = learning_rate
+            part.step()
+            part.zero_grad(set_to_none=True)
+
+    def state(self, parameter: Tensor) -> dict[str, Tensor]:
+        """Moments of a parameter by their names; empty before its first gradient."""
+        return self._of(parameter).state.get(parameter, {})
+
+    def load(self, parameter: Tensor, state: dict[str, Tensor]) -> None:
+        """Go on from the moments of a parameter."""
+        self._of(parameter).state[parameter] = state
+
+    def _of(self, parameter: Tensor) -> torch.optim.Optimizer:
+        return next(p for p in self._parts if any(parameter is q for group in p.param_groups for q in group["params"]))
+
+
+def optimizer_of(var: VAR, recipe: Recipe) -> Optimizer:
+    """The optimiser over the transformer that a recipe asks for.
+
+    Only matrices of linear layers decay, not biases and embeddings. Muon (arXiv 2502.16982; torch.optim.Muon) takes
+    those within the layers, AdaLN's aside, with updates as large as AdamW's usually are, so that one learning rate
+    serves both; a direction that its momentum has a little of moves as far as the largest one.
+    """
+    betas, decay = recipe.betas, recipe.weight_decay
+    matrices = {name: module.weight for name, module in var.named_modules() if isinstance(module, nn.Linear)}
+    muons = {}
+    if recipe.optimizer == "muon":
+        muons = {name: w for name, w in matrices.items() if name.startswith("blocks.") and "ada_lin" not in name}
+    decaying = [weight for name, weight in matrices.items() if name not in muons]
+    known = set(map(id, matrices.values()))
+    rest = [parameter for parameter in var.parameters() if id(parameter) not in known]
+    groups = [{"params": decaying, "weight_decay": decay}, {"params": rest, "weight_decay": 0.0}]
+    adamw = torch.optim.AdamW(groups, lr=recipe.learning_rate, betas=betas, fused=True)
+    if not muons:
+        return Optimizer(adamw)
+    options = {"weight_decay": decay, "momentum": MUON_MOMENTUM, "adjust_lr_fn": "match_rms_adamw"}
+    return Optimizer(torch.optim.Muon(list(muons.values()), lr=recipe.learning_rate, **options), adamw)
