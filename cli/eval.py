@@ -60,7 +60,8 @@ def evaluate(
     """Score the images of each schedule, and measure what they cost, in one run.
 
     FID, Inception Score, KID, precision and recall are torch-fidelity's.
-    The defaults are VAR's published settings. Labels are balanced over classes.
+    The defaults are VAR's published settings, but for the cfg that MODEL was distilled for.
+    Labels are balanced over classes.
     Images become 8 bits before they are scored, as --rounding says.
     """
     from varcompress.checkpoint import is_elastic

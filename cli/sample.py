@@ -42,6 +42,7 @@ def sample(
     check_image_output(out)
     check_rounding(rounding)
     loaded = loading.open(model)
+    sampling = loaded.sampling(sampling)
     labels = [label for label in parse_classes(classes, loaded.var.config.classes) for _ in range(count)]
     with progress_bar() as progress:
         images = draw_images(
@@ -53,7 +54,7 @@ def sample(
         print_json(
             {
                 "kind": "sample",
-                **conditions(loaded),
+                **conditions(loaded, sampling),
                 "schedule": chosen,
                 **dataclasses.asdict(sampling),
                 "rounding": rounding,

@@ -67,16 +67,17 @@ def same(found: Tensor, expected: Tensor, what: str) -> None:
         raise AssertionError(f"{what}: apart by up to {apart:.3g}")
 
 
-def in_turn(model: ElasticVAR) -> str:
+def in_turn(model: ElasticVAR, **settings: float) -> str:
     """Graphs of several batches and schedules by turns, while earlier results are held, against plain calls."""
     calls = [
         (list(range(batch)), schedule, seed)
         for seed in range(2)
         for batch, schedule in itertools.product((1, 3, 8), SCHEDULES)
     ]
-    held = [model.generate(labels, schedule, seed=seed) for labels, schedule, seed in calls]
+    held = [model.generate(labels, schedule, seed=seed, **settings) for labels, schedule, seed in calls]
     for (labels, schedule, seed), images in zip(calls, held, strict=True):
-        same(images, eager(model, labels, schedule, seed=seed), f"{schedule}, batch {len(labels)}, seed {seed}")
+        plain = eager(model, labels, schedule, seed=seed, **settings)
+        same(images, plain, f"{schedule}, batch {len(labels)}, seed {seed}")
     return f"{len(calls)} calls"
 
 
@@ -96,10 +97,11 @@ def graphs_are_operators() -> str:
 
 
 def graphs_in_other_numbers() -> str:
-    """graph = eager in float32, float16, and with a cache of int8 and float8."""
+    """graph = eager in float32, float16, with a cache of int8 and float8, and unguided."""
     for how in ({}, {"dtype": torch.float16}, {"cache_dtype": "int8"}, {"dtype": HALF, "cache_dtype": "float8"}):
         in_turn(digits(**how))
-    return "4 ways"
+    in_turn(digits(HALF), cfg=0)
+    return "5 ways"
 
 
 def weights_that_change() -> str:

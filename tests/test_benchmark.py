@@ -41,6 +41,18 @@ def test_it_writes_what_ran_and_prints_its_table(benchmark, tmp_path, capsys):
     assert "| `full` |" in printed
 
 
+def test_unguided_calls_are_named(benchmark, tmp_path, capsys):
+    small = ("--sizes", "d1", "--batches", 1, "--runs", 1, "--device", "cpu")
+    benchmark(*small, "--out", tmp_path, "--name", "x", "--cfg", 0)
+    content = json.loads((tmp_path / "x.json").read_text(encoding="utf-8"))
+    assert content["settings"] == {"cfg": 0, "top_k": 900, "top_p": 0.96}
+    assert "--cfg 0 --runs 1" in content["command"]
+    (row,) = content["results"][0]["rows"]
+    assert row["peak_bytes"] == pytest.approx(row["peak_bytes_predicted"], rel=0.01)
+    assert row["cache_bytes"] == 2 * 680 * 64 * 4
+    assert "### d1, batch of 1, float32, unguided: " in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -48,6 +60,7 @@ def test_it_writes_what_ran_and_prints_its_table(benchmark, tmp_path, capsys):
         (["--sizes", "big"], "size 'big': write d16 or d30"),
         (["--batches", "8", "0"], "at least 1 is needed"),
         (["--runs", "0"], "at least 1 is needed"),
+        (["--cfg", "1e9"], "cfg must be a number from -1000 to 1000"),
         (["--device", "tpu"], "device 'tpu' is unknown"),
     ],
 )

@@ -75,7 +75,7 @@ def test_layers_do_not_overwrite_each_other(schedule):
 def test_bytes_are_the_schedules(schedule, dtype, images):
     cache = new_cache(schedule, dtype, 2 * images)
     assert cache.rows.shape == (2, 2 * images, HEADS, schedule.peak_rows, HEAD_DIM)
-    expected = schedule.cache_bytes(batch=images, token_bytes=HEADS * HEAD_DIM * dtype.itemsize)
+    expected = schedule.cache_bytes(batch=images, token_bytes=HEADS * HEAD_DIM * dtype.itemsize, guided=True)
     assert cache.nbytes == cache.rows.untyped_storage().nbytes() == expected
     storage = cache.rows.data_ptr()
     for _ in decode(schedule, cache):
@@ -89,7 +89,7 @@ def test_bytes_of_an_eight_bit_cache_are_the_schedules(schedule, stored, images)
     cache = KVCache(schedule, batch=2 * images, heads=HEADS, head_dim=HEAD_DIM, **where)
     size = token_bytes(width=HEADS * HEAD_DIM, heads=HEADS, dtype=stored)
     assert size == HEADS * (HEAD_DIM + 2)  # a byte each, and a scale of two per head
-    assert cache.nbytes == schedule.cache_bytes(batch=images, token_bytes=size)
+    assert cache.nbytes == schedule.cache_bytes(batch=images, token_bytes=size, guided=True)
 
 
 def test_the_peak_is_the_larger_of_bridge_and_flexible_zone():

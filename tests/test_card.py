@@ -133,6 +133,23 @@ def test_a_models_own_subnets_are_in_its_card(tiny):
     assert 'schedule="d3@2,0+1+4"' in section(card, "Use")
 
 
+def test_a_card_of_distilled_guidance(tiny, distilled):
+    model = ElasticVAR(tiny.var, tiny.tokenizer, bridge=2, depths=(4, 2), distilled_cfg=2.0)
+    saved = {"speedup_predicted": 5.5, "speedup_without_decoder_predicted": 7.7, "cache_ratio": 0.2}
+    rows = [row | {"beside_guided": saved} for row in PROFILE["schedules"]]
+    unguided = PROFILE | {"guided": False, "schedules": rows}
+    card = model_card(model, [unguided, EVAL | {"guided": False}])
+    assert "layers. Guidance with cfg 2.0 is distilled into the weights: no image needs a second" in card
+    assert "relative to a guided `full`" in section(card, "Schedules")
+    assert "| `full` | 6x4 | all | 50% | 50% |" in section(card, "Schedules")
+    assert "on Some CPU, unguided (torch" in section(card, "Speed and memory")
+    assert "| 2.50 | 1.00 | 5.50 | 7.70 | 3.00 |" in section(card, "Speed and memory")
+    assert "on Some CPU, unguided." in section(card, "Image quality")
+    ordinary = model_card(distilled, [PROFILE, EVAL])
+    assert "unguided" not in ordinary
+    assert "relative to `full`; with `cfg=0`, which leaves" in section(ordinary, "Schedules")
+
+
 def test_recipe_licence_and_citations(distilled, tiny):
     card = model_card(distilled)
     recipe = re.search(r"```yaml\n(.*?)```", card, re.DOTALL)[1]

@@ -7,6 +7,7 @@ import json
 import pytest
 
 from varcompress.fingerprint import fingerprint
+from varcompress.models.elastic import ElasticVAR
 from varcompress.publish import save
 
 
@@ -50,6 +51,20 @@ def test_profile_json_is_one_object(quick, elastic, tiny):
     assert (content["dtype"], content["batch_size"], content["runs"]) == ("bfloat16", 2, 1)
     assert content["weights"] == fingerprint(tiny)
     assert content["settings"] == settings | {"seed": 0}
+
+
+def test_profile_without_guidance_and_of_distilled_guidance(quick, run, elastic, tiny, tmp_path):
+    content = json.loads(quick(elastic, "-s", "d2", "--json", "--cfg", 0).stdout)
+    assert (content["guided"], content["settings"]["cfg"]) == (False, 0)
+    model = ElasticVAR(tiny.var, tiny.tokenizer, distilled_cfg=2.0)
+    distilled = save(model, tmp_path / "distilled")
+    content = json.loads(quick(distilled, "-s", "d2", "--json").stdout)
+    assert (content["guided"], content["settings"]["cfg"]) == (False, 2)
+    assert "unguided" in (distilled / "README.md").read_text()
+    refused = quick(distilled, "--cfg", 1.5)
+    assert refused.exit_code == 2
+    assert "cfg 1.5: the guidance of this model is distilled for cfg 2.0" in " ".join(refused.stderr.split())
+    assert "distilled for" in " ".join(run("profile", "--help").stdout.replace("│", " ").split())
 
 
 def test_profile_refuses_before_it_measures(quick, elastic, tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 
 import pytest
 import torch
@@ -100,9 +101,9 @@ def test_the_predicted_peak_is_what_the_code_allocates(depth, device, dtype, bat
     with FakeTensorMode(), torch.device(device), torch.inference_mode():
         appear(model, runtime)
         blocks = model.var.blocks
-        for schedule in map(model.schedule, ("full", "d2@6")):
+        for schedule, guided in itertools.product(map(model.schedule, ("full", "d2@6")), (True, False)):
             for num_images in batches:
-                call = generation.Call(schedule, num_images, PUBLISHED, runtime)
+                call = generation.Call(schedule, num_images, PUBLISHED, runtime, guided)
                 given = torch.zeros(num_images, dtype=torch.int64), torch.zeros((), dtype=torch.int64)
                 ids = torch.arange(num_images)
                 with LiveTensors() as tensors:
@@ -111,16 +112,20 @@ def test_the_predicted_peak_is_what_the_code_allocates(depth, device, dtype, bat
                     )
                     model.decode_features(f_hat)
                     del f_hat
-                predicted = cost.peak_bytes(model, schedule, num_images) - cost.weight_bytes(model, schedule, runtime)
-                assert tensors.peak_bytes == pytest.approx(predicted, rel=CLOSE[device])
+                predicted = cost.peak_bytes(model, schedule, num_images, guided=guided)
+                growth = predicted - cost.weight_bytes(model, schedule, runtime)
+                assert tensors.peak_bytes == pytest.approx(growth, rel=CLOSE[device])
 
 
-@pytest.mark.parametrize(("num_images", "recorded"), [(1, True), (8, True), (9, False), (64, False)])
-def test_what_graphs_hold_is_in_the_predicted_peak(num_images, recorded):
+@pytest.mark.parametrize(
+    ("num_images", "guided", "recorded"),
+    [(1, True, True), (8, True, True), (9, True, False), (64, True, False), (17, False, True), (18, False, False)],
+)
+def test_what_graphs_hold_is_in_the_predicted_peak(num_images, guided, recorded):
     """Inputs and results that stay: tokens and f_hat of calls that are recorded; d30's decoder at 256 px never is."""
     model = official(30, torch.bfloat16)
     runtime, schedule = Runtime(torch.device("cuda"), torch.bfloat16), model.schedule("d2@6")
-    peak = cost.peak_bytes(model, schedule, num_images, runtime)
+    peak = cost.peak_bytes(model, schedule, num_images, runtime, guided=guided)
     f_hat, tokens = 32 * 16 * 16 * 4, 680 * 8
     held = num_images * (f_hat + tokens + 2 * 8) if recorded else 0
-    assert peak - cost.peak_bytes(model, schedule, num_images, runtime.eager()) == held
+    assert peak - cost.peak_bytes(model, schedule, num_images, runtime.eager(), guided=guided) == held

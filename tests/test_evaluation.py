@@ -8,6 +8,7 @@ import http.server
 import json
 import pickle
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -39,7 +40,7 @@ from varcompress.models.autoencoder import TokenizerConfig
 from varcompress.models.elastic import ElasticVAR, Provenance
 from varcompress.models.tokenizer import VQVAE
 from varcompress.publish import save
-from varcompress.sampling import Sampling
+from varcompress.sampling import PUBLISHED, Sampling
 
 CPU = torch.device("cpu")
 SIZE = 16
@@ -443,7 +444,7 @@ def test_evaluate_says_all_that_a_score_depends_on(model):
         assert row["images_per_second"] == pytest.approx(16 / row["latency_ms"] * 1e3)
         assert row["peak_bytes"] > row["cache_bytes"] > 0
     assert subnet["cache_bytes"] < full["cache_bytes"]
-    assert full["cache_bytes"] == model.schedule("full").cache_bytes(batch=16, token_bytes=32 * 4)
+    assert full["cache_bytes"] == model.schedule("full").cache_bytes(batch=16, token_bytes=32 * 4, guided=True)
     assert seen[-1] == (40, 40, "d2@2: images")
     assert any(what == "reference: images" for _, _, what in seen)
 
@@ -537,12 +538,14 @@ def test_labels_are_balanced(num_images, classes):
 
 def test_notes_name_what_is_not_as_published(tiny):
     reference = scores.Reference("statistics", {})
-    notes = scores._notes(INCEPTION, reference, 1000, Sampling(cfg=4.0, seed=3))
+    notes = scores._notes(INCEPTION, reference, 1000, Sampling(cfg=4.0, seed=3), guided=True)
     assert notes[0] == "FID at 1,000 images is not comparable with the published figures at 50,000"
     assert notes[1] == "not the published sampling settings: cfg 4.0"
-    assert scores._notes(INCEPTION, reference, 50_000, Sampling(seed=3)) == [
+    assert scores._notes(INCEPTION, reference, 50_000, replace(PUBLISHED, seed=3), guided=True) == [
         "the reference holds statistics only: no KID, precision or recall"
     ]
+    distilled = scores._notes(INCEPTION, reference, 50_000, PUBLISHED, guided=False)
+    assert distilled[0] == "guidance with cfg 1.5 is distilled into the weights: nothing ran unconditionally"
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ from varcompress.models.linear import ConditionLinear, Linear, PackedLinear, pac
 from varcompress.models.runtime import GRAPHED_ELEMENTS, Runtime
 from varcompress.models.strips import STRIP_ELEMENTS, largest_map
 from varcompress.models.tokenizer import VQVAE
-from varcompress.sampling import Sampling
+from varcompress.sampling import PUBLISHED, Sampling
 from varcompress.schedule import Schedule
 
 CPU = torch.device("cpu")
@@ -119,8 +119,8 @@ def test_what_no_scale_changes_is_computed_once_per_call(shared_aln):
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
-@pytest.mark.parametrize("cache_dtype", [None, "int8", "float8"])
-def test_generation_reads_nothing_back(schedule, cache_dtype):
+@pytest.mark.parametrize(("cache_dtype", "guided"), [(None, True), (None, False), ("int8", True), ("float8", True)])
+def test_generation_reads_nothing_back(schedule, cache_dtype, guided):
     """On a GPU's tensors that have shapes and no values, whatever depends on a value raises: a graph can hold it all.
 
     Plain torch only: Triton's launchers want real ones.
@@ -128,7 +128,7 @@ def test_generation_reads_nothing_back(schedule, cache_dtype):
     with FakeTensorMode(allow_non_fake_inputs=False) as fake, torch.device("cuda"), torch.inference_mode():
         model = random_model()
         runtime = Runtime(torch.device("cuda"), kernels="torch", cache_dtype=cache_dtype)
-        call = generation.Call(model.schedule(schedule), 3, Sampling(), runtime)
+        call = generation.Call(model.schedule(schedule), 3, PUBLISHED, runtime, guided)
         inputs = (torch.zeros(3, dtype=torch.int64), torch.zeros((), dtype=torch.int64), torch.arange(3))
         tokens, f_hat = generation.generate_tokens(
             call, model.var, model.tokenizer.quantize, lambda scale, layer: model.var.blocks[layer], *inputs
@@ -161,12 +161,13 @@ def test_autocast_around_a_call_changes_nothing(kernels):
     depth=st.sampled_from([2, 30]),
     offload=st.sampled_from([None, "bridge"]),
     on=st.booleans(),
+    guided=st.booleans(),
 )
-def test_large_calls_and_streamed_ones_run_without_a_graph(num_images, depth, offload, on):
+def test_large_calls_and_streamed_ones_run_without_a_graph(num_images, depth, offload, on, guided):
     schedule = Schedule.parse("full", depth=depth, patch_nums=(1, 4, 16), bridge=1)
     runtime = Runtime(torch.device("cuda"), torch.bfloat16, kernels="torch", offload=offload, graphs=on)
-    call = generation.Call(schedule, num_images, Sampling(), runtime)
-    small = 2 * num_images * 256 * 1920 <= GRAPHED_ELEMENTS
+    call = generation.Call(schedule, num_images, PUBLISHED, runtime, guided)
+    small = (1 + guided) * num_images * 256 * 1920 <= GRAPHED_ELEMENTS
     assert runtime.graphed(call.largest_elements(1920)) == (small and on and offload is None)
     assert not Runtime(CPU).graphed(1)
 

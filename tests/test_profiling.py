@@ -14,9 +14,11 @@ from varcompress.errors import InputError
 from varcompress.fingerprint import fingerprint
 from varcompress.hardware import device_name
 from varcompress.models import strips
+from varcompress.models.elastic import ElasticVAR
 from varcompress.models.generation import PHASES
 from varcompress.models.runtime import Runtime
 from varcompress.profiling import PhaseClock, profile
+from varcompress.sampling import Sampling
 
 SCHEDULES = ["d4@2", "d2", "6x1,4x1,3x1,2x1"]
 
@@ -109,6 +111,33 @@ def test_ratios_are_to_full(result):
         assert 1 < row["speedup_predicted"] < row["speedup_without_decoder_predicted"]
 
 
+def test_unguided_calls_are_measured_and_set_beside_guided_ones(model, result):
+    assert result["guided"]
+    assert "beside_guided" not in result["schedules"][0]
+    unguided = profile(model, ["d2"], batch_size=3, runs=1, warmup=0, sampling=Sampling(cfg=0))
+    assert (unguided["guided"], unguided["settings"]["cfg"]) == (False, 0)
+    for row in unguided["schedules"]:
+        guided = next(other for other in result["schedules"] if other["schedule"] == row["schedule"])
+        assert row["cache_bytes"] == row["cache_bytes_predicted"] == guided["cache_bytes"] / 2
+        assert row["flops"] < guided["flops"]
+        full, work = result["schedules"][0], "flops_without_decoder_predicted"
+        assert row["beside_guided"] == {
+            "speedup_predicted": full["flops_predicted"] / row["flops_predicted"],
+            "speedup_without_decoder_predicted": full[work] / row[work],
+            "cache_ratio": row["cache_bytes"] / full["cache_bytes"],
+        }
+    assert unguided["schedules"][0]["speedup"] == 1
+
+
+def test_a_model_whose_guidance_is_distilled_is_measured_unguided(model):
+    distilled = ElasticVAR(model.var, model.tokenizer, distilled_cfg=2.0)
+    result = profile(distilled, ["d2"], batch_size=1, runs=1, warmup=0)
+    assert (result["guided"], result["settings"]["cfg"]) == (False, 2.0)
+    assert result["schedules"][1]["cache_bytes"] == result["schedules"][1]["cache_bytes_predicted"]
+    with pytest.raises(InputError, match=r"distilled for cfg 2\.0"):
+        profile(distilled, ["d2"], sampling=Sampling(cfg=0))
+
+
 def test_nothing_stays_attached(model):
     profile(model, ["d2"], batch_size=1, runs=1, warmup=0)
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
@@ -134,7 +163,6 @@ def test_prediction_of_d30_needs_no_weights():
 
 def random_shapes_of_d30():
     from varcompress.models.autoencoder import TokenizerConfig
-    from varcompress.models.elastic import ElasticVAR
     from varcompress.models.tokenizer import VQVAE
     from varcompress.models.transformer import VAR, VARConfig
 
@@ -169,9 +197,24 @@ def test_describe(model):
         {"scales": [1, 1], "layers": [0, 1, 2, 3, 4, 5]},
         {"scales": [2, 4], "layers": [0, 5]},
     ]
-    transformer = model.schedule("d2@1").flops(width=64, vocab=64)
+    transformer = model.schedule("d2@1").flops(width=64, vocab=64, guided=True)
     assert subnet["flops"] == transformer + decoder_flops(model.tokenizer.config, in_strips=True)
-    assert subnet["cache_bytes"] == model.schedule("d2@1").cache_bytes(batch=1, token_bytes=64 * 4)
+    assert subnet["cache_bytes"] == model.schedule("d2@1").cache_bytes(batch=1, token_bytes=64 * 4, guided=True)
+
+
+def test_describe_sets_unguided_beside_guided(model):
+    described = describe(model, ["full", "d2@1"])
+    assert (described["guided"], described["distilled_cfg"]) == (True, None)
+    full = described["schedules"][0]
+    for guided, row in zip(described["schedules"], described["unguided"], strict=True):
+        assert (row["schedule"], row["weight_bytes"]) == (guided["schedule"], guided["weight_bytes"])
+        assert row["cache_bytes"] == guided["cache_bytes"] / 2
+        assert row["speedup_predicted"] == full["flops"] / row["flops"] > guided["speedup_predicted"]
+    distilled = describe(ElasticVAR(model.var, model.tokenizer, distilled_cfg=1.5), ["full", "d2@1"])
+    assert json.loads(json.dumps(distilled)) == distilled
+    assert (distilled["guided"], distilled["unguided"], distilled["distilled_cfg"]) == (False, [], 1.5)
+    for row, unguided in zip(distilled["schedules"], described["unguided"], strict=True):
+        assert unguided.items() <= row.items()
 
 
 @pytest.mark.parametrize(

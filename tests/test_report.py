@@ -10,13 +10,16 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
+from tests.conftest import random_model
 from varcompress.cost import describe
 from varcompress.errors import InputError
 from varcompress.models.elastic import ElasticVAR
+from varcompress.models.transformer import add_cfg_input
 from varcompress.profiling import profile
 from varcompress.report.format import NOT_GIVEN, count, mebibytes, number
 from varcompress.report.plots import plot_eval, plot_profile, plot_samples
 from varcompress.report.tables import demo_table, eval_table, inspect_table, profile_table
+from varcompress.sampling import Sampling
 
 NAMES = ["full", "d16@6", "d8@6", "d4@6", "30x1,20x1,16x2,12x2,8x1,4x2,2x1", "30x6,16x2,8x2"]
 OWN = "d16@6,0+1+3+5+7+9+11-13+15+17+19+21+23+25+28"  # layers that are not equidistant
@@ -118,6 +121,28 @@ def test_inspect_shows_the_layers_of_a_models_own_subnet(tiny):
     text = text_of(inspect_table(describe(model)), 80)
     assert re.search(r"d3@2 +1-2 +6 +0-5 *\n +3-4 +3 +0 2 5 *\n", text)
     assert re.search(r"d2@2,0\+4 +1-2 +6 +0-5 *\n +3-4 +2 +0 4 *\n", text)
+
+
+def test_inspect_sets_unguided_beside_guided(tiny):
+    text = text_of(inspect_table(describe(tiny, ["full", "d3@2"])), 80)
+    assert "Cost of one guided image in float32" in text
+    assert "Unguided (cfg 0), beside the guided full" in text
+    assert "guidance" not in text
+    distilled = random_model()
+    add_cfg_input(distilled.var)
+    distilled.distilled_cfg = (1.0, 4.0)
+    text = text_of(inspect_table(describe(distilled, ["full", "d3@2"])), 80)
+    assert "distilled into the weights for cfg 1.0 to 4.0" in text
+    assert "One unguided image in float32, by arithmetic, beside a guided full" in text
+    assert "guided image in" not in text.replace("unguided image", "")
+
+
+def test_a_profile_of_unguided_calls_says_so(tiny):
+    text = text_of(profile_table(profile(tiny, ["d2@1"], batch_size=2, runs=1, warmup=0, sampling=Sampling(cfg=0))), 80)
+    assert "unguided" in text.split("Time of a batch")[0]
+    assert "Beside guided calls of full, by arithmetic" in text
+    assert text.count("d2@1") == 4
+    assert "guided" not in text_of(profile_table(big_profile(NAMES)), 80)
 
 
 def test_demo_table():

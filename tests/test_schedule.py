@@ -75,7 +75,7 @@ def test_segments_and_costs_agree_with_counting(case):
     assert weights == tuple(12 * 64 * 64 * len(layers) for layers in schedule.layers)
     full = parse("full", depth=depth, patch_nums=patch_nums)
     assert schedule.peak_rows <= full.peak_rows == depth * sum(p * p for p in patch_nums)
-    assert schedule.flops(width=64, vocab=40) <= full.flops(width=64, vocab=40)
+    assert schedule.flops(width=64, vocab=40, guided=True) <= full.flops(width=64, vocab=40, guided=True)
 
 
 @given(st.integers(2, 40), st.data())
@@ -158,11 +158,11 @@ def test_tokens():
     ("text", "mebibytes"), [("full", 19125), ("d16", 10200), ("d8", 5100), ("d4", 2559.375), ("d2", 2559.375)]
 )
 def test_cache_of_d30_at_batch_64(text, mebibytes):
-    assert parse(text).cache_bytes(batch=64, token_bytes=1920 * 2) / MIB == mebibytes
+    assert parse(text).cache_bytes(batch=64, token_bytes=1920 * 2, guided=True) / MIB == mebibytes
 
 
 def test_work_of_one_guided_image():
-    assert parse("full").flops(**D30) / 1e9 == pytest.approx(3763, abs=0.5)
+    assert parse("full").flops(**D30, guided=True) / 1e9 == pytest.approx(3763, abs=0.5)
     assert decoder_flops(TOKENIZER) / 1e9 == pytest.approx(394, abs=0.5)
 
 
@@ -170,9 +170,25 @@ def test_work_of_one_guided_image():
     ("text", "alone", "with_decoder"), [("d16", 1.68, 1.58), ("d8", 2.74, 2.35), ("d4", 4.0, 3.1), ("d2", 5.2, 3.7)]
 )
 def test_ceilings(text, alone, with_decoder):
-    full, subnet, decoder = parse("full").flops(**D30), parse(text).flops(**D30), decoder_flops(TOKENIZER)
+    full, subnet = (parse(each).flops(**D30, guided=True) for each in ("full", text))
+    decoder = decoder_flops(TOKENIZER)
     assert full / subnet == pytest.approx(alone, abs=0.05)
     assert (full + decoder) / (subnet + decoder) == pytest.approx(with_decoder, abs=0.05)
+
+
+@pytest.mark.parametrize(("text", "alone"), [("full", 2), ("d16", 3.4), ("d8", 5.5), ("d2", 10.4)])
+def test_ceilings_of_unguided_schedules_beside_a_guided_full(text, alone):
+    full, subnet = parse("full").flops(**D30, guided=True), parse(text).flops(**D30, guided=False)
+    assert full / subnet == pytest.approx(alone, abs=0.05)
+
+
+@given(run_lists())
+def test_an_unguided_image_costs_half_but_for_the_head_of_the_first_scale(case):
+    schedule, first = parse_runs(case), 2 * case[1][0] ** 2 * 64 * 40
+    shape = {"width": 64, "vocab": 40}
+    assert schedule.flops(**shape, guided=True) == 2 * schedule.flops(**shape, guided=False) - first
+    cache = {"batch": 3, "token_bytes": 10}
+    assert schedule.cache_bytes(**cache, guided=True) == 2 * schedule.cache_bytes(**cache, guided=False)
 
 
 # -- refusals -------------------------------------------------------------------------------------

@@ -3,7 +3,7 @@
 An official checkpoint is a `.pth` of FoundationVision/VAR, one file for the transformer and one for
 the tokenizer; everything about the model is read from the shapes it holds. An elastic directory is
 
-    config.json         shapes, bridge, depths, subnets, base model
+    config.json         shapes, bridge, depths, subnets, the cfg that is distilled into it, base model
     model.safetensors   `var.*` and `tokenizer.*`, the official keys behind those prefixes
     recipe.yaml         the recipe that made it, when there was one
 """
@@ -33,6 +33,7 @@ from varcompress.models.elastic import ElasticVAR, Provenance
 from varcompress.models.tokenizer import VQVAE
 from varcompress.models.transformer import VAR, VARConfig
 from varcompress.results import check_owner
+from varcompress.sampling import DistilledCfg, checked_cfg
 from varcompress.schedule import is_subnet
 
 FORMAT = 1
@@ -59,6 +60,7 @@ def var_config(shapes: Shapes, patch_nums: tuple[int, ...]) -> VARConfig:
         classes=shapes["class_emb.weight"][0] - 1,
         shared_aln="shared_ada_lin.1.weight" in shapes,
         hidden=shapes["blocks.0.ffn.fc1.weight"][0],
+        cfg_input="cfg_embed.0.weight" in shapes,
     )
 
 
@@ -217,6 +219,7 @@ def config_text(model: ElasticVAR) -> str:
         "bridge": model.bridge,
         "depths": list(model.depths),
         "subnets": model.subnets,
+        "distilled_cfg": model.distilled_cfg,
         **{key: value for key, value in dataclasses.asdict(model.provenance).items() if key != "recipe"},
     }
     return json.dumps(config, indent=2) + "\n"
@@ -262,13 +265,27 @@ def load_elastic(path: str | Path) -> ElasticVAR:
                 f"{path / CONFIG}: subnet {count} of layers {list(layers)} does not fit a model of {depth} layers: "
                 "save or download it again"
             )
+    distilled = _distilled_cfg(config.get("distilled_cfg"), var.config, path / CONFIG)
     provenance = Provenance(
         name=config.get("name", path.name),
         base_model=config.get("base_model"),
         license=config.get("license"),
         recipe=recipe,
     )
-    return ElasticVAR(var, tokenizer, bridge=bridge, depths=depths, subnets=subnets, provenance=provenance)
+    trained = {"bridge": bridge, "depths": depths, "subnets": subnets, "distilled_cfg": distilled}
+    return ElasticVAR(var, tokenizer, **trained, provenance=provenance)
+
+
+def _distilled_cfg(value: object, config: VARConfig, where: Path) -> DistilledCfg:
+    """What config.json says the guidance is distilled for. Raises InputError for what is no cfg or does not fit."""
+    try:
+        distilled = checked_cfg(value)
+    except InputError as error:
+        raise InputError(f"{where}: {error}: save or download it again") from error
+    if isinstance(distilled, tuple) != config.cfg_input:
+        takes = "takes the cfg as an input" if config.cfg_input else "takes no cfg as an input"
+        raise InputError(f"{where}: distilled_cfg {value!r} of a model that {takes}: save or download it again")
+    return distilled
 
 
 def is_elastic(path: str | Path) -> bool:

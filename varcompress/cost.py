@@ -18,33 +18,45 @@ from varcompress.sampling import PUBLISHED
 from varcompress.schedule import Schedule
 
 
-def predict(model: ElasticVAR, schedule: Schedule, num_images: int = 1, runtime: Runtime | None = None) -> dict:
+def predict(
+    model: ElasticVAR,
+    schedule: Schedule,
+    num_images: int = 1,
+    runtime: Runtime | None = None,
+    *,
+    guided: bool | None = None,
+) -> dict[str, int]:
     """Arithmetic for one call: cache_bytes, weight_bytes, peak_bytes, flops, flops_without_decoder.
 
+    guided: whether every image has an unconditional twin, by default as the model draws.
     weight_bytes are the matrices of the blocks, summed over the scales that read them. flops are those of the
     linear layers, attention, head and decoder; AdaLN (once per image), the word embedding and phi are left out.
     """
     config, runtime = model.var.config, runtime or model.runtime
+    guided = model.guided() if guided is None else guided
     shape = {"width": config.width, "mlp_ratio": config.mlp_ratio}
-    transformer = num_images * schedule.flops(vocab=config.vocab, **shape)
+    transformer = num_images * schedule.flops(vocab=config.vocab, guided=guided, **shape)
     decoder = num_images * decoder_flops(model.tokenizer.config, in_strips=runtime.device.type == "cpu")
     return {
-        "cache_bytes": cache_bytes(model, schedule, num_images, runtime),
+        "cache_bytes": cache_bytes(model, schedule, num_images, runtime, guided=guided),
         "weight_bytes": sum(schedule.weights(**shape)) * runtime.dtype.itemsize,
-        "peak_bytes": peak_bytes(model, schedule, num_images, runtime),
+        "peak_bytes": peak_bytes(model, schedule, num_images, runtime, guided=guided),
         "flops": transformer + decoder,
         "flops_without_decoder": transformer,
     }
 
 
 def describe(model: ElasticVAR, schedules: Sequence[str | Schedule] | None = None) -> dict:
-    """What a model is, and what its schedules run and cost for one guided image.
+    """What a model is, and what its schedules run and cost for one image.
 
-    Returns a JSON-able dict with kind "inspect". Raises InputError for a schedule that does not fit.
+    Returns a JSON-able dict with kind "inspect": "schedules" cost what they do as the model draws by default,
+    "unguided" what those of a guided model do with cfg 0; all ratios are to a guided `full`.
+    Raises InputError for a schedule that does not fit.
     """
     config, tokenizer = model.var.config, model.tokenizer.config
     schedules = [model.schedule(s) for s in schedules] if schedules else model.default_schedules()
-    full = predict(model, model.schedule("full"))
+    guided, distilled = model.guided(), model.distilled_cfg
+    costs = _costs(model, schedules, guided=guided)
     return {
         "kind": "inspect",
         "model": model.provenance.name,
@@ -67,19 +79,31 @@ def describe(model: ElasticVAR, schedules: Sequence[str | Schedule] | None = Non
         "image_size": tokenizer.image_size,
         "bridge": model.bridge,
         "depths": list(model.depths),
+        "distilled_cfg": list(distilled) if isinstance(distilled, tuple) else distilled,
         "recipe": model.provenance.recipe,
-        "schedules": [_description(schedule, predict(model, schedule), full) for schedule in schedules],
+        "guided": guided,
+        "schedules": [_segments(schedule) | cost for schedule, cost in zip(schedules, costs, strict=True)],
+        "unguided": _costs(model, schedules, guided=False) if guided else [],
     }
 
 
-def _description(schedule: Schedule, cost: dict[str, int], full: dict[str, int]) -> dict:
-    """A schedule's layers, and its cost for one image beside `full`."""
+def _segments(schedule: Schedule) -> dict:
+    """The layers that a schedule runs."""
+    segments = [{"scales": [s.scales[0] + 1, s.scales[-1] + 1], "layers": list(s.layers)} for s in schedule.segments]
+    return {"schedule": str(schedule), "segments": segments}
+
+
+def _costs(model: ElasticVAR, schedules: Sequence[Schedule], *, guided: bool) -> list[dict]:
+    """What each schedule costs for one image, beside a guided `full`."""
+    full = predict(model, model.schedule("full"), guided=True)
+    costs = [predict(model, schedule, guided=guided) for schedule in schedules]
+    names = map(str, schedules)
+    return [{"schedule": name, **cost, **ratios(cost, full)} for name, cost in zip(names, costs, strict=True)]
+
+
+def ratios(cost: dict[str, int], full: dict[str, int]) -> dict[str, float]:
+    """What a prediction saves beside another."""
     return {
-        "schedule": str(schedule),
-        "segments": [
-            {"scales": [s.scales[0] + 1, s.scales[-1] + 1], "layers": list(s.layers)} for s in schedule.segments
-        ],
-        **cost,
         "cache_ratio": cost["cache_bytes"] / full["cache_bytes"],
         "speedup_predicted": full["flops"] / cost["flops"],
         "speedup_without_decoder_predicted": full["flops_without_decoder"] / cost["flops_without_decoder"],
@@ -89,11 +113,11 @@ def _description(schedule: Schedule, cost: dict[str, int], full: dict[str, int])
 # -- bytes --------------------------------------------------------------------------------------
 
 
-def cache_bytes(model: ElasticVAR, schedule: Schedule, num_images: int, runtime: Runtime) -> int:
+def cache_bytes(model: ElasticVAR, schedule: Schedule, num_images: int, runtime: Runtime, *, guided: bool) -> int:
     """Bytes of the keys and values at their largest."""
     config = model.var.config
     per_token = token_bytes(width=config.width, heads=config.heads, dtype=runtime.stored_dtype)
-    return schedule.cache_bytes(batch=num_images, token_bytes=per_token)
+    return schedule.cache_bytes(batch=num_images, token_bytes=per_token, guided=guided)
 
 
 def weight_bytes(model: ElasticVAR, schedule: Schedule, runtime: Runtime) -> int:
@@ -110,18 +134,25 @@ def packed_bytes(model: ElasticVAR, runtime: Runtime) -> int:
     return sum(layer.weight.nbytes for layer in linear_layers(model.var)) if model.packs(runtime) else 0
 
 
-def peak_bytes(model: ElasticVAR, schedule: Schedule, num_images: int, runtime: Runtime | None = None) -> int:
+def peak_bytes(
+    model: ElasticVAR,
+    schedule: Schedule,
+    num_images: int,
+    runtime: Runtime | None = None,
+    *,
+    guided: bool | None = None,
+) -> int:
     """Weights, plus the larger of the transformer's and the decoder's fullest moment, and what graphs hold beside it.
 
     Transformer: cache and f_hat and the fullest scale. Decoder: f_hat, images and maps. What a kernel needs inside is
-    not in it.
+    not in it. guided: see `predict`.
     """
-    runtime = runtime or model.runtime
-    cache = cache_bytes(model, schedule, num_images, runtime)
-    scales = (_scale_bytes(model, schedule, scale, num_images, runtime) for scale in range(len(schedule.ends)))
-    running = max(cache + max(scales), _decoder_bytes(model, num_images, runtime))
-    graphs = _graph_bytes(model, schedule, num_images, runtime)
-    return weight_bytes(model, schedule, runtime) + _f_hat_bytes(model, num_images) + running + graphs
+    runtime, guided = runtime or model.runtime, model.guided() if guided is None else guided
+    call = Call(schedule, num_images, PUBLISHED, runtime, guided)
+    cache = cache_bytes(model, schedule, num_images, runtime, guided=guided)
+    fullest = max(_scale_bytes(model, call, scale) for scale in range(len(schedule.ends)))
+    running = _f_hat_bytes(model, num_images) + max(cache + fullest, _decoder_bytes(model, num_images, runtime))
+    return weight_bytes(model, schedule, runtime) + running + _graph_bytes(model, call)
 
 
 def _f_hat_bytes(model: ElasticVAR, num_images: int) -> int:
@@ -133,9 +164,10 @@ def _image_bytes(model: ElasticVAR, num_images: int) -> int:
     return num_images * 3 * model.tokenizer.config.image_size**2 * 4
 
 
-def _scale_bytes(model: ElasticVAR, schedule: Schedule, scale: int, num_images: int, runtime: Runtime) -> int:
+def _scale_bytes(model: ElasticVAR, call: Call, scale: int) -> int:
     """What layers compute once per call, and the fullest of attention, MLP and sampling at one scale (from 0)."""
-    config, rows, element_bytes = model.var.config, 2 * num_images, runtime.dtype.itemsize
+    schedule, runtime, rows = call.schedule, call.runtime, call.rows
+    config, element_bytes = model.var.config, runtime.dtype.itemsize
     width, side, end = config.width, config.patch_nums[scale], schedule.ends[scale]
     following = schedule.layers[scale + 1] if end < schedule.ends[-1] else ()
     once, after = (
@@ -150,12 +182,14 @@ def _scale_bytes(model: ElasticVAR, schedule: Schedule, scale: int, num_images: 
     # the residual, what was read from it or the result, the hidden layer
     mlp = token * (1 + 1) * width + token * config.hidden
     waiting = (tokens - token) * width  # the residual of the other parts of the batch
-    doubling = tokens * width * 3 // 2  # the input, and its copy for the unguided half beside it
-    few = min(num_images, images_at_a_time(side**2, config.vocab, element_bytes))
-    logits = 2 * few * side**2 * config.vocab
+    # the input, and in a guided call its copy for both halves beside it
+    given = tokens * width + (call.num_images * side**2 * width if call.guided else 0)
+    few = min(call.num_images, images_at_a_time(side**2, config.vocab, element_bytes))
+    conditional = few * side**2 * config.vocab
+    logits = (1 + call.guided) * conditional
     fused = runtime.operations is TRITON
-    drawing = 0 if fused else draw.BYTES_PER_LOGIT * min(logits // 2, draw.chunk(runtime.device))
-    running = max(waiting + max(attention, mlp), doubling)
+    drawing = 0 if fused else draw.BYTES_PER_LOGIT * min(conditional, draw.chunk(runtime.device))
+    running = max(waiting + max(attention, mlp), given)
     return max((once + running) * element_bytes, (after + tokens * width + logits) * element_bytes + drawing)
 
 
@@ -180,14 +214,14 @@ def _decoder_bytes(model: ElasticVAR, num_images: int, runtime: Runtime) -> int:
     return images + max(maps * element_bytes, joining)
 
 
-def _graph_bytes(model: ElasticVAR, schedule: Schedule, num_images: int, runtime: Runtime) -> int:
+def _graph_bytes(model: ElasticVAR, call: Call) -> int:
     """What recorded graphs hold beyond a call's own growth: inputs and results that stay where they are.
 
     The rest of their pool is what the call would allocate without them.
     """
-    config, held = model.var.config, 0
+    config, runtime, num_images, held = model.var.config, call.runtime, call.num_images, 0
     f_hat = _f_hat_bytes(model, num_images)
-    if runtime.graphed(Call(schedule, num_images, PUBLISHED, runtime).largest_elements(config.width)):
+    if runtime.graphed(call.largest_elements(config.width)):
         held += f_hat + num_images * (config.tokens + 2) * 8  # tokens, labels and image ids are int64
     few = min(num_images, model.tokenizer.images_at_a_time)
     if runtime.graphed(few * model.tokenizer.config.map_elements):

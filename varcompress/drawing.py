@@ -15,7 +15,7 @@ from varcompress.memory import fitting_batch
 from varcompress.models import inputs
 from varcompress.models.elastic import ElasticVAR
 from varcompress.progress import Progress, silent
-from varcompress.sampling import PUBLISHED, Sampling
+from varcompress.sampling import DEFAULT, Sampling
 from varcompress.schedule import Schedule
 
 HOST = torch.device("cpu")
@@ -59,7 +59,7 @@ def draw_images(
     schedule: str | Schedule = "full",
     *,
     batch_size: int = 16,
-    sampling: Sampling = PUBLISHED,
+    sampling: Sampling = DEFAULT,
     rounding: str = ROUND,
     progress: Progress = silent,
 ) -> Tensor:
@@ -72,7 +72,7 @@ def draw_images(
     labels = inputs.labels(labels, model.var.config, HOST)  # on the host, where checking waits for nothing
     schedule = model.schedule(schedule)
     options = {"batch_size": batch_size, "rounding": rounding, "progress": progress}
-    with fitting_batch(model, [schedule], min(batch_size, len(labels))):
+    with fitting_batch(model, [schedule], min(batch_size, len(labels)), guided=model.guided(sampling)):
         return torch.cat([batch.images.cpu() for batch in draw_batches(model, labels, schedule, sampling, **options)])
 
 

@@ -23,12 +23,21 @@ from varcompress.schedule import Schedule
 
 @contextlib.contextmanager
 def fitting_batch(
-    model: ElasticVAR, schedules: Sequence[Schedule], num_images: int, runtime: Runtime | None = None
+    model: ElasticVAR,
+    schedules: Sequence[Schedule],
+    num_images: int,
+    runtime: Runtime | None = None,
+    *,
+    guided: bool | None = None,
 ) -> Iterator[None]:
-    """`fitting_memory` for calls of `num_images`, which on a CPU are refused by arithmetic before they begin."""
+    """`fitting_memory` for calls of `num_images`, which on a CPU are refused by arithmetic before they begin.
+
+    guided: as the model draws, by default.
+    """
     runtime = runtime or model.runtime
     free = free_bytes() if model.device.type == "cpu" else None
-    needed = max(cost.peak_bytes(model, schedule, num_images, runtime) for schedule in schedules) - held_bytes(model)
+    peaks = [cost.peak_bytes(model, schedule, num_images, runtime, guided=guided) for schedule in schedules]
+    needed = max(peaks) - held_bytes(model)
     remedy = "choose a smaller one" if num_images > 1 else "free some memory"
     if free is not None and needed > free:
         if needed - cost.packed_bytes(model, runtime) <= free:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
-from varcompress.cost import predict
+from varcompress.cost import predict, ratios
 from varcompress.errors import InputError
 from varcompress.fingerprint import fingerprint
 from varcompress.hardware import device_name, synchronize, timed
@@ -33,7 +33,7 @@ from varcompress.models.runtime import Runtime
 from varcompress.models.transformer import Block
 from varcompress.progress import Progress, Steps, silent
 from varcompress.results import PROFILE, Conditions, ProfileResult
-from varcompress.sampling import PUBLISHED, Sampling
+from varcompress.sampling import DEFAULT, Sampling
 from varcompress.schedule import Schedule
 
 EFFECT_LOGITS = 1 << 25  # that are compared, at most, when a cache has eight bits
@@ -47,14 +47,16 @@ def profile(
     batch_size: int = 8,
     runs: int = 5,
     warmup: int = 2,
-    sampling: Sampling = PUBLISHED,
+    sampling: Sampling = DEFAULT,
     progress: Progress = silent,
 ) -> ProfileResult:
     """Measure schedules side by side. Each run times every schedule once, in an order shuffled anew.
 
     schedules: `full` is the baseline, always measured and shown first; default model.default_schedules().
     batch_size: images per call (guidance doubles the rows); runs: timed calls per schedule, after `warmup` more;
-    sampling: by default as published; its seed shuffles the order too.
+    sampling: by default as published, but for a cfg that the model was distilled for; its seed shuffles the order too.
+    Ratios are to `full` under the same sampling. Where that is unguided (cfg 0, or distilled guidance), "beside_guided"
+    says by arithmetic what is saved beside guided calls of `full`.
 
     Returns a dict that JSON can hold, whose fields `results.ProfileResult` names: latency_ms is the median, end to end,
     without_decoder_ms that of the same runs without the tokenizer's decoder, transformer_ms, sampling_ms and decoder_ms
@@ -65,7 +67,9 @@ def profile(
         raise InputError(f"batch size {batch_size}, runs {runs}, warm-up {warmup}: at least 1, 1 and 0 are needed")
     schedules = [model.schedule(s) for s in schedules] if schedules else model.default_schedules()
     schedules = list(dict.fromkeys((model.schedule("full"), *schedules)))
-    with fitting_batch(model, schedules, batch_size):
+    sampling = model.sampling(sampling)
+    guided = model.guided(sampling)
+    with fitting_batch(model, schedules, batch_size, guided=guided):
         batch = _Batch(model, batch_size, sampling, Steps(progress, len(schedules) * (warmup + 2 + 2 * runs)))
         if model.device.type == "cuda":  # libraries take their workspace at the first call, which is no schedule's
             model.generate(batch.labels, schedules[0], sampling, runtime=model.runtime.eager())
@@ -77,10 +81,10 @@ def profile(
         order = random.Random(sampling.seed)
         times = _in_turns(batch.times_ms, schedules, runs, order)
         splits = _in_turns(batch.phases_ms, schedules, runs, order)
-    rows = [_row(model, s, batch_size, times[s], splits[s], counts[s]) | effects[s] for s in schedules]
+    rows = [_row(model, s, batch_size, guided, times[s], splits[s], counts[s]) | effects[s] for s in schedules]
     return {
         "kind": PROFILE,
-        **conditions(model),
+        **conditions(model, sampling),
         "batch_size": batch_size,
         "settings": asdict(sampling),
         "runs": runs,
@@ -88,10 +92,11 @@ def profile(
     }
 
 
-def conditions(model: ElasticVAR, runtime: Runtime | None = None) -> Conditions:
+def conditions(model: ElasticVAR, sampling: Sampling = DEFAULT, runtime: Runtime | None = None) -> Conditions:
     """Under what a result was had: model, weights (their fingerprint), hardware, torch, dtype, and how it generates.
 
-    That is the kernels (torch or triton), whether weights are packed, the cache's dtype, and what is offloaded.
+    That is the kernels (torch or triton), whether weights are packed, the cache's dtype, what is offloaded, and whether
+    calls are guided.
     """
     runtime, dtype = runtime or model.runtime, str(model.dtype).removeprefix("torch.")
     return {
@@ -104,6 +109,7 @@ def conditions(model: ElasticVAR, runtime: Runtime | None = None) -> Conditions:
         "packed_weights": model.packs(runtime),
         "cache_dtype": runtime.cache_dtype or dtype,
         "offload": runtime.offload,
+        "guided": model.guided(sampling),
     }
 
 
@@ -121,18 +127,21 @@ def cache_effect(model: ElasticVAR, schedule: Schedule, labels: Tensor, sampling
     config, plain = model.var.config, replace(stored, cache_dtype=None)
     labels = labels[: max(1, EFFECT_LOGITS // (config.tokens * config.vocab))]
     tokens, _ = model.generate_tokens(labels, schedule, sampling, runtime=stored)
-    exact, rounded = (_logits(model, schedule, labels, tokens, runtime) for runtime in (plain, stored))
+    exact, rounded = (_logits(model, schedule, labels, sampling, tokens, runtime) for runtime in (plain, stored))
     return {
         "logit_error": ((rounded - exact).norm() / exact.norm()).item(),
         "same_top_token": (rounded.argmax(dim=-1) == exact.argmax(dim=-1)).float().mean().item(),
     }
 
 
-def _logits(model: ElasticVAR, schedule: Schedule, labels: Tensor, tokens: Tensor, runtime: Runtime) -> Tensor:
+def _logits(
+    model: ElasticVAR, schedule: Schedule, labels: Tensor, sampling: Sampling, tokens: Tensor, runtime: Runtime
+) -> Tensor:
     """Logits (B, L, V) of given tokens by cached generation."""
     logits: list[Tensor] = []
-    with fitting_batch(model, [schedule], len(labels), runtime):  # a plain cache is larger than one in eight bits
-        model.generate_tokens(labels, schedule, runtime=runtime, forced=tokens, logits_out=logits)
+    # a plain cache is larger than one in eight bits
+    with fitting_batch(model, [schedule], len(labels), runtime, guided=model.guided(sampling)):
+        model.generate_tokens(labels, schedule, sampling, runtime=runtime, forced=tokens, logits_out=logits)
         return torch.cat(logits, dim=1)
 
 
@@ -253,6 +262,7 @@ def _row(
     model: ElasticVAR,
     schedule: Schedule,
     batch_size: int,
+    guided: bool,
     times: list[tuple[float, float]],
     splits: list[dict[str, float]],
     counts: dict[str, int],
@@ -260,7 +270,8 @@ def _row(
     """What was measured of one schedule, each figure followed by its prediction."""
     without_decoder, whole = zip(*times, strict=True)
     first, median, third = (float(q) for q in np.percentile(whole, (25, 50, 75)))
-    predicted = predict(model, schedule, batch_size, model.runtime.eager())  # as the peak was measured
+    runtime = model.runtime.eager()  # as the peak was measured
+    predicted = predict(model, schedule, batch_size, runtime, guided=guided)
     row = {
         "schedule": str(schedule),
         "latency_ms": median,
@@ -271,7 +282,11 @@ def _row(
     }
     for name, value in counts.items():
         row |= {name: value, f"{name}_predicted": predicted[name]}
-    return row | {"flops_without_decoder_predicted": predicted["flops_without_decoder"]}
+    row["flops_without_decoder_predicted"] = predicted["flops_without_decoder"]
+    if not guided:
+        full = predict(model, model.schedule("full"), batch_size, runtime, guided=True)
+        row["beside_guided"] = ratios(predicted, full)
+    return row
 
 
 def _beside_full(row: dict, full: dict) -> dict:

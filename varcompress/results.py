@@ -32,6 +32,7 @@ class Conditions(TypedDict):
     packed_weights: bool
     cache_dtype: str
     offload: str | None
+    guided: bool  # whether every image had an unconditional twin: not with cfg 0, nor where guidance is distilled
 
 
 class CacheEffect(TypedDict, total=False):
@@ -39,6 +40,20 @@ class CacheEffect(TypedDict, total=False):
 
     logit_error: float  # root mean square of the difference over that of the logits
     same_top_token: float  # share of tokens whose largest logit stays the largest
+
+
+class Ratios(TypedDict):
+    """What a schedule saves beside another, by arithmetic."""
+
+    cache_ratio: float
+    speedup_predicted: float
+    speedup_without_decoder_predicted: float
+
+
+class Unguided(TypedDict, total=False):
+    """What an unguided call has beside: empty where calls are guided."""
+
+    beside_guided: Ratios  # calls of `full`
 
 
 class Cost(TypedDict):
@@ -51,7 +66,7 @@ class Cost(TypedDict):
     cache_bytes: int
 
 
-class ProfileRow(Cost, CacheEffect):
+class ProfileRow(Cost, CacheEffect, Unguided):
     """A schedule of a profile. What ends in _predicted is arithmetic, beside what was measured."""
 
     latency_spread_ms: list[float]  # first and third quartile

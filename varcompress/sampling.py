@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from operator import index
 
 from varcompress.errors import InputError
@@ -11,30 +11,38 @@ from varcompress.errors import InputError
 MAX_SEED = 2**63 - 1
 MAX_INDEX = 2**62  # leaves room for the images of a call
 MAX_CFG = 1000  # beyond any use, and far from float32's end
+PUBLISHED_CFG = 1.5
+
+# What a model's guidance is distilled for: one cfg, a range of which each call names one, or None where it is not.
+DistilledCfg = float | tuple[float, float] | None
 
 
-def _setting(default: float, help: str, **bounds: float) -> float:
+def _setting(default: float | None, help: str, **option: object) -> float:
     """A field with what the command line says of it."""
-    return field(default=default, metadata={"help": help, **bounds})
+    return field(default=default, metadata={"help": help, **option})
 
 
 @dataclass(frozen=True)
 class Sampling:
     """How tokens are drawn. The defaults are the published settings of VAR's FID (arXiv 2404.02905).
 
-    cfg: weight of classifier-free guidance at the last scale (scale k of K, from 0, has k / (K - 1) of it);
+    cfg: weight of classifier-free guidance at the last scale (scale k of K, from 0, has k / (K - 1) of it), None for
+    what `resolved` puts in its place: the published 1.5, or what a model was distilled for;
     top_k: tokens of the largest logits to draw from, 0 for all; top_p: mass of the most probable tokens to draw
     from, 0 and 1 for all; seed: of all images, image i of which has the random stream (seed, i).
     Whole numbers of numpy's and bools become int, cfg and top_p float.
     """
 
-    cfg: float = _setting(1.5, "Guidance weight.")
+    cfg: float | None = _setting(
+        None, "Guidance weight; 0 for none.", show_default=f"{PUBLISHED_CFG}, or what the checkpoint was distilled for"
+    )
     top_k: int = _setting(900, "Most probable tokens to draw from; 0 for all.", min=0)
     top_p: float = _setting(0.96, "Probability mass to draw from; 0 for all.", min=0, max=1)
     seed: int = _setting(0, "Seed of all images; image i draws from its stream i, in any batch.")
 
     def __post_init__(self) -> None:
-        self._set("cfg", float, lambda cfg: abs(cfg) <= MAX_CFG, f"a number from -{MAX_CFG} to {MAX_CFG}")
+        if self.cfg is not None:
+            self._set("cfg", float, is_cfg, f"a number from -{MAX_CFG} to {MAX_CFG}")
         self._set("top_k", index, lambda top_k: top_k >= 0, "a whole number, 0 or more")
         self._set("top_p", float, lambda top_p: 0 <= top_p <= 1, "from 0 to 1")
         self._set("seed", index, lambda seed: 0 <= seed <= MAX_SEED, f"a whole number from 0 to {MAX_SEED}")
@@ -48,8 +56,52 @@ class Sampling:
         return {"top_k": self.top_k, "top_p": self.top_p}
 
     def guidance(self, scale: int, scales: int) -> float:
-        """The weight of guidance at `scale` (from 0) of `scales`."""
+        """The weight of guidance at `scale` (from 0) of `scales`, once `resolved`."""
         return self.cfg * scale / max(scales - 1, 1)
+
+    def resolved(self, distilled: DistilledCfg) -> Sampling:
+        """The same with a cfg: where there is none, the published one, or the nearest that a model was distilled for.
+
+        Raises InputError for a cfg that a model was not distilled for.
+        """
+        low, high = cfg_bounds(distilled)
+        if self.cfg is None:
+            return replace(self, cfg=min(max(PUBLISHED_CFG, low), high))
+        if not low <= self.cfg <= high:
+            remedy = "choose one of these" if low < high else "leave cfg (--cfg) out"
+            text = cfg_text(distilled)
+            raise InputError(f"cfg {self.cfg}: the guidance of this model is distilled for {text}: {remedy}")
+        return self
+
+
+def checked_cfg(value: object) -> DistilledCfg:
+    """What a model's guidance is distilled for, checked. Raises InputError for what is no cfg, and no range of them."""
+    expected = f"a number from -{MAX_CFG} to {MAX_CFG}, or two of these, the smaller first"
+    if value is None:
+        return None
+    if not isinstance(value, list | tuple):
+        return checked("distilled_cfg", value, float, is_cfg, expected)
+    found = tuple(checked("distilled_cfg", cfg, float, is_cfg, expected) for cfg in value)
+    if len(found) != 2 or not found[0] < found[1]:
+        raise InputError(f"distilled_cfg must be {expected}, not {value!r}")
+    return found
+
+
+def cfg_bounds(distilled: DistilledCfg) -> tuple[float, float]:
+    """The least and the largest cfg that a model can be asked for."""
+    if distilled is None:
+        return -MAX_CFG, MAX_CFG
+    return distilled if isinstance(distilled, tuple) else (distilled, distilled)
+
+
+def cfg_text(distilled: DistilledCfg) -> str:
+    """What a model's guidance is distilled for, in words: cfg 1.5, or cfg 1.0 to 4.0."""
+    return f"cfg {' to '.join(map(str, dict.fromkeys(cfg_bounds(distilled))))}"
+
+
+def is_cfg(number: float) -> bool:
+    """Whether a number is a weight of guidance."""
+    return abs(number) <= MAX_CFG
 
 
 def image_index(value: int) -> int:
@@ -68,4 +120,5 @@ def checked(name: str, value: object, kind: Callable, holds: Callable, expected:
     raise InputError(f"{name} must be {expected}, not {value!r}")
 
 
-PUBLISHED = Sampling()
+DEFAULT = Sampling()  # the cfg is the model's own
+PUBLISHED = Sampling(cfg=PUBLISHED_CFG)

@@ -168,27 +168,27 @@ class Schedule:
         """Layers x tokens of cache at its largest."""
         return max(self.scale_rows)
 
-    def cache_bytes(self, *, batch: int, token_bytes: int) -> int:
-        """Peak bytes of keys and values for `batch` guided images (guidance doubles the batch).
+    def cache_bytes(self, *, batch: int, token_bytes: int, guided: bool) -> int:
+        """Peak bytes of keys and values for `batch` images (guidance doubles the batch).
 
         token_bytes: what one layer's keys of one token take, width x element bytes and the like.
         """
-        return 2 * (2 * batch) * self.peak_rows * token_bytes
+        return 2 * batch * (1 + guided) * self.peak_rows * token_bytes
 
-    def flops(self, *, width: int, vocab: int, mlp_ratio: float = 4.0) -> int:
-        """FLOPs of the transformer for one guided image: linear layers, attention and head.
+    def flops(self, *, width: int, vocab: int, guided: bool, mlp_ratio: float = 4.0) -> int:
+        """FLOPs of the transformer for one image: linear layers, attention and head.
 
         Two FLOPs per multiply-add. Guidance doubles the rows, but at the first scale its weight is 0, so the head
         reads half of them. The AdaLN vectors are left out: they are computed once per image.
         """
-        start, total = 0, -2 * self.ends[0] * width * vocab
+        start, total = 0, 0
         for layers, end in zip(self.layers, self.ends, strict=True):
             tokens = end - start
             linear = 2 * tokens * round((4 + 2 * mlp_ratio) * width * width)
             attention = 4 * tokens * end * width
-            total += 2 * (len(layers) * (linear + attention) + 2 * tokens * width * vocab)
+            total += len(layers) * (linear + attention) + 2 * tokens * width * vocab
             start = end
-        return total
+        return 2 * total - 2 * self.ends[0] * width * vocab if guided else total
 
     def weights(self, *, width: int, mlp_ratio: float = 4.0) -> tuple[int, ...]:
         """Block weights (matrix elements) read at each scale, AdaLN left out."""

@@ -43,13 +43,12 @@ from varcompress.models.runtime import Runtime
 from varcompress.models.tokenizer import VQVAE
 from varcompress.models.transformer import VAR, VARConfig
 from varcompress.profiling import conditions
-from varcompress.sampling import PUBLISHED
+from varcompress.sampling import PUBLISHED, Sampling
 from varcompress.schedule import Schedule
 
 ROOT = Path(__file__).parents[2]
 FOLDER, CODE = ROOT / "docs" / "benchmarks", ("varcompress", "kernels", "tests/benchmarks")
 PATCH_NUMS = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
-SAMPLING = {"cfg": PUBLISHED.cfg, "top_k": PUBLISHED.top_k, "top_p": PUBLISHED.top_p}  # for the reference
 REFERENCE = "reference"
 COMPARED = 8  # images, at most, that are compared with the reference's
 
@@ -164,7 +163,9 @@ def rates(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
     return {"flops_per_second": 2 * side**3 / product_s, "bytes_per_second": 2 * source.nbytes / copy_s}
 
 
-def floor_ms(model: ElasticVAR, schedule: Schedule, batch: int, rate: dict[str, float]) -> float:
+def floor_ms(
+    model: ElasticVAR, schedule: Schedule, batch: int, rate: dict[str, float], *, guided: bool
+) -> float:
     """The least time for the tokens: at each scale the larger of its FLOPs and its bytes at the measured rates.
 
     Bytes: weights of blocks and head, and the keys and values that are read.
@@ -173,10 +174,11 @@ def floor_ms(model: ElasticVAR, schedule: Schedule, batch: int, rate: dict[str, 
     weights = schedule.weights(width=config.width, mlp_ratio=config.mlp_ratio)
     cached = token_bytes(width=config.width, heads=config.heads, dtype=model.runtime.stored_dtype)
     for scale, (layers, end) in enumerate(zip(schedule.layers, schedule.ends, strict=True)):
-        rows, head = 2 * batch * (end - start), config.width * config.vocab
+        tokens, head = batch * (end - start), config.width * config.vocab
+        rows = (1 + guided) * tokens
         flops = rows * (2 * weights[scale] + 4 * len(layers) * end * config.width)
-        flops += (rows if scale else rows // 2) * 2 * head
-        read = (weights[scale] + head) * element + 4 * batch * len(layers) * end * cached
+        flops += (rows if scale else tokens) * 2 * head
+        read = (weights[scale] + head) * element + 2 * (1 + guided) * batch * len(layers) * end * cached
         total += max(flops / rate["flops_per_second"], read / rate["bytes_per_second"])
         start = end
     return total * 1e3
@@ -198,8 +200,18 @@ class Way:
         return self.runtime and self.runtime.kernels
 
 
+def settings(sampling: Sampling) -> dict[str, float]:
+    """The sampling as the reference takes it."""
+    return {"cfg": sampling.cfg, **sampling.filters}
+
+
 def ways_of(
-    model: ElasticVAR, reference: Reference | None, schedules: list[Schedule], kernels: list[str], batch: int
+    model: ElasticVAR,
+    reference: Reference | None,
+    schedules: list[Schedule],
+    kernels: list[str],
+    batch: int,
+    sampling: Sampling,
 ) -> list[Way]:
     """All ways to generate a batch: every schedule with the first kernels, then with the others, then the reference."""
     labels = torch.arange(batch) % 1000
@@ -208,7 +220,7 @@ def ways_of(
         runtime = dataclasses.replace(model.runtime, kernels=choice)
         return Way(
             str(schedule) if choice == kernels[0] else f"{schedule}, kernels {choice}",
-            lambda **how: model.generate_tokens(labels, schedule, runtime=how.get("runtime", runtime)),
+            lambda **how: model.generate_tokens(labels, schedule, sampling, runtime=how.get("runtime", runtime)),
             lambda output, **how: model.decode_features(output[1], runtime=how.get("runtime", runtime)),
             partial(model.prepare, schedule, runtime),
             schedule,
@@ -217,7 +229,7 @@ def ways_of(
 
     ways = [way(schedule, choice) for choice in kernels for schedule in schedules]
     if reference:
-        ways.append(Way(REFERENCE, partial(reference.features, labels, **SAMPLING), reference.decode))
+        ways.append(Way(REFERENCE, partial(reference.features, labels, **settings(sampling)), reference.decode))
     return ways
 
 
@@ -259,7 +271,7 @@ def _row(way: Way, batch: int, tokens: list[float], decoder: list[float]) -> dic
     }
 
 
-def compare(model: ElasticVAR, reference: Reference, images: int) -> dict[str, float]:
+def compare(model: ElasticVAR, reference: Reference, images: int, cfg: float) -> dict[str, float]:
     """The difference of the images of both under top_k = 1, where nothing is left to chance.
 
     Both in float32: in less, a near tie soon goes another way, and from then on the images are others.
@@ -267,8 +279,8 @@ def compare(model: ElasticVAR, reference: Reference, images: int) -> dict[str, f
     labels, half = torch.arange(images), reference.half
     reference.half = False
     with exact_float32(model.device):
-        theirs = reference.decode(reference.features(labels, cfg=1.5, top_k=1, top_p=0.0))
-        apart = (model.generate(labels, cfg=1.5, top_k=1) - theirs).abs()
+        theirs = reference.decode(reference.features(labels, cfg=cfg, top_k=1, top_p=0.0))
+        apart = (model.generate(labels, cfg=cfg, top_k=1) - theirs).abs()
     reference.half = half
     return {"images": images, "largest_difference": apart.max().item(), "mean_difference": apart.mean().item()}
 
@@ -285,7 +297,9 @@ def switch(model: ElasticVAR, first: Way, last: Way) -> dict[str, float]:
     return {"schedule": last.name, "other": first.name} | {name: statistics.median(v) for name, v in times.items()}
 
 
-def peak(model: ElasticVAR, reference: Reference | None, way: Way, batch: int) -> dict[str, int | bool | str]:
+def peak(
+    model: ElasticVAR, reference: Reference | None, way: Way, batch: int, sampling: Sampling
+) -> dict[str, int | bool | str]:
     """Peak bytes of a call, weights included; ours, beside the prediction, and with what it ran."""
     if way.schedule is None:
         weights = sum(t.nbytes for m in (reference.var, reference.vae) for t in (*m.parameters(), *m.buffers()))
@@ -294,7 +308,8 @@ def peak(model: ElasticVAR, reference: Reference | None, way: Way, batch: int) -
     eager = way.runtime.eager()
     with PeakMemory(model, way.schedule, eager) as memory:
         way.decode(way.tokens(runtime=eager), runtime=eager)
-    cost, ran = predict(model, way.schedule, batch, eager), conditions(model, eager)
+    cost = predict(model, way.schedule, batch, eager, guided=model.guided(sampling))
+    ran = conditions(model, sampling, eager)
     return {
         "peak_bytes": memory.bytes,
         "peak_bytes_predicted": cost["peak_bytes"],
@@ -320,7 +335,13 @@ def _growth(call: Callable[[], Tensor], device: torch.device) -> int:
 
 
 def benchmark(
-    depth: int, batches: list[int], runs: int, reference_path: Path | None, device: torch.device, kernels: list[str]
+    depth: int,
+    batches: list[int],
+    runs: int,
+    reference_path: Path | None,
+    device: torch.device,
+    kernels: list[str],
+    sampling: Sampling,
 ) -> Iterator[dict]:
     """All batch sizes of one model size."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
@@ -328,23 +349,23 @@ def benchmark(
     model.place(Runtime(device, model.dtype, kernels[0]))
     reference = Reference(reference_path, model, device) if reference_path else None
     sizes = sorted({min(batch, COMPARED) for batch in batches}) if reference else []
-    images = {size: compare(model, reference, size) for size in sizes}
+    images = {size: compare(model, reference, size, sampling.cfg) for size in sizes}
     model.cast(dtype)  # the reference keeps float32
     schedules = [model.schedule("full"), *(model.schedule(f"d{d}@6") for d in (16, 8, 4, 2) if d < depth)]
-    rate = rates(device, dtype)
+    rate, guided = rates(device, dtype), model.guided(sampling)
     for batch in batches:
-        ways = ways_of(model, reference, schedules, kernels, batch)
-        with fitting_batch(model, schedules, batch):
+        ways = ways_of(model, reference, schedules, kernels, batch, sampling)
+        with fitting_batch(model, schedules, batch, guided=guided):
             rows = measure(model, ways, batch, runs)
             switching = switch(model, ways[0], ways[len(schedules) - 1])
             for way in ways:
-                rows[way.name] |= peak(model, reference, way, batch)
+                rows[way.name] |= peak(model, reference, way, batch, sampling)
         decoder_floor_ms = (
             batch * decoder_flops(model.tokenizer.config, in_strips=device.type == "cpu") / rate["flops_per_second"]
         ) * 1e3
         for way in ways:
             if way.schedule:
-                floor = floor_ms(model, way.schedule, batch, rate)
+                floor = floor_ms(model, way.schedule, batch, rate, guided=guided)
                 rows[way.name] |= {"floor_ms": floor, "whole_floor_ms": floor + decoder_floor_ms}
         yield {
             "size": f"d{depth}",
@@ -365,6 +386,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--sizes", nargs="+", default=["d16", "d30"], help="such as d16")
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 8, 64])
     parser.add_argument("--runs", type=int, default=7)
+    parser.add_argument("--cfg", type=float, default=PUBLISHED.cfg, help="weight of guidance; 0 for unguided calls")
     parser.add_argument("--kernels", nargs="+", default=["auto"], choices=CHOICES, help="of ours, side by side")
     parser.add_argument("--device", help="cuda, cuda:1 or cpu; by default cuda when there is one")
     parser.add_argument("--name", help="of the JSON file; by default the device's and the sizes'")
@@ -378,6 +400,7 @@ def _options() -> argparse.Namespace:
     if options.reference and not (options.reference / "models" / "var.py").is_file():
         parser.error(f"{options.reference}: is no checkout of FoundationVision/VAR, which has models/var.py")
     try:
+        options.sampling = dataclasses.replace(PUBLISHED, cfg=options.cfg)
         options.device = choose_device(options.device)
         for kernels in options.kernels:
             Runtime(options.device, kernels=kernels)
@@ -394,6 +417,8 @@ def _command(options: argparse.Namespace) -> str:
         command.append("--reference PATH")
     lists = {"sizes": options.sizes, "batches": options.batches, "kernels": options.kernels}
     command += [f"--{name} {' '.join(map(str, values))}" for name, values in lists.items()]
+    if options.cfg != PUBLISHED.cfg:
+        command.append(f"--cfg {options.cfg:g}")
     return " ".join([*command, f"--runs {options.runs}", f"--name {options.name}"])
 
 
@@ -421,7 +446,7 @@ def main() -> None:
         "dtype": "bfloat16" if on_gpu else "float32",
         "reference_dtype": "float16 autocast" if on_gpu else "float32",
         "runs": options.runs,
-        "settings": SAMPLING,
+        "settings": settings(options.sampling),
         "results": [],
     }
     options.out.mkdir(parents=True, exist_ok=True)
@@ -429,7 +454,13 @@ def main() -> None:
     try:
         for size in options.sizes:
             for result in benchmark(
-                int(size[1:]), options.batches, options.runs, options.reference, options.device, options.kernels
+                int(size[1:]),
+                options.batches,
+                options.runs,
+                options.reference,
+                options.device,
+                options.kernels,
+                options.sampling,
             ):
                 content["results"].append(result)  # written at once: a larger batch may not fit
                 path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -36,8 +36,9 @@ def section(path: Path) -> str:
 def _result(content: dict, result: dict, file: str) -> str:
     rows = {row["way"]: row for row in result["rows"]}
     reference, full = rows.get("reference"), rows["full"]
+    unguided = "" if content["settings"]["cfg"] else ", unguided"
     lines = [
-        f"### {result['size']}, batch of {result['batch_size']}, {content['dtype']}: {content['device']}\n",
+        f"### {result['size']}, batch of {result['batch_size']}, {content['dtype']}{unguided}: {content['device']}\n",
         f"`{content['command']}` ([{file}](benchmarks/{file}), {content['date']}, commit {content['commit']}, torch "
         f"{content['torch']}). Medians of {content['runs']} interleaved runs, smallest and largest in brackets; load "
         f"average before {content['load_average_before']:.2f}. A matrix product reaches "

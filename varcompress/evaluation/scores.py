@@ -24,7 +24,7 @@ from varcompress.models.elastic import ElasticVAR
 from varcompress.profiling import conditions
 from varcompress.progress import Progress, silent
 from varcompress.results import EVAL, EvalResult, EvalRow
-from varcompress.sampling import PUBLISHED, Sampling
+from varcompress.sampling import DEFAULT, PUBLISHED, Sampling
 from varcompress.schedule import Schedule
 
 
@@ -35,7 +35,7 @@ def evaluate(
     reference: str | Path | None = None,
     num_images: int | None = None,
     batch_size: int = 64,
-    sampling: Sampling = PUBLISHED,
+    sampling: Sampling = DEFAULT,
     rounding: str = ROUND,
     features: str | None = None,
     feature_weights: str | Path | None = None,
@@ -48,9 +48,10 @@ def evaluate(
     reference: a folder of images, an .npz of images, or one of statistics (ADM layout); may be left
     out for the embedded digits. features: "inception" or "digits", by default what fits the model;
     feature_weights: a file of Inception weights, where there is no network; sampling: by default VAR's
-    published settings; rounding: how images become bytes, "round" to the nearest or "truncate". Image i has class
-    i * classes // num_images and random stream (seed, i), so the scores do not depend on batch_size. resamples: of
-    the images, two at least, for the spread of the Frechet distance; 0 leaves it out, which saves time.
+    published settings, but for a cfg that the model was distilled for; rounding: how images become bytes, "round" to
+    the nearest or "truncate". Image i has class i * classes // num_images and random stream (seed, i), so the scores do
+    not depend on batch_size. resamples: of the images, two at least, for the spread of the Frechet distance; 0 leaves
+    it out, which saves time.
 
     Returns a dict that JSON can hold, whose fields `results.EvalResult` names; latency is the median per batch, and a
     score that the reference cannot give is None.
@@ -58,6 +59,8 @@ def evaluate(
     """
     chosen = model.default_schedules() if schedules is None else [model.schedule(schedule) for schedule in schedules]
     check_rounding(rounding)
+    sampling = model.sampling(sampling)
+    guided = model.guided(sampling)
     network = choose_network(features, model)
     num_images = num_images or network.num_images
     if num_images < MIN_IMAGES or batch_size < 1:
@@ -70,7 +73,7 @@ def evaluate(
     extractor = Extractor(network, Path(feature_weights) if feature_weights else None, model.device)
     size = model.tokenizer.config.image_size
     batch_size = min(batch_size, num_images)
-    with fitting_batch(model, chosen, batch_size):
+    with fitting_batch(model, chosen, batch_size, guided=guided):
         compared = own() if reference is None else reference
         known = read_reference(compared, extractor, size=size, batch_size=batch_size, progress=progress)
         options = {"num_images": num_images, "batch_size": batch_size, "sampling": sampling, "rounding": rounding}
@@ -80,13 +83,13 @@ def evaluate(
         ]
     return {
         "kind": EVAL,
-        **conditions(model),
+        **conditions(model, sampling),
         "batch_size": batch_size,
         "reference": known.name,
         "reference_details": known.details,
         "features": network.printed,
         "settings": {**asdict(sampling), "images": num_images, "rounding": rounding},
-        "notes": known.notes + _notes(network, known, num_images, sampling, resamples),
+        "notes": known.notes + _notes(network, known, num_images, sampling, guided=guided, resamples=resamples),
         "schedules": rows,
     }
 
@@ -137,7 +140,7 @@ def _evaluate_schedule(
         "latency_ms": latency_ms,
         "images_per_second": batch_size / latency_ms * 1e3,
         "peak_bytes": memory.bytes,
-        "cache_bytes": cache_bytes(model, schedule, batch_size, model.runtime),
+        "cache_bytes": cache_bytes(model, schedule, batch_size, model.runtime, guided=model.guided(sampling)),
     }
 
 
@@ -145,7 +148,13 @@ def _evaluate_schedule(
 
 
 def _notes(
-    network: FeatureNetwork, reference: Reference, num_images: int, sampling: Sampling, resamples: int = 0
+    network: FeatureNetwork,
+    reference: Reference,
+    num_images: int,
+    sampling: Sampling,
+    *,
+    guided: bool,
+    resamples: int = 0,
 ) -> list[str]:
     """What a reader must know before setting these scores beside others."""
     notes = [network.note] if network.note else []
@@ -156,6 +165,8 @@ def _notes(
     changed = [f"{name} {value}" for name, value in asdict(sampling).items() if value != published[name]]
     if changed:
         notes.append(f"not the published sampling settings: {', '.join(changed)}")
+    if sampling.cfg and not guided:
+        notes.append(f"guidance with cfg {sampling.cfg} is distilled into the weights: nothing ran unconditionally")
     if reference.vectors is None:
         notes.append("the reference holds statistics only: no KID, precision or recall")
     elif (size := min(num_images, len(reference.vectors))) < KID_SUBSET_SIZE:

@@ -31,8 +31,8 @@ def token_bytes(*, width: int, heads: int, dtype: torch.dtype) -> int:
 class KVCache:
     """Keys and values of one generation call.
 
-    rows: (2, batch, heads, peak_rows, head_dim); index 0 keys, 1 values. `batch` counts guided
-    rows, so it is twice the number of images. dtype: of the model; stored: of the rows, int8 and
+    rows: (2, batch, heads, peak_rows, head_dim); index 0 keys, 1 values. `batch` is the
+    number of images, twice that where they are guided. dtype: of the model; stored: of the rows, int8 and
     float8_e4m3fn besides the model's own; those have quant_scales (2, batch, heads, peak_rows, 1).
     """
 

@@ -19,7 +19,7 @@ from varcompress.models.offload import StreamedBlocks, move_all_but_blocks
 from varcompress.models.runtime import Runtime
 from varcompress.models.tokenizer import VQVAE
 from varcompress.models.transformer import VAR
-from varcompress.sampling import PUBLISHED, Sampling, image_index
+from varcompress.sampling import DEFAULT, DistilledCfg, Sampling, checked_cfg, image_index
 from varcompress.schedule import Schedule
 
 
@@ -44,6 +44,8 @@ class ElasticVAR(nn.Module):
     bridge: scales that run all layers in schedules that name none (`d8`).
     depths: depths it was trained for, largest first; empty for an untouched checkpoint.
     subnets: depth -> layers, ascending, of the subnets that are not the equidistant ones.
+    distilled_cfg: the weight of guidance that is distilled into the model, so that it draws without an unconditional
+    pass: one, or the range of those that it can be given; None for an ordinary model.
     """
 
     def __init__(
@@ -54,12 +56,14 @@ class ElasticVAR(nn.Module):
         bridge: int | None = None,
         depths: Sequence[int] = (),
         subnets: Mapping[int, tuple[int, ...]] = {},
+        distilled_cfg: DistilledCfg = None,
         provenance: Provenance | None = None,
     ) -> None:
         super().__init__()
         self.var, self.tokenizer = var, tokenizer
         self.bridge = default_bridge(len(var.config.patch_nums)) if bridge is None else bridge
         self.depths, self.subnets = tuple(depths), dict(subnets)
+        self.distilled_cfg = checked_cfg(distilled_cfg)
         self.provenance = provenance or Provenance()
         self._streamed: StreamedBlocks | None = None
         self._graphs = Graphs()
@@ -168,12 +172,20 @@ class ElasticVAR(nn.Module):
         depths = self.depths or (16, 8, 4, 2)
         return [self.schedule("full"), *(self.schedule(f"d{d}") for d in depths if d < depth)]
 
+    def sampling(self, sampling: Sampling = DEFAULT) -> Sampling:
+        """`sampling` with a cfg, the model's own where it names none. Raises InputError for one of another model."""
+        return sampling.resolved(self.distilled_cfg)
+
+    def guided(self, sampling: Sampling = DEFAULT) -> bool:
+        """Whether every image has an unconditional twin: not with cfg 0, nor where guidance is distilled."""
+        return self.distilled_cfg is None and self.sampling(sampling).cfg != 0
+
     @torch.inference_mode()
     def generate(
         self,
         labels: Sequence[int] | Tensor,
         schedule: str | Schedule = "full",
-        sampling: Sampling = PUBLISHED,
+        sampling: Sampling = DEFAULT,
         *,
         first_index: int = 0,
         runtime: Runtime | None = None,
@@ -182,12 +194,14 @@ class ElasticVAR(nn.Module):
     ) -> Tensor:
         """Images of the given classes: (B, 3, H, W) float32 in [0, 1].
 
-        sampling: how tokens are drawn, by default as published; settings: its fields one by one (cfg, top_k, top_p,
-        seed), in place of those of `sampling`. Image i of the call has the random stream (seed, first_index + i),
-        whatever the batch size. An image whose logits overflow the dtype is NaN throughout.
+        sampling: how tokens are drawn, by default as published, but for a cfg that the model was distilled for;
+        settings: its fields one by one (cfg, top_k, top_p, seed), in place of those of `sampling`. Image i of the call
+        has the random stream (seed, first_index + i), whatever the batch size. An image whose logits overflow the dtype
+        is NaN throughout.
         runtime: `self.runtime` with other kernels, cache_dtype or graphs; observer: is told what happens, in a call
         without graphs.
-        Raises InputError for an unknown class, a schedule that does not fit, and a setting that means nothing.
+        Raises InputError for an unknown class, a schedule that does not fit, a setting that means nothing, and a cfg
+        that the model was not distilled for.
         """
         sampling = dataclasses.replace(sampling, **settings)
         how = {"runtime": runtime, "observer": observer}
@@ -199,7 +213,7 @@ class ElasticVAR(nn.Module):
         self,
         labels: Sequence[int] | Tensor,
         schedule: str | Schedule = "full",
-        sampling: Sampling = PUBLISHED,
+        sampling: Sampling = DEFAULT,
         *,
         first_index: int = 0,
         runtime: Runtime | None = None,
@@ -214,12 +228,13 @@ class ElasticVAR(nn.Module):
         generation with the teacher-forced pass. Raises InputError as `generate` does, and for forced
         tokens of another shape or number.
         """
-        first_index, runtime = image_index(first_index), self._checked(runtime)
+        first_index, runtime, sampling = image_index(first_index), self._checked(runtime), self.sampling(sampling)
         schedule, labels = self.schedule(schedule), inputs.labels(labels, self.var.config, self.device)
         forced = None if forced is None else inputs.tokens(forced, self.var.config, self.device, len(labels))
         watched = observer is not None or forced is not None or logits_out is not None
         # the seed is an input, so that one graph serves all
-        call = generation.Call(schedule, len(labels), dataclasses.replace(sampling, seed=0), runtime)
+        settings = dataclasses.replace(sampling, seed=0)
+        call = generation.Call(schedule, len(labels), settings, runtime, self.guided(sampling))
         self._pack(runtime)
 
         def body(labels: Tensor, seed: Tensor, image_ids: Tensor) -> tuple[Tensor, Tensor]:
@@ -297,17 +312,34 @@ class ElasticVAR(nn.Module):
         """Tokens (B, L) int64 to images (B, 3, H, W) in [0, 1]. Raises InputError for what are no tokens."""
         return self.decode_features(self.tokenizer.f_hat(inputs.tokens(tokens, self.var.config, self.device)))
 
-    def forward(self, labels: Sequence[int] | Tensor, tokens: Tensor, schedule: str | Schedule = "full") -> Tensor:
+    def forward(
+        self,
+        labels: Sequence[int] | Tensor,
+        tokens: Tensor,
+        schedule: str | Schedule = "full",
+        cfg: float | Tensor | None = None,
+    ) -> Tensor:
         """Teacher-forced logits (B, L, V) float32 of tokens (B, L) int64 under a schedule.
 
-        Raises InputError for an unknown class, for what are no tokens of as many images, and for a
-        schedule that does not fit.
+        cfg: the weight of guidance, or (B,), of a model that is given it; by default its own.
+        Raises InputError for an unknown class, for what are no tokens of as many images, for a schedule that does not
+        fit, and for a cfg that the model was not distilled for.
         """
         self._refuse_when_offloaded()
         schedule, labels = self.schedule(schedule), inputs.labels(labels, self.var.config, self.device)
         tokens = inputs.tokens(tokens, self.var.config, self.device, len(labels))
+        cfg = self._cfg_input(cfg, len(labels))
         if not torch.is_grad_enabled():
             self.prepare(schedule)
         with torch.no_grad(), exact_float32(self.device):
             teacher_input = self.tokenizer.teacher_input(tokens)
-        return self.var(labels, teacher_input, schedule)
+        return self.var(labels, teacher_input, schedule, cfg=cfg)
+
+    def _cfg_input(self, cfg: float | Tensor | None, num_images: int) -> Tensor | None:
+        """The weights of guidance (B,) float32 that the transformer is given; None where it is given none."""
+        if self.var.config.cfg_input:
+            own = self.sampling().cfg
+            return inputs.cfg(own if cfg is None else cfg, self.distilled_cfg, num_images, self.device)
+        if cfg is not None:
+            raise InputError("cfg is no input of this model, whose guidance is not distilled for a range: leave it out")
+        return None

@@ -34,10 +34,20 @@ class Call:
     num_images: int
     sampling: Sampling
     runtime: Runtime
+    guided: bool  # whether every image has an unconditional twin; see `ElasticVAR.guided`
+
+    @property
+    def rows(self) -> int:
+        """Rows of the batch that the layers run: the images, then their unconditional twins."""
+        return (1 + self.guided) * self.num_images
+
+    def guidance(self, scale: int) -> float:
+        """The weight of the unconditional twins at `scale` (from 0)."""
+        return self.sampling.guidance(scale, len(self.schedule.patch_nums)) if self.guided else 0.0
 
     def largest_elements(self, width: int) -> int:
         """Elements of the residual at the largest scale."""
-        return 2 * self.num_images * max(side * side for side in self.schedule.patch_nums) * width
+        return self.rows * max(side * side for side in self.schedule.patch_nums) * width
 
 
 class Observer:
@@ -89,7 +99,9 @@ def generate_tokens(
     observer = observer or Observer()
     observer.phase("transformer")
     config, schedule, kernels = var.config, call.schedule, call.runtime.operations
-    condition = var.class_emb(torch.cat((labels, torch.full_like(labels, config.classes))))
+    classes = torch.cat((labels, torch.full_like(labels, config.classes))) if call.guided else labels
+    cfg = torch.full(classes.shape, call.sampling.cfg, dtype=torch.float32, device=classes.device)
+    condition = var.condition(classes, cfg)
     shared, head_modulation = var.shared_modulation(condition), var.head_nm.modulation(condition)
     constants: dict[int, Constants] = {}
     cache = KVCache(
@@ -141,7 +153,7 @@ def generate_tokens(
         f_hat += quantize.contribution(scale, tokens)
         if scale + 1 < scales:
             x = var.word_embed(quantize.next_input(scale + 1, f_hat).to(condition.dtype))
-            x = torch.cat((x, x))
+            x = torch.cat((x, x)) if call.guided else x
         start = end
     return torch.cat(drawn, dim=1), f_hat
 
@@ -151,12 +163,12 @@ def draw_tokens(
 ) -> Tensor:
     """Tokens (B, n) int64 of one scale, -1 where the logits are not finite, a few images at a time.
 
-    head: hidden states to logits; hidden: (2B, n, C), conditional rows, then unconditional ones, which are not read
-    where the guidance is 0; seed: () int64; image_ids: (B,) int64, the images' random streams. Guidance, filters and
-    the draw itself are one operation, in `kernels/draw.py`.
+    head: hidden states to logits; hidden: (B or 2B, n, C), conditional rows, then in guided calls unconditional ones,
+    which are not read where the guidance is 0; seed: () int64; image_ids: (B,) int64, the images' random streams.
+    Guidance, filters and the draw itself are one operation, in `kernels/draw.py`.
     """
-    guidance = call.sampling.guidance(scale, len(call.schedule.patch_nums))
-    conditional, unconditional = hidden.chunk(2)
+    guidance = call.guidance(scale)
+    conditional, unconditional = hidden[: call.num_images], hidden[call.num_images :]
     size = images_at_a_time(hidden.shape[1], head.out_features, hidden.element_size())
     drawn = []
     for first in range(0, len(image_ids), size):

@@ -1,4 +1,4 @@
-"""What a caller gives, checked once, at the door: labels, tokens and images as tensors on the model's device."""
+"""What a caller gives, checked once, at the door: labels, tokens, images and cfg as tensors on the model's device."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from torch import Tensor
 
 from varcompress.errors import InputError
 from varcompress.models.transformer import VARConfig
+from varcompress.sampling import DistilledCfg, cfg_bounds
 
 
 def labels(values: Sequence[int] | Tensor, config: VARConfig, device: torch.device) -> Tensor:
@@ -41,6 +42,21 @@ def images(values: Tensor, size: int, device: torch.device) -> Tensor:
     if values.ndim != 4 or tuple(values.shape[1:]) != (3, size, size):
         raise InputError(f"images of shape {tuple(values.shape)}: this model takes (B, 3, {size}, {size})")
     return values.to(device, torch.float32)
+
+
+def cfg(values: float | Tensor, distilled: DistilledCfg, num_images: int, device: torch.device) -> Tensor:
+    """Weights of guidance as float32 (B,), from one for all or from (B,).
+
+    Raises InputError for another shape, and for one that the model was not distilled for.
+    """
+    low, high = cfg_bounds(distilled)
+    try:
+        found = torch.as_tensor(values, dtype=torch.float32, device=device).expand(num_images)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise InputError(f"cfg must be a number, or one for each of {num_images} images") from error
+    if not ((found >= low) & (found <= high)).all():
+        raise InputError(f"cfg must be from {low} to {high} in this model")
+    return found
 
 
 def _integers(values: Sequence[int] | Tensor) -> Tensor | None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -43,6 +43,7 @@ class VARConfig:
     classes: int
     shared_aln: bool
     hidden: int  # width of the MLP
+    cfg_input: bool = False  # whether the weight of guidance, distilled into the model, is an input
 
     @property
     def tokens(self) -> int:
@@ -270,6 +271,26 @@ class HeadNorm(nn.Module):
         return self.ada_lin(condition).unflatten(-1, (2, -1))[:, None].unbind(2)
 
 
+def cfg_embedding(width: int) -> nn.Sequential:
+    """The embedding of a weight of guidance, (B, 1) -> (B, C), which is zero until it is trained."""
+    embedding = nn.Sequential(ConditionLinear(1, width), nn.SiLU(), ConditionLinear(width, width))
+    nn.init.zeros_(embedding[2].weight)
+    nn.init.zeros_(embedding[2].bias)
+    return embedding
+
+
+def add_cfg_input(var: VAR) -> None:
+    """Give a transformer the weight of guidance as an input from now on, which changes nothing until it is trained.
+
+    The new weights are the same in every process, and in the device and dtype of the others.
+    """
+    embedding, generator = cfg_embedding(var.config.width), torch.Generator().manual_seed(0)
+    for parameter in embedding[0].parameters():
+        nn.init.uniform_(parameter, -1, 1, generator=generator)  # as torch does for one input
+    var.cfg_embed = embedding.to(var.device, var.pos_start.dtype)
+    var.config = replace(var.config, cfg_input=True)
+
+
 class VAR(nn.Module):
     """Next-scale prediction transformer.
 
@@ -290,6 +311,8 @@ class VAR(nn.Module):
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
         self.head_nm = HeadNorm(width)
         self.head = Linear(width, config.vocab)
+        if config.cfg_input:  # last, where `add_cfg_input` puts it: a fingerprint reads weights in order
+            self.cfg_embed = cfg_embedding(width)
         self._layout: Layout | None = None
 
     @property
@@ -316,8 +339,18 @@ class VAR(nn.Module):
         """The part of the AdaLN vectors that all layers share, (B, 1, 6, C); None in models without."""
         return self.shared_ada_lin(condition).unflatten(-1, (6, -1))[:, None] if self.config.shared_aln else None
 
+    def condition(self, labels: Tensor, cfg: Tensor | None = None) -> Tensor:
+        """What conditions all layers: (B, C).
+
+        labels: (B,) int64; cfg: (B,) float32, the weights of guidance, read by models with `config.cfg_input` alone.
+        """
+        condition = self.class_emb(labels)
+        if self.config.cfg_input:
+            condition = condition + self.cfg_embed(cfg[:, None].to(condition.dtype))
+        return condition
+
     def first_input(self, condition: Tensor) -> Tensor:
-        """The input of scale 1, its position not yet added: class embeddings (B, C) -> (B, p_1^2, C)."""
+        """The input of scale 1, its position not yet added: condition (B, C) -> (B, p_1^2, C)."""
         return condition[:, None] + self.pos_start
 
     def forward(
@@ -326,19 +359,20 @@ class VAR(nn.Module):
         teacher_input: Tensor,
         schedules: Schedule | Branches,
         *,
+        cfg: Tensor | None = None,
         checkpointing: bool = False,
         kept: Tensor | None = None,
     ) -> Tensor:
         """Teacher-forced logits under a schedule, (B, L, V) float32, or under several in one pass, (B, N, V).
 
         labels: (B,) int64; teacher_input: (B, L - p_1^2, z_channels), see `VQVAE.teacher_input`; N: the tokens of all
-        pieces of the branches, one after another; checkpointing: recompute the activations of each layer in the
-        backward pass instead of keeping them; kept: (depth, 2, B), see `Block.forward`.
+        pieces of the branches, one after another; cfg: see `condition`; checkpointing: recompute the activations of each
+        layer in the backward pass instead of keeping them; kept: (depth, 2, B), see `Block.forward`.
         A layer sees only the tokens of the scales that it runs at; the block-causal mask makes that exactly what
         cached generation computes.
         """
         branches = schedules if isinstance(schedules, Branches) else Branches((schedules,))
-        condition = self.class_emb(labels)
+        condition = self.condition(labels, cfg)
         x = torch.cat((self.first_input(condition), self.word_embed(teacher_input.to(condition.dtype))), dim=1)
         trunk, late = (x + self.positions()).split((branches.trunk, self.config.tokens - branches.trunk), dim=1)
         pieces = Pieces([trunk, *[late] * (len(branches.lengths) - 1)])

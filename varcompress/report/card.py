@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING
 
@@ -18,6 +19,7 @@ from varcompress.metrics import METRICS
 from varcompress.models.elastic import ElasticVAR
 from varcompress.report.format import count, joined, mebibytes, number, percent, score
 from varcompress.results import EVAL, PROFILE, EvalResult, ProfileResult
+from varcompress.sampling import cfg_text
 from varcompress.schedule import Schedule
 
 if TYPE_CHECKING:
@@ -68,6 +70,7 @@ def model_card(
         scales=len(config.patch_nums),
         image_size=model.tokenizer.config.image_size,
         depths=_listed(model.depths),
+        distilled=None if model.distilled_cfg is None else cfg_text(model.distilled_cfg),
         base=_base(model),
         path=repo or "PATH",
         # the deepest subnet that was trained; untouched weights are good at full depth only
@@ -151,15 +154,16 @@ def _reference(reference: str) -> tuple[str, str]:
 
 
 def _schedules(model: ElasticVAR, schedules: Sequence[Schedule]) -> dict:
-    """The table of schedules: its header and its rows."""
-    config, full = model.var.config, schedules[0]
-    shape = {"width": config.width, "vocab": config.vocab, "mlp_ratio": config.mlp_ratio}
+    """The table of schedules: its header and its rows. Shares are of a guided `full`."""
+    config, full, guided = model.var.config, schedules[0], model.guided()
+    flops = partial(Schedule.flops, width=config.width, vocab=config.vocab, mlp_ratio=config.mlp_ratio)
+    cache = partial(Schedule.cache_bytes, batch=1, token_bytes=1)
     columns: dict[str, Callable[[Schedule], str]] = {
         "schedule": lambda s: f"`{s}`",
         "layers x scales": lambda s: joined(f"{len(part.layers)}x{len(part.scales)}" for part in s.segments),
         "layers at the last scale": lambda s: "all" if len(s.layers[-1]) == config.depth else joined(s.layers[-1]),
-        "KV cache": lambda s: percent(s.peak_rows / full.peak_rows),
-        "FLOPs of the transformer": lambda s: percent(s.flops(**shape) / full.flops(**shape)),
+        "KV cache": lambda s: percent(cache(s, guided=guided) / cache(full, guided=True)),
+        "FLOPs of the transformer": lambda s: percent(flops(s, guided=guided) / flops(full, guided=True)),
     }
     return _table(columns, schedules)
 
@@ -173,6 +177,16 @@ MEMORY: dict[str, Callable[[dict], str]] = {
     "peak memory, MiB": lambda row: mebibytes(row.get("peak_bytes")),
     "KV cache, MiB": lambda row: mebibytes(row.get("cache_bytes")),
 }
+# and a profile of unguided calls
+BESIDE_GUIDED: dict[str, Callable[[dict], str]] = {
+    "over a guided `full`, by arithmetic": lambda row: number(row["beside_guided"]["speedup_predicted"]),
+    "the same without decoder": lambda row: number(row["beside_guided"]["speedup_without_decoder_predicted"]),
+}
+
+
+def _where(result: dict) -> str:
+    """Dtype and device of a result, and whether its calls were unguided."""
+    return f"in {result['dtype']} on {result['device']}" + ("" if result.get("guided", True) else ", unguided")
 
 
 def _profile(result: ProfileResult) -> dict:
@@ -182,10 +196,11 @@ def _profile(result: ProfileResult) -> dict:
         **TIME,
         "speed-up": lambda row: number(row.get("speedup")),
         "speed-up without decoder": lambda row: number(row.get("speedup_without_decoder")),
+        **({} if result.get("guided", True) else BESIDE_GUIDED),
         **MEMORY,
     }
     caption = (
-        f"Speed and memory of a batch of {result['batch_size']} in {result['dtype']} on {result['device']} "
+        f"Speed and memory of a batch of {result['batch_size']} {_where(result)} "
         f"(torch {result['torch']}, median of {count(result['runs'], 'run')}; the tokenizer's decoder included unless "
         "said)."
     )
@@ -208,7 +223,7 @@ def _eval(result: EvalResult) -> dict:
     caption = (
         f"Against {_reference(result['reference'])[1]} with {result['features']} features "
         f"({joined(f'{key} {value}' for key, value in result['settings'].items())}), "
-        f"batches of {result['batch_size']} in {result['dtype']} on {result['device']}."
+        f"batches of {result['batch_size']} {_where(result)}."
     )
     return {
         "title": "Image quality",

@@ -60,4 +60,6 @@ def where(result: dict) -> str:
     said = [f"{key.replace('_', ' ')} {result[key]}" for key, value in usual.items() if result.get(key, value) != value]
     if result.get("packed_weights"):
         said.append("packed weights")
+    if not result.get("guided", True):
+        said.append("unguided")
     return joined([f"{result['model']} on {result['device']}", result["dtype"], *said])

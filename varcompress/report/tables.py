@@ -12,8 +12,15 @@ from rich.text import Text
 from varcompress.metrics import METRICS, Metric
 from varcompress.report.format import MIB, count, folded, joined, mebibytes, number, percent, score, where
 from varcompress.results import DemoResult, EvalResult, ProfileResult
+from varcompress.sampling import cfg_text, checked_cfg
 
 Rows = Sequence[dict]
+# columns of what arithmetic says that a schedule saves: heading -> text of a row
+SAVED = {
+    "cache of full": lambda r: percent(r["cache_ratio"]),
+    "speed-up": lambda r: number(r["speedup_predicted"]),
+    "without decoder": lambda r: number(r["speedup_without_decoder_predicted"]),
+}
 
 
 def profile_table(result: ProfileResult) -> RenderableType:
@@ -65,7 +72,9 @@ def profile_table(result: ProfileResult) -> RenderableType:
         },
         rounded,
     )
-    return _stacked(head, time, work, memory, *([effect] if rounded else []))
+    unguided = [{"schedule": row["schedule"], **row["beside_guided"]} for row in rows if "beside_guided" in row]
+    saved = _table("Beside guided calls of full, by arithmetic", SAVED, unguided)
+    return _stacked(head, time, work, memory, *([saved] if unguided else []), *([effect] if rounded else []))
 
 
 def eval_table(result: EvalResult) -> RenderableType:
@@ -137,24 +146,23 @@ def distill_table(result: dict) -> RenderableType:
 
 def inspect_table(result: dict) -> RenderableType:
     """What `describe` says of a model: its shape, its schedules' layers, and their cost by arithmetic."""
-    rows = result["schedules"]
-    cost = _table(
-        f"Cost of one guided image in {result['dtype']}, by arithmetic",
-        {
-            "cache, MiB": lambda r: mebibytes(r["cache_bytes"]),
-            "of full": lambda r: percent(r["cache_ratio"]),
-            "GFLOP": lambda r: number(r["flops"] / 1e9),
-            "speed-up": lambda r: number(r["speedup_predicted"]),
-            "without decoder": lambda r: number(r["speedup_without_decoder_predicted"]),
-        },
-        rows,
-    )
-    return Group(_facts(result), _layers(rows), cost)
+    rows, image = result["schedules"], f"image in {result['dtype']}, by arithmetic"
+    columns = {
+        "cache, MiB": lambda r: mebibytes(r["cache_bytes"]),
+        "GFLOP": lambda r: number(r["flops"] / 1e9),
+        **SAVED,
+    }
+    if result["guided"]:
+        cost = _table(f"Cost of one guided {image}", columns, rows)
+        unguided = _table("Unguided (cfg 0), beside the guided full", columns, result["unguided"])
+        return Group(_facts(result), _layers(rows), cost, unguided)
+    return Group(_facts(result), _layers(rows), _table(f"One unguided {image}, beside a guided full", columns, rows))
 
 
 def _facts(result: dict) -> Table:
     parameters, recipe = result["parameters"], result["recipe"]
     entries, size = result["codebook"]
+    distilled = checked_cfg(result["distilled_cfg"])
     trained = f"trained for depths {joined(result['depths'])}" if result["depths"] else "untouched, no subnet trained"
     facts = {
         "model": f"{result['model']}: {result['checkpoint']} checkpoint, {trained}",
@@ -164,6 +172,7 @@ def _facts(result: dict) -> Table:
         "scales": f"{joined(result['patch_nums'])}: {result['tokens']:,} tokens",
         "images": f"{result['image_size']} x {result['image_size']} pixels, {result['classes']:,} classes",
         "bridge": f"{count(result['bridge'], 'scale')} of {len(result['patch_nums'])} run all layers",
+        "guidance": None if distilled is None else f"distilled into the weights for {cfg_text(distilled)}",
         "base model": result["base_model"],
         "licence": result["license"],
         "recipe": recipe and "; ".join(f"{key} {_value(value)}" for key, value in recipe.items()),
