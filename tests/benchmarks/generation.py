@@ -163,9 +163,7 @@ def rates(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
     return {"flops_per_second": 2 * side**3 / product_s, "bytes_per_second": 2 * source.nbytes / copy_s}
 
 
-def floor_ms(
-    model: ElasticVAR, schedule: Schedule, batch: int, rate: dict[str, float], *, guided: bool
-) -> float:
+def floor_ms(model: ElasticVAR, schedule: Schedule, batch: int, rate: dict[str, float], *, guided: bool) -> float:
     """The least time for the tokens: at each scale the larger of its FLOPs and its bytes at the measured rates.
 
     Bytes: weights of blocks and head, and the keys and values that are read.

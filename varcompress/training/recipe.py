@@ -18,7 +18,6 @@ from varcompress.files import disk_errors, write_text
 from varcompress.sampling import MAX_CFG, MAX_SEED
 from varcompress.training.losses import LOSSES
 
-
 FULL = "full"  # the full network's place among the depths
 ORIGINS = ("published", "embedded", "guess")  # a paper's figure, carried over from the embedded model, run by nobody
 LAYERS = ("equidistant", "sensitivity")  # ways to choose the layers of a depth
