@@ -26,6 +26,7 @@ from tests.test_training import (  # noqa: F401  (fixtures are found by their na
 from varcompress.checkpoint import load_elastic
 from varcompress.errors import InputError
 from varcompress.fingerprint import weights_digest
+from varcompress.sampling import Sampling
 from varcompress.training import distill
 from varcompress.training.log import summary
 from varcompress.training.loop import learning_rate_at
@@ -272,3 +273,45 @@ def test_layers_without_the_first_or_last_are_refused(tiny, images, tmp_path, la
         InputError, match="each list of layers must hold the first and the last layer of the model, 0 and 5"
     ):
         distill(copy.deepcopy(tiny), changed(layers=layers), data=images, out=tmp_path / "out")
+
+
+# -- guidance -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("cfg", [2.0, (0.5, 3.0)])
+def test_guidance_is_distilled_so_that_no_second_pass_is_needed(tiny, images, tmp_path, cfg):  # noqa: F811
+    recipe, out = changed(guidance="none", cfg=cfg, label_drop=0.0, epochs=3), tmp_path / "out"
+    distill(copy.deepcopy(tiny), recipe, data=images, out=tmp_path / "undisturbed")
+    with pytest.raises(Interrupt):
+        distill(copy.deepcopy(tiny), recipe, data=images, out=out, progress=interrupt_at(7))
+    distill(copy.deepcopy(tiny), recipe, data=images, out=out, resume=True, note=str)
+    assert weights(out) == weights(tmp_path / "undisturbed")
+    model = load_elastic(out)
+    assert model.distilled_cfg == cfg
+    assert not model.guided(model.sampling(Sampling()))
+    assert model.generate([1, 2], "d2").shape == (2, 3, 8, 8)
+    heldout = [line["heldout"]["losses"]["full"] for line in losses(out) if "heldout" in line]
+    assert heldout[-1] < heldout[0]
+    with pytest.raises(InputError, match="guidance is distilled into it already"):
+        distill(model, TAUGHT, data=images, out=tmp_path / "again")
+
+
+def test_a_range_of_guidance_reaches_the_model(tiny, images, tmp_path):  # noqa: F811
+    recipe = changed(guidance="none", cfg=(0.0, 6.0), label_drop=0.0, epochs=6, learning_rate=5e-3, ema=0, drop_path=0)
+    model = distill(copy.deepcopy(tiny), recipe, data=images, out=tmp_path / "out")
+    with torch.no_grad():
+        tokens = torch.zeros(1, 30, dtype=torch.int64)
+        weak, strong = (model([1], tokens, cfg=torch.tensor([cfg])).log_softmax(-1) for cfg in (0.0, 6.0))
+    assert (weak - strong).abs().mean() > 0.01
+
+
+def test_answers_under_guidance_can_be_stored(tiny, images, tmp_path):  # noqa: F811
+    live = changed(guidance="none", cfg=2.0, label_drop=0.0, epochs=1)
+    stored = changed(**{**live.to_dict(), "teacher_logits": "stored", "teacher_top": 40})
+    for name, recipe in (("live", live), ("stored", stored)):
+        distill(copy.deepcopy(tiny), recipe, data=images, out=tmp_path / name)
+    for one, other in zip(losses(tmp_path / "live"), losses(tmp_path / "stored"), strict=True):
+        assert other["loss"] == pytest.approx(one["loss"], rel=0.01)
+    ranged = {**stored.to_dict(), "cfg": [1.0, 3.0]}
+    with pytest.raises(InputError, match="under a range of cfg cannot be stored"):
+        Recipe.from_dict(ranged)

@@ -122,7 +122,7 @@ class EvalResult(Conditions):
 
 
 class DemoRow(TypedDict):
-    """A schedule of the demo: its score before and after distilling, and what it costs. `full` before is the teacher."""
+    """A schedule of the demo: its score before (of `full` it is the teacher's) and after distilling, and its cost."""
 
     schedule: str
     untrained: float

@@ -32,7 +32,7 @@ PENDING, DONE, UNREADABLE = 0, 1, 2
 
 
 class Samples(NamedTuple):
-    """Images to train on: labels (B,) and tokens (B, L), int64, and which they are: rows and views (B,) of the store."""
+    """Images to train on: labels (B,) and tokens (B, L), int64, and their rows and views (B,) in the store."""
 
     labels: Tensor
     tokens: Tensor
@@ -165,7 +165,7 @@ class Rows:
         self._start, self._row_bytes = array.offset, array.itemsize * int(np.prod(array.shape[1:]))
         self._file = path.open("r+b", buffering=0)
 
-    def __enter__(self) -> _Rows:
+    def __enter__(self) -> Rows:
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -217,9 +217,9 @@ class Block(nn.Module):
         """The teacher-forced pass, in which all scales stand side by side: x (B, n, C) -> (B, n, C).
 
         condition and shared: see `modulation`; mask: (n, n) bool, block-causal; kept: (2, B), a factor of each branch
-        for stochastic depth (arXiv 1603.09382): 0, or 1 over the probability that it is not. The AdaLN vectors are computed in here
-        so that activation checkpointing keeps the condition in their place, and so that whoever shards a block's
-        weights (FSDP) can gather all of them when the block is called.
+        for stochastic depth (arXiv 1603.09382): 0, or 1 over the probability that it is not. The AdaLN vectors are
+        computed in here so that activation checkpointing keeps the condition in their place, and so that whoever
+        shards a block's weights (FSDP) can gather all of them when the block is called.
         """
         gamma1, gamma2, scale1, scale2, shift1, shift2 = self.modulation(condition, shared)
         if kept is not None:
@@ -366,8 +366,8 @@ class VAR(nn.Module):
         """Teacher-forced logits under a schedule, (B, L, V) float32, or under several in one pass, (B, N, V).
 
         labels: (B,) int64; teacher_input: (B, L - p_1^2, z_channels), see `VQVAE.teacher_input`; N: the tokens of all
-        pieces of the branches, one after another; cfg: see `condition`; checkpointing: recompute the activations of each
-        layer in the backward pass instead of keeping them; kept: (depth, 2, B), see `Block.forward`.
+        pieces of the branches, one after another; cfg: see `condition`; checkpointing: recompute the activations of
+        each layer in the backward pass instead of keeping them; kept: (depth, 2, B), see `Block.forward`.
         A layer sees only the tokens of the scales that it runs at; the block-causal mask makes that exactly what
         cached generation computes.
         """

@@ -21,6 +21,7 @@ from varcompress.errors import InputError
 from varcompress.fingerprint import weights_digest
 from varcompress.images import skipped_note
 from varcompress.models.elastic import ElasticVAR
+from varcompress.models.transformer import add_cfg_input
 from varcompress.progress import Note, Progress, silent
 from varcompress.schedule import Schedule, is_subnet
 from varcompress.training.distributed import Ranks, joined, local_device
@@ -79,6 +80,8 @@ def distill(
         ranks.on_rank_zero(lambda: _check_size(recipe, len(source)))
         digest = ranks.check_same(partial(weights_digest, model), "the weights of the model", SAME_MODEL)
         teacher = teacher_of(model, recipe)  # a copy taken before the weights of a state to continue from
+        if isinstance(recipe.distilled_cfg, tuple):
+            add_cfg_input(model.var)
         identity = {"recipe": recipe.to_dict(), "model": digest, "data": source.digest}
         if teacher:
             identity["teacher"] = teacher.digest
@@ -101,6 +104,7 @@ def distill(
             finally:
                 model.var.zero_grad()  # of a step that was interrupted; they are as large as the weights
 
+        model.distilled_cfg = recipe.distilled_cfg
         model.provenance = replace(model.provenance, recipe=recipe.to_dict())
         ranks.on_rank_zero(lambda: directory.finish(model))
     return model
@@ -264,7 +268,7 @@ def teacher_of(model: ElasticVAR, recipe: Recipe) -> Teacher | None:
     """The teacher that a recipe asks for: the model as it is now."""
     if recipe.teacher == "none":
         return None
-    guided = recipe.guidance == "none"
+    guided = recipe.distilled_cfg is not None
     return Teacher(model.var, model.schedule("full"), dtype=recipe.teacher_dtype, guided=guided)
 
 
@@ -276,7 +280,7 @@ def store_teacher(
     settings = {
         "dtype": recipe.dtype,
         "label_drop": recipe.label_drop > 0,
-        "cfg": recipe.cfg if recipe.guidance == "none" else None,
+        "cfg": recipe.distilled_cfg,
     }
     stored = StoredTeacher(
         store.path / "teacher", data, config, top=recipe.teacher_top, digest=teacher.digest, settings=settings
@@ -291,6 +295,11 @@ def store_teacher(
 def check_fit(recipe: Recipe, model: ElasticVAR, ranks: Ranks) -> None:
     """Refuse a recipe that asks for what the model, or the number of processes, has no room for."""
     depth, scales = model.var.config.depth, len(model.var.config.patch_nums)
+    if model.distilled_cfg is not None:
+        raise InputError(
+            f"{model.provenance.name}: guidance is distilled into it already, and it knows the classes no longer "
+            "apart from it: start from the model that it was made from"
+        )
     if recipe.depths[0] >= depth:
         raise InputError(
             f"recipe: depths names {recipe.depths[0]}, but the model has {depth} layers: list fewer than that"

@@ -56,7 +56,7 @@ class Objective:
 
     @torch.no_grad()
     def evaluate(self, samples: Samples, schedules: Sequence[Schedule]) -> Tensor:
-        """Losses by kind, schedule and token, the mean over the images: (N, S, L) float32. Nothing is left to chance."""
+        """Losses by kind, schedule and token, the mean over the images: (N, S, L) float32. Free of chance."""
         cfg = self._middle_cfg(samples)
         return self.measure(samples, self.targets(samples, cfg), schedules, cfg)
 
@@ -66,7 +66,7 @@ class Objective:
 
     def _middle_cfg(self, samples: Samples) -> Tensor | None:
         """The guidance in the middle of the range, for each sample; None where none is distilled."""
-        if self.recipe.guidance != "none":
+        if self.recipe.distilled_cfg is None:
             return None
         return torch.full((len(samples.labels),), sum(self._cfg_range) / 2, device=self.model.device)
 
@@ -105,6 +105,7 @@ class Objective:
                 samples.labels.to(self.model.device),
                 teacher_input,
                 branches,
+                cfg=cfg if self.model.var.config.cfg_input else None,
                 checkpointing=self.recipe.activation_checkpointing,
                 kept=kept,
             )
@@ -132,7 +133,7 @@ class Objective:
         """What chance decides for each image of a pass, whatever the other images and processes."""
         recipe, depth, device = self.recipe, self.model.var.config.depth, self.model.device
         images, random = places.stop - places.start, {}
-        if recipe.guidance == "none":
+        if recipe.distilled_cfg is not None:
             low, high = self._cfg_range
             drawn = fractions(words(recipe.seed, CFG, step, images, first=places.start)[0])
             random["cfg"] = (low + (high - low) * drawn).float().to(device)

@@ -71,7 +71,7 @@ class Recipe:
     scale_weights: Literal["tokens", "scales", "lognormal"] = "tokens"  # see losses.py
     teacher: Literal["none", "frozen"] = "none"  # frozen: the network that the run starts from
     teacher_dtype: Literal["float32", "bfloat16"] = "float32"  # of its weights
-    teacher_logits: Literal["live", "stored"] = "live"  # stored: computed once, the largest kept beside the tokens
+    teacher_logits: Literal["live", "stored"] = "live"  # stored: computed once, the largest kept with the tokens
     teacher_top: int = _within(1, default=64)  # how many are stored of each token
     guidance: Literal["classifier-free", "none"] = "classifier-free"  # none: distilled, so that no second pass is run
     cfg: float | tuple[float, float] = 1.5  # what guidance to distil; a range is given to the model as an input
@@ -195,6 +195,11 @@ class Recipe:
                 raise InputError(f"recipe: origin must be {', '.join(ORIGINS)}, not {origin!r}")
             if unknown := sorted(set(keys) - names):
                 raise InputError(f"recipe: origin names {unknown[0]!r}, which is no key of a recipe")
+
+    @property
+    def distilled_cfg(self) -> float | tuple[float, float] | None:
+        """The weight of guidance, or the range of it, that is distilled into the model; None where none is."""
+        return self.cfg if self.guidance == "none" else None
 
     @classmethod
     def from_dict(cls, values: dict, where: object = "recipe") -> Recipe:

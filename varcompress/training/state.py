@@ -68,8 +68,9 @@ class RunDirectory:
     def begin(self, identity: dict, *, note: Note, resume: bool) -> int:
         """Start or continue a run, and return the number of steps that are done already.
 
-        identity: {"recipe": {...}, "model": digest, "data": digest, "teacher": digest}. Raises InputError when the run that is there was
-        started with another, and names the difference; what only says how the machine is used may differ.
+        identity: {"recipe": {...}, "model": digest, "data": digest, "teacher": digest}, the last where there is one.
+        Raises InputError when the run that is there was started with another, and names the difference; what only
+        says how the machine is used may differ.
         """
         done = self.step()
         if done:
