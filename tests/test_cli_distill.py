@@ -74,6 +74,24 @@ def test_distill_as_json_with_settings(arguments, tmp_path, run):
         (["--recipe", "digit"], "did you mean digits?"),
         (["--set", "batchsize=4"], "unknown key 'batchsize': did you mean batch_size?"),
         (["--set", "depths=30"], "depths names 30, but the model has 6 layers"),
+        (["--set", "layers=[[0,1,2,3],[0,5]]"], "each list of layers must hold the first and the last layer"),
+        (
+            [
+                "--set",
+                "epochs_full=0",
+                "--set",
+                "epochs_ramp=0",
+                "--set",
+                "epochs_subnet=0",
+                "--set",
+                "epochs=1",
+                "--set",
+                "depth_probability={3: 1}",
+            ],
+            "depth_probability names 3, which is none of the depths: full, 4, 2",
+        ),
+        (["--set", "loss=kl"], "the loss kl and a teacher go together"),
+        (["--set", "cfg=[2,1]"], "cfg must be a number from -1000 to 1000, or two that ascend"),
         (["--data", "nowhere"], "nowhere: no such directory of images"),
         (["--out", "{images}"], "holds something else already"),
     ],
@@ -86,6 +104,17 @@ def test_bad_input_is_one_line_and_exit_code_2(arguments, tmp_path, run, options
     assert message in err
     assert err.startswith("error: ")
     assert err.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_recipe_made_for_a_model_is_taken_where_none_is_named(tmp_path, run, tiny_files):
+    code, out, err = run("distill", "digits", "--out", tmp_path / "run", "--device=cpu", "--set", "batch_size=2000")
+    assert code == 2  # before a step: it names more images than there are
+    assert err.splitlines()[0].startswith("recipe digits, made for digits (also made for it: digits-long, ")
+    model = [str(tiny_files / "var.pth"), f"--vae={tiny_files / 'vae.pth'}", "--device=cpu"]
+    code, out, err = run("distill", *model, "--out", tmp_path / "run")
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert err.startswith("error: no recipe is made for var: name one with --recipe (digits, ")
     assert not (tmp_path / "run").exists()
 
 

@@ -15,11 +15,11 @@ from safetensors.torch import save_file
 from tests.conftest import random_model
 from varcompress import files
 from varcompress.checkpoint import load_elastic
-from varcompress.training.loop import adamw
+from varcompress.training.optimizer import optimizer_of
 from varcompress.training.recipe import Recipe
 from varcompress.training.state import RunDirectory
 
-RECIPE = Recipe("small", (4, 2), 2)
+RECIPE = Recipe("small", (4, 2), 2, epochs_full=1)
 # the kernel kills whoever writes beyond this size, in the middle of the write
 KILLED_WRITING = """
 import resource, signal, sys
@@ -96,7 +96,7 @@ def test_checkpoints_and_states_have_the_mode_of_any_new_file(tmp_path, umask, m
     umask(mask)
     model, directory = random_model(), RunDirectory(tmp_path)
     directory.begin({}, note=print, resume=False)
-    directory.save(model.var, adamw(model.var, RECIPE), 1)
+    directory.save(model.var, optimizer_of(model.var, RECIPE), 1)
     assert (tmp_path / ".training" / "state.safetensors").stat().st_mode & 0o777 == mode
     directory.finish(model)
     assert {file.stat().st_mode & 0o777 for file in tmp_path.iterdir()} == {mode}
