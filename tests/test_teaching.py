@@ -29,8 +29,7 @@ from varcompress.fingerprint import weights_digest
 from varcompress.sampling import Sampling
 from varcompress.training import distill
 from varcompress.training.log import summary
-from varcompress.training.loop import learning_rate_at
-from varcompress.training.optimizer import optimizer_of
+from varcompress.training.optimizer import learning_rate_at, optimizer_of
 from varcompress.training.recipe import FULL, Recipe
 from varcompress.training.strategy import plan
 

@@ -71,9 +71,31 @@ ROWS = {
     "fixed-1": Row("strategy", "fixed p = 1, cross-entropy", "variant-digits", _fixed(1)),
     "progressive": Row("strategy", "progressive, cross-entropy (VARiant)", "variant-digits"),
     "progressive-kl": Row("strategy", "progressive, KL to the teacher", "variant-digits", KL),
-    "ours": Row("strategy", "`digits`: several depths a step, KL to the teacher", "digits"),
-    "ours-2x": Row("strategy", "the same, twice as long", "digits", ("epochs=16",)),
-    "ours-4x": Row("strategy", "`digits-long`: the same, four times as long", "digits-long"),
+    "guided": Row("strategy", "`digits-guided`: several depths a step, KL to the teacher", "digits-guided"),
+    "guided-2x": Row("strategy", "the same, twice as long", "digits-guided", ("epochs=16",)),
+    "guided-4x": Row("strategy", "the same, four times as long", "digits-guided", ("epochs=32",)),
+    "ours": Row("guidance", "`digits`: guidance distilled too", "digits"),
+    "ours-2x": Row("guidance", "the same, twice as long", "digits", ("epochs=16",)),
+    "ours-4x": Row("guidance", "`digits-long`: the same, four times as long", "digits-long"),
+    "adamw": Row("options", "AdamW alone", "digits-guided", ("optimizer=adamw",)),
+    "one-by-one": Row(
+        "options", "one depth a step", "digits-guided", ("depth_probability={full: .25, 16: .1, 8: .1, 4: .1, 2: .1}",)
+    ),
+    "half-kl": Row("options", "half KL, half cross-entropy", "digits-guided", ("loss={kl: 0.5, cross_entropy: 0.5}",)),
+    "sensitivity": Row("options", "layers by sensitivity", "digits-guided", ("layers=sensitivity",)),
+    "scales": Row("options", "each scale the same weight", "digits-guided", ("scale_weights=scales",)),
+    "lognormal": Row("options", "scales weighed as HMAR does", "digits-guided", ("scale_weights=lognormal",)),
+    "drop-path": Row("options", "drop path 0.1 x 30/24", "digits-guided", ("drop_path=0.125",)),
+    "label-drop": Row("options", "the null class for a tenth of the labels", "digits-guided", ("label_drop=0.1",)),
+    "ema": Row("options", "mean of the weights, decay 0.98", "digits-guided", ("ema=0.98",)),
+    "bfloat16-teacher": Row("options", "teacher in bfloat16", "digits-guided", ("teacher_dtype=bfloat16",)),
+    "stored-16": Row(
+        "options",
+        "the teacher's 16 largest logits, stored",
+        "digits-guided",
+        ("teacher_logits=stored", "teacher_top=16"),
+    ),
+    "stored-64": Row("options", "the teacher's 64 largest logits, stored", "digits-guided", ("teacher_logits=stored",)),
 }
 
 
@@ -123,7 +145,7 @@ def held_out(model: ElasticVAR, recipe: Recipe, folder: Path) -> dict[str, dict[
     store.encode()
     _, heldout = store.read().split(recipe.holdout, recipe.seed)
     places = np.arange(len(heldout))
-    judge = load_recipe("digits-unguided" if recipe.guidance == "none" else "digits")
+    judge = load_recipe("digits" if recipe.guidance == "none" else "digits-guided")
     guided = judge.guidance == "none"
     objective = Objective(model, judge, Teacher(teacher.var, teacher.schedule("full"), guided=guided))
     losses = objective.evaluate(heldout.samples(places, np.zeros_like(places)), model.default_schedules()).mean(-1)

@@ -28,7 +28,7 @@ from varcompress.training.distributed import Ranks, joined, local_device
 from varcompress.training.ema import WeightMean
 from varcompress.training.log import StepLog
 from varcompress.training.objective import Objective
-from varcompress.training.optimizer import optimizer_of
+from varcompress.training.optimizer import learning_rate_at, optimizer_of
 from varcompress.training.recipe import FULL, Recipe, load_recipe
 from varcompress.training.sensitivity import eliminate, late_kl
 from varcompress.training.state import RunDirectory
@@ -254,16 +254,6 @@ def micro_batches(step: Step, recipe: Recipe, ranks: Ranks) -> Iterator[slice]:
         yield slice(start, start + size)
 
 
-def learning_rate_at(number: int, steps: int, recipe: Recipe) -> float:
-    """The learning rate of step `number` (from 1) of `steps`.
-
-    It rises linearly over the warm-up and falls over the whole run, linearly or as a cosine; the two are multiplied.
-    """
-    rise, done = min(1.0, number / max(recipe.warmup_steps, 1)), number / steps
-    fallen = done if recipe.learning_rate_decay == "linear" else (1 - math.cos(math.pi * done)) / 2
-    return recipe.learning_rate * rise * (1 - (1 - recipe.learning_rate_end) * fallen)
-
-
 def teacher_of(model: ElasticVAR, recipe: Recipe) -> Teacher | None:
     """The teacher that a recipe asks for: the model as it is now."""
     if recipe.teacher == "none":
@@ -297,8 +287,8 @@ def check_fit(recipe: Recipe, model: ElasticVAR, ranks: Ranks) -> None:
     depth, scales = model.var.config.depth, len(model.var.config.patch_nums)
     if model.distilled_cfg is not None:
         raise InputError(
-            f"{model.provenance.name}: guidance is distilled into it already, and it knows the classes no longer "
-            "apart from it: start from the model that it was made from"
+            f"{model.provenance.name}: guidance is distilled into it already: start from the model that it "
+            "was made from"
         )
     if recipe.depths[0] >= depth:
         raise InputError(

@@ -1,6 +1,8 @@
-"""The optimiser of a run: torch's AdamW, or Muon for the matrices of the layers and AdamW for the rest."""
+"""The optimiser of a run, torch's AdamW or Muon for the matrices of the layers and AdamW for the rest, and its rate."""
 
 from __future__ import annotations
+
+import math
 
 import torch
 from torch import Tensor, nn
@@ -58,3 +60,13 @@ def optimizer_of(var: VAR, recipe: Recipe) -> Optimizer:
         return Optimizer(adamw)
     options = {"weight_decay": decay, "momentum": MUON_MOMENTUM, "adjust_lr_fn": "match_rms_adamw"}
     return Optimizer(torch.optim.Muon(list(muons.values()), lr=recipe.learning_rate, **options), adamw)
+
+
+def learning_rate_at(number: int, steps: int, recipe: Recipe) -> float:
+    """The learning rate of step `number` (from 1) of `steps`.
+
+    It rises linearly over the warm-up and falls over the whole run, linearly or as a cosine; the two are multiplied.
+    """
+    rise, done = min(1.0, number / max(recipe.warmup_steps, 1)), number / steps
+    fallen = done if recipe.learning_rate_decay == "linear" else (1 - math.cos(math.pi * done)) / 2
+    return recipe.learning_rate * rise * (1 - (1 - recipe.learning_rate_end) * fallen)

@@ -26,7 +26,7 @@ EXAMPLES = {float: "[0.9, 0.95]", int: "[16, 8, 4, 2]", str: "[depths, bridge]"}
 MADE_FOR = {
     "var-d30": ("variant-d30", "distil-d30", "distil-d30-unguided"),
     "var-d16": ("variant-d16",),
-    "digits": ("digits", "digits-long", "digits-unguided", "variant-digits"),
+    "digits": ("digits", "digits-long", "digits-guided", "variant-digits"),
 }
 
 
