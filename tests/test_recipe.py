@@ -68,7 +68,10 @@ def test_every_recipe_is_made_for_a_model_that_has_a_name():
 def test_a_loss_by_name_is_a_weight_of_one():
     recipe = Recipe.from_dict({**SMALL, **TAUGHT})
     assert recipe.loss == {"kl": 1.0}
-    assert load_recipe("digits-guided", ["loss={kl: 0.5, cross_entropy: 0.5}"]).loss == {"kl": 0.5, "cross_entropy": 0.5}
+    assert load_recipe("digits-guided", ["loss={kl: 0.5, cross_entropy: 0.5}"]).loss == {
+        "kl": 0.5,
+        "cross_entropy": 0.5,
+    }
 
 
 def test_what_says_only_how_the_machine_is_used_is_named_once():

@@ -146,24 +146,21 @@ def test_a_profile_of_unguided_calls_says_so(tiny):
 
 
 def test_demo_table():
-    costs = {"latency_ms": 55.0, "speedup": 2.5, "cache_bytes": 2**20, "peak_bytes": 2**23}
+    costs = {"latency_ms": 55.0, "speedup": 2.5, "cache_bytes": 2**20, "peak_bytes": 2**23, "score_std": 1.0}
     scores = {"full": (30.0, 31.0), "d4@2": (91.5, 32.5), "d2@2": (99.0, 50.0)}
     rows = [
-        {
-            "schedule": schedule,
-            "untrained": before,
-            "untrained_std": 1.0,
-            "distilled": after,
-            "distilled_std": 1.0,
-            **costs,
-        }
+        {"schedule": schedule, "untrained": before, "untrained_std": 1.0, "score": after, **costs}
         for schedule, (before, after) in scores.items()
     ]
-    result = {"device": "cpu", "score": "digits_fd", "images": 1000, "batch_size": 64, "schedules": rows}
-    text = text_of(demo_table(result), 100)
+    teacher = {"schedule": "full", "score": 30.0, **costs, "speedup": 1.0}
+    result = {"device": "cpu", "score": "digits_fd", "images": 1000, "batch_size": 64}
+    text = text_of(demo_table(result | {"teacher": teacher, "schedules": rows}), 100)
     for part in ("digits FD of 1,000 images", "91.5 ± 1.00", "2.50", "8.00"):
         assert part in text
-    full, d4, d2 = (next(line for line in text.splitlines() if line.strip().startswith(name)) for name in scores)
+    first, full, d4, d2 = (
+        next(line for line in text.splitlines() if line.strip().startswith(name)) for name in ("teacher", *scores)
+    )
+    assert re.search(r"30.0 ± 1.00 +– +1.00 +1.00", first)
     assert "1.03 (noise)" in full  # 1.0 beside a noise of 1.4
     assert "1.08 (noise)" in d4  # 2.5 is less than two of it
     assert "1.67 " in d2
@@ -239,7 +236,7 @@ def test_a_full_disk_while_a_plot_is_drawn(tmp_path, monkeypatch):
 
     row = {"schedule": "full", "cache_bytes": 1, "speedup": 1.0}
     images = {"full": np.zeros((2, 8, 8, 3), np.uint8)}
-    samples, result = {"untrained subnets": images, "distilled": images}, {"schedules": [row, row]}
+    samples, result = {"untrained subnets": images, "distilled": images}, {"teacher": row, "schedules": [row, row]}
     plot_samples(samples, result, tmp_path / "samples.png")
     before = (tmp_path / "samples.png").read_bytes()
     monkeypatch.setattr("matplotlib.figure.Figure.savefig", full)

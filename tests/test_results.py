@@ -14,6 +14,7 @@ from varcompress.results import (
     CacheEffect,
     ProfileResult,
     ProfileRow,
+    Unguided,
     check_folder,
     check_owner,
     check_weights,
@@ -83,4 +84,5 @@ def test_metrics_of_an_evaluation_have_names():
 def test_fields_are_those_of_a_measured_result(tiny):
     result = profile(tiny, ["full"], batch_size=1, runs=1, warmup=0)
     assert set(result) == set(ProfileResult.__annotations__)
-    assert set(result["schedules"][0]) == set(ProfileRow.__annotations__) - set(CacheEffect.__annotations__)
+    optional = {*CacheEffect.__annotations__, *Unguided.__annotations__}
+    assert set(result["schedules"][0]) == set(ProfileRow.__annotations__) - optional

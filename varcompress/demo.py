@@ -17,7 +17,7 @@ from varcompress.profiling import profile
 from varcompress.progress import Note, Progress, silent
 from varcompress.publish import SAMPLES, record
 from varcompress.report.plots import plot_samples
-from varcompress.results import DEMO, DemoResult, write_result
+from varcompress.results import DEMO, DemoCost, DemoResult, EvalRow, ProfileRow, write_result
 from varcompress.sampling import Sampling
 from varcompress.training import distill
 from varcompress.training.recipe import load_recipe
@@ -32,9 +32,9 @@ def run_demo(out: str | Path, *, progress: Progress = silent, note: Note = warni
     """Distil, profile and evaluate `digits` into the elastic directory `out`.
 
     A demo that was interrupted goes on with the distillation where it stopped; a finished one only measures again.
-    Returns a JSON-able dict: per schedule the score of the untouched and of the distilled weights with its spread over
-    the choice of images, and speed, cache and peak memory; plus the files written. Raises InputError when `out` holds
-    something else.
+    Returns a JSON-able dict: the teacher, and per schedule the score of the untouched and of the distilled weights with
+    its spread over the choice of images, speed beside the teacher's, cache and peak memory; plus the files written.
+    Raises InputError when `out` holds something else.
     """
     out, started = Path(out), time.monotonic()
     resume = out.is_dir() and any(out.iterdir())
@@ -43,26 +43,24 @@ def run_demo(out: str | Path, *, progress: Progress = silent, note: Note = warni
     model = load("digits")
     model.bridge, model.depths = recipe.bridge, recipe.depths
     settings = {"num_images": NUM_IMAGES, "batch_size": 100, "resamples": RESAMPLES, "progress": progress}
+    speed = {"batch_size": BATCH_SIZE, "runs": 9, "progress": progress}
     samples = {"before: the teacher (full) and its subnets, untrained": sample_rows(model)}
-    before = evaluate(model, **settings)
+    before, (teacher,) = evaluate(model, **settings), profile(model, ["full"], **speed)["schedules"]
     model = distill(model, recipe, out=out, resume=resume, progress=progress, note=note)
-    samples["after: one set of weights for all depths"] = sample_rows(model)
-    after = evaluate(model, **settings)
-    costs = profile(model, batch_size=BATCH_SIZE, runs=9, progress=progress)
+    samples["after: one set of weights for all depths, guidance distilled"] = sample_rows(model)
+    after, costs = evaluate(model, **settings), profile(model, **speed)
     result: DemoResult = {
         "kind": DEMO,
         "device": costs["device"],
         "score": SCORE,
         "images": NUM_IMAGES,
         "batch_size": BATCH_SIZE,
+        "teacher": _row(before["schedules"][0], teacher, teacher),
         "schedules": [
             {
-                "schedule": cost["schedule"],
                 "untrained": untrained[SCORE],
                 "untrained_std": untrained[f"{SCORE}_std"],
-                "distilled": distilled[SCORE],
-                "distilled_std": distilled[f"{SCORE}_std"],
-                **{key: cost[key] for key in ("latency_ms", "speedup", "cache_bytes", "peak_bytes")},
+                **_row(distilled, cost, teacher),
             }
             for untrained, distilled, cost in zip(
                 before["schedules"], after["schedules"], costs["schedules"], strict=True
@@ -77,6 +75,17 @@ def run_demo(out: str | Path, *, progress: Progress = silent, note: Note = warni
     write_result(result, out)
     result["files"] = sorted(str(path) for path in out.iterdir() if not path.name.startswith("."))
     return result
+
+
+def _row(scores: EvalRow, cost: ProfileRow, teacher: ProfileRow) -> DemoCost:
+    """A schedule's score, and its cost with its speed-up over the teacher."""
+    return {
+        "schedule": cost["schedule"],
+        "score": scores[SCORE],
+        "score_std": scores[f"{SCORE}_std"],
+        **{key: cost[key] for key in ("latency_ms", "cache_bytes", "peak_bytes")},
+        "speedup": teacher["latency_ms"] / cost["latency_ms"],
+    }
 
 
 def sample_rows(model: ElasticVAR) -> dict[str, np.ndarray]:

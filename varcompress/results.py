@@ -121,18 +121,23 @@ class EvalResult(Conditions):
     schedules: list[EvalRow]
 
 
-class DemoRow(TypedDict):
-    """A schedule of the demo: its score before (of `full` it is the teacher's) and after distilling, and its cost."""
+class DemoCost(TypedDict):
+    """A schedule's score and its spread over the choice of images, what it costs, and its speed-up over the teacher."""
 
     schedule: str
-    untrained: float
-    untrained_std: float  # over the choice of images
-    distilled: float
-    distilled_std: float
+    score: float
+    score_std: float
     latency_ms: float
     speedup: float
     cache_bytes: int
     peak_bytes: int
+
+
+class DemoRow(DemoCost):
+    """A schedule of the distilled model, with its score before."""
+
+    untrained: float
+    untrained_std: float
 
 
 class DemoResult(TypedDict):
@@ -143,6 +148,7 @@ class DemoResult(TypedDict):
     score: str  # a key of METRICS
     images: int
     batch_size: int
+    teacher: DemoCost
     schedules: list[DemoRow]
     untrained: EvalResult
     seconds: float

@@ -60,7 +60,7 @@ def plot_eval(result: EvalResult, path: str | Path) -> Path:
 
 
 def plot_samples(samples: dict[str, dict[str, np.ndarray]], result: DemoResult, path: str | Path) -> Path:
-    """A PNG of rows of samples, one panel per state of the weights, with what each schedule saves.
+    """A PNG of rows of samples, one panel per state of the weights, with what each schedule saves of the teacher.
 
     samples: title of a panel -> schedule -> images (N, H, W, 3) uint8.
     """
@@ -76,7 +76,7 @@ def plot_samples(samples: dict[str, dict[str, np.ndarray]], result: DemoResult, 
         axis.set_ylabel(row["schedule"], rotation=0, ha="right", va="center", fontsize=11)
     for axis, row in zip(axes[:, -1], rows, strict=True):
         axis.yaxis.set_label_position("right")
-        cache = row["cache_bytes"] / rows[0]["cache_bytes"]
+        cache = row["cache_bytes"] / result["teacher"]["cache_bytes"]
         label = f"{number(row['speedup'])}× speed\n{percent(cache)} cache"
         axis.set_ylabel(label, rotation=0, ha="left", va="center", fontsize=10)
     return _save(figure, path)

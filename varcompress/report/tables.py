@@ -102,32 +102,37 @@ def eval_table(result: EvalResult) -> RenderableType:
 
 def demo_table(result: DemoResult) -> RenderableType:
     """What the demo showed: each schedule's score before and after distilling, and what the schedule saves."""
-    metric, rows = METRICS[result["score"]], result["schedules"]
+    metric, teacher = METRICS[result["score"]], result["teacher"]
     head = (
         f"{result['device']}; {metric.name} of {count(result['images'], 'image')} ({metric.better} is better), "
         "± one standard deviation over the choice of images"
     )
     columns = {
         "untrained": lambda r: score(r, "untrained"),
-        "distilled": lambda r: score(r, "distilled"),
-        "of the teacher's": lambda r: _beside_teacher(r, rows[0]),
+        "distilled": lambda r: score(r, "score"),
+        "of the teacher's": lambda r: _beside_teacher(r, teacher),
         "speed-up": lambda r: number(r["speedup"]),
         "cache, MiB": lambda r: mebibytes(r["cache_bytes"]),
         "peak, MiB": lambda r: mebibytes(r["peak_bytes"]),
     }
     title = f"{metric.name} before and after, and the cost of a batch of {result['batch_size']}"
+    first = {**teacher, "schedule": "teacher", "untrained": teacher["score"], "untrained_std": teacher["score_std"]}
+    first |= {"score": None, "score_std": None}
     foot = (
-        "The teacher is full, untrained. (noise): within two standard deviations of its score. Another training seed "
-        "moves a score as well: docs/training.md."
+        "The teacher is the pretrained network, guided; what it taught draws without a second pass for guidance.\n"
+        "(noise): within two standard deviations of the teacher's score. Another training seed moves a score as well: "
+        "see docs/training.md."
     )
-    return _stacked(head, _table(title, columns, rows), Text(foot))
+    return _stacked(head, _table(title, columns, [first, *result["schedules"]]), Text(foot))
 
 
 def _beside_teacher(row: dict, teacher: dict) -> str:
     """A score over the teacher's, and whether they differ by more than the choice of images explains."""
-    difference = abs(row["distilled"] - teacher["untrained"])
-    noise = (row["distilled_std"] ** 2 + teacher["untrained_std"] ** 2) ** 0.5
-    return f"{number(row['distilled'] / teacher['untrained'])}" + (" (noise)" if difference <= 2 * noise else "")
+    if row["score"] is None:
+        return number(1.0)
+    noise = (row["score_std"] ** 2 + teacher["score_std"] ** 2) ** 0.5
+    within = abs(row["score"] - teacher["score"]) <= 2 * noise
+    return number(row["score"] / teacher["score"]) + (" (noise)" if within else "")
 
 
 def distill_table(result: dict) -> RenderableType:
