@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import shlex
 
 import pytest
 
-from tests.benchmarks import generation
+from tests.benchmarks import generation, training
 from tests.benchmarks.tables import section
+from varcompress.training.recipe import load_recipe
 
 
 @pytest.fixture
@@ -81,3 +83,44 @@ def test_a_batch_that_does_not_fit_loses_nothing(benchmark, tmp_path, capsys, mo
 def too_large(*_):
     yield {"size": "d1"}
     raise generation.InputError("a batch of 64 images does not fit: choose a smaller one")
+
+
+# -- training -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", training.ROWS)
+def test_every_row_of_the_training_tables_is_a_recipe(name):
+    row = training.ROWS[name]
+    recipe = load_recipe(row.recipe, row.settings)
+    assert shlex.split(row.command)[:5] == ["varcompress", "distill", "digits", "--recipe", recipe.name]
+    settings = [value for value in shlex.split(row.command) if "=" in value and "seed" not in value]
+    assert load_recipe(row.recipe, settings) == recipe
+
+
+def test_work_is_counted_in_passes_of_the_full_network():
+    one = load_recipe("variant-digits", ["epochs_full=1", "epochs_ramp=0", "epochs_subnet=0", "p_start=0"])
+    assert training.units(one) == pytest.approx(26)  # steps of 64 images
+    assert training.units(load_recipe("variant-digits", ["p_start=0", "p_end=0", "loss=kl", "teacher=frozen"])) == (
+        pytest.approx(18 * 26 * 4 / 3)  # the teacher's forward pass is a third
+    )
+    four = {"p_start": 0, "epochs": 1, "depth_probability": "{16: 1, 8: 1, 4: 1, 2: 1}", "label_drop": 0.1}
+    settings = [f"{key}={value}" for key, value in four.items()] + ["guidance=classifier-free"]
+    # 5 tokens of all 30 layers, and 25 of 16 + 8 + 4 + 2: together as many as 30 layers have of 30
+    assert training.units(load_recipe("digits", settings)) == pytest.approx(53 / 2 * (1 + 1 / 3))
+
+
+def test_a_table_has_means_and_spreads(tmp_path, monkeypatch):
+    monkeypatch.setattr(training, "FOLDER", tmp_path)
+    monkeypatch.setattr(training, "PAGE", tmp_path / "page.md")
+    for seed, score in ((0, 30.0), (1, 32.0), (2, 34.0)):
+        labels = dict.fromkeys(training.LABELS, score)
+        line = {"recipe": load_recipe("digits").to_dict(), "units": 322.0, "fd": labels, "heldout": {"kl": labels}}
+        (tmp_path / f"ours-{seed}.json").write_text(json.dumps(line))
+    table = training.table("guidance")
+    assert "| `digits`: guidance distilled too | 424 x 32 | 322 | 32.0 ± 2.0 |" in table
+    assert "| 32.000 ± 2.000 |" in table
+    (tmp_path / "page.md").write_text("a\n<!-- guidance: written by tests/benchmarks/training.py -->\nold\n")
+    (tmp_path / "page.md").write_text((tmp_path / "page.md").read_text() + "<!-- end of guidance -->\nb\n")
+    training.write_section("guidance", table)
+    assert (tmp_path / "page.md").read_text().split("\n\n")[1] == table
+    assert "old" not in (tmp_path / "page.md").read_text()
