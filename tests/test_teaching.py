@@ -204,6 +204,15 @@ def test_stored_answers_teach_nearly_as_live_ones(undisturbed, tiny, images, tmp
         distill(other, few, data=images, out=tmp_path / "other", tokens=tokens)
 
 
+def test_answers_of_a_run_that_came_to_no_step_may_be_others(tiny, images, tmp_path):  # noqa: F811
+    out = tmp_path / "out"
+    for top in (4, 8):
+        recipe = changed(teacher_logits="stored", teacher_top=top)
+        with pytest.raises(Interrupt):
+            distill(copy.deepcopy(tiny), recipe, data=images, out=out, progress=interrupt_at(2))
+        assert json.loads((out / ".training/tokens/teacher/teacher.json").read_text())["top"] == top
+
+
 # -- going on -------------------------------------------------------------------------------------
 
 

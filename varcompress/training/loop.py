@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -88,15 +88,17 @@ def distill(
         done = ranks.on_rank_zero(lambda: directory.begin(identity, note=note, resume=resume))
 
         store = TokenStore(tokens or directory.tokens_path, source, model, recipe.views)
-        create = store.create if tokens or done else partial(directory.create_tokens, store.create)
-        encoded = _encode(store, create, ranks, progress, note)
+        ranks.on_rank_zero(lambda: directory.begin_store(store))
+        encoded = _encode(store, ranks, progress, note)
         data, heldout = encoded.split(recipe.holdout, recipe.seed)
         ranks.on_rank_zero(lambda: _check_size(recipe, len(data)))  # again, now that unreadable ones are out
         model.bridge, model.depths = recipe.bridge, recipe.depths
         model.subnets = ranks.on_rank_zero(lambda: directory.subnets(lambda: subnets_of(model, recipe, data, progress)))
         steps = plan(recipe, len(data) // recipe.batch_size)  # a pass drops its last, incomplete batch
         if recipe.teacher_logits == "stored" and teacher:
-            teacher = store_teacher(teacher, store, encoded, Objective(model, recipe, teacher), ranks, progress)
+            teacher = _store_answers(
+                teacher, store, encoded, Objective(model, recipe, teacher), directory, ranks, progress
+            )
         run = Run(model, recipe, steps, data, heldout, directory, ranks, Objective(model, recipe, teacher))
         with StepLog(directory.steps_path, done) if ranks.is_rank_zero else nullcontext() as log:
             try:
@@ -262,26 +264,6 @@ def teacher_of(model: ElasticVAR, recipe: Recipe) -> Teacher | None:
     return Teacher(model.var, model.schedule("full"), dtype=recipe.teacher_dtype, guided=guided)
 
 
-def store_teacher(
-    teacher: Teacher, store: TokenStore, data: TokenData, objective: Objective, ranks: Ranks, progress: Progress
-) -> StoredTeacher:
-    """What the teacher says of all images, beside their tokens, each process computing a share of it."""
-    recipe, config = objective.recipe, objective.model.var.config
-    settings = {
-        "dtype": recipe.dtype,
-        "label_drop": recipe.label_drop > 0,
-        "cfg": recipe.distilled_cfg,
-    }
-    stored = StoredTeacher(
-        store.path / "teacher", data, config, top=recipe.teacher_top, digest=teacher.digest, settings=settings
-    )
-    ranks.on_rank_zero(stored.create)
-    stored.compute(objective.teacher_says, ranks.rank, ranks.count, progress)
-    ranks.barrier()
-    stored.open()
-    return stored
-
-
 def check_fit(recipe: Recipe, model: ElasticVAR, ranks: Ranks) -> None:
     """Refuse a recipe that asks for what the model, or the number of processes, has no room for."""
     depth, scales = model.var.config.depth, len(model.var.config.patch_nums)
@@ -319,18 +301,32 @@ def _check_size(recipe: Recipe, num_images: int) -> None:
         )
 
 
-def _encode(
-    store: TokenStore,
-    create: Callable[[], None],
-    ranks: Ranks,
-    progress: Progress,
-    note: Note,
-) -> TokenData:
+def _encode(store: TokenStore, ranks: Ranks, progress: Progress, note: Note) -> TokenData:
     """Encode the images, each process a share of them, and say which could not be read."""
-    ranks.on_rank_zero(create)
     store.encode(ranks.rank, ranks.count, progress)
     ranks.barrier()
     data = store.read()
     if data.skipped:
         note(skipped_note(data.skipped, len(store.source)))
     return data
+
+
+def _store_answers(
+    teacher: Teacher,
+    store: TokenStore,
+    data: TokenData,
+    objective: Objective,
+    directory: RunDirectory,
+    ranks: Ranks,
+    progress: Progress,
+) -> StoredTeacher:
+    """Compute what the teacher says of all images, each process a share of them, and keep it beside their tokens."""
+    recipe, config = objective.recipe, objective.model.var.config
+    settings = {"dtype": recipe.dtype, "label_drop": recipe.label_drop > 0, "cfg": recipe.distilled_cfg}
+    options = {"top": recipe.teacher_top, "digest": teacher.digest, "settings": settings}
+    stored = StoredTeacher(store.path / "teacher", data, config, **options)
+    ranks.on_rank_zero(lambda: directory.begin_store(stored))
+    stored.compute(objective.teacher_says, ranks.rank, ranks.count, progress)
+    ranks.barrier()
+    stored.open()
+    return stored

@@ -16,6 +16,7 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -34,6 +35,14 @@ from varcompress.training.recipe import Recipe, machine_fields
 
 STEPS, WORK = "steps.jsonl", ".training"
 WEIGHT, MEAN = "weight", "mean"  # in a state, beside the moments of the optimiser
+
+
+class Store(Protocol):
+    """What is computed once, in a directory of its own."""
+
+    path: Path
+
+    def create(self) -> None: ...
 
 
 class RunDirectory:
@@ -104,13 +113,18 @@ class RunDirectory:
             write_json(self._subnets, chosen)
         return chosen
 
-    def create_tokens(self, create: Callable[[], None]) -> None:
-        """Make the token store here; one that `create` refuses is from a run that came to no step, and goes."""
+    def begin_store(self, store: Store) -> None:
+        """Make a store, or find the one that is there.
+
+        One in this directory that is refused is from a run that came to no step, and goes; elsewhere nothing does.
+        """
         try:
-            create()
+            store.create()
         except InputError:
-            shutil.rmtree(self.tokens_path, ignore_errors=True)
-            create()
+            if self.step() or self.work not in store.path.parents:
+                raise
+            shutil.rmtree(store.path, ignore_errors=True)
+            store.create()
 
     def step(self) -> int:
         """Steps behind the saved state, 0 if there is none."""
