@@ -1,4 +1,4 @@
-"""The first minutes on a GPU: ten checks of the CUDA path in one go, a line each.
+"""The first minutes on a GPU: eleven checks of the CUDA path in one go, a line each.
 
     python -m tests.gpu_first_minutes
 
@@ -26,6 +26,7 @@ from torch import Tensor
 
 from tests.benchmarks.generation import PATCH_NUMS, random_weights
 from varcompress import cost
+from varcompress.data.tokens import Samples
 from varcompress.demo import run_demo
 from varcompress.errors import InputError
 from varcompress.evaluation import evaluate
@@ -35,6 +36,10 @@ from varcompress.models import generation
 from varcompress.models.elastic import ElasticVAR
 from varcompress.models.runtime import Runtime
 from varcompress.profiling import profile
+from varcompress.training.objective import Objective
+from varcompress.training.optimizer import optimizer_of
+from varcompress.training.recipe import load_recipe
+from varcompress.training.teacher import Teacher
 
 DEVICE = choose_device(None)
 GPU = DEVICE.type == "cuda"
@@ -290,6 +295,30 @@ def precision_settings() -> str:
     return "3 settings"
 
 
+def depths_in_one_pass() -> str:
+    """A step of several depths under a guided teacher, together and one after another; then Muon and AdamW move it."""
+    recipe = load_recipe("digits", ["dtype=float32"])
+    model = digits()
+    model.bridge, model.depths = recipe.bridge, recipe.depths
+    teacher = Teacher(model.var, model.schedule("full"), guided=True)
+    labels, schedules = torch.arange(8) % 10, model.default_schedules()
+    samples = Samples(labels, model.encode(torch.rand(8, 3, 16, 16)).clone(), None, None)
+    found = []
+    with exact_float32(DEVICE):
+        for together in (True, False):
+            model.var.zero_grad()
+            objective = Objective(model, replace(recipe, together=together), teacher)
+            losses = objective.backward(samples, slice(0, 8), 1, schedules)
+            found.append([losses, *(parameter.grad.clone() for parameter in model.var.parameters())])
+    apart = max((one - other).abs().max().item() / other.abs().max().item() for one, other in zip(*found, strict=True))
+    if apart > 1e-3:
+        raise AssertionError(f"gradients differ by up to {apart:.1e} of the largest")
+    optimizer_of(model.var, recipe).step(1e-3)
+    if not all(parameter.isfinite().all() for parameter in model.var.parameters()):
+        raise AssertionError("a step of Muon leaves weights that are not finite")
+    return f"apart by up to {apart:.1e}"
+
+
 def measuring_to_the_end() -> str:
     """profile and eval at batch 64 with predicted, allocated and reserved bytes; the demo to its end."""
     needs_gpu()
@@ -330,6 +359,7 @@ CHECKS: tuple[Callable[[], str], ...] = (
     attention_backends,
     offload_is_resident,
     precision_settings,
+    depths_in_one_pass,
     measuring_to_the_end,
 )
 
