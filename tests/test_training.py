@@ -32,7 +32,6 @@ from varcompress.training import distill
 from varcompress.training.distributed import Ranks
 from varcompress.training.log import read_steps, summary
 from varcompress.training.loop import check_fit, micro_batches
-from varcompress.training.losses import Targets
 from varcompress.training.objective import Objective
 from varcompress.training.optimizer import optimizer_of
 from varcompress.training.recipe import FULL, Recipe
@@ -63,8 +62,8 @@ def changed(**values) -> Recipe:
 
 def token_losses(model, labels, tokens, schedule):
     """Cross-entropy of each token under a schedule, the mean over images: (L,)."""
-    samples = Samples(labels, tokens, None, None)
-    return Objective(model, SMALL).measure(samples, Targets(tokens), [schedule])[0, 0]
+    objective = Objective(model, SMALL)
+    return objective.measure(objective.given(Samples(labels, tokens, None, None)), [schedule])[0, 0]
 
 
 class Interrupt(Exception):

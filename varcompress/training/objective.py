@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,6 +17,14 @@ from varcompress.schedule import Branches, Schedule
 from varcompress.training.losses import LOSSES, Distribution, Targets, scale_weights
 from varcompress.training.recipe import Recipe
 from varcompress.training.teacher import StoredTeacher, Teacher
+
+
+class Given(NamedTuple):
+    """What a pass is given: labels (B,) int64, teacher_input (B, L - p_1^2, z_channels), and what it is to predict."""
+
+    labels: Tensor
+    teacher_input: Tensor
+    targets: Targets
 
 
 class Objective:
@@ -42,14 +51,14 @@ class Objective:
         device, recipe = self.model.device, self.recipe
         random = self._random(step, places)
         with fitting_memory(device, len(samples.labels), _memory_remedy(recipe)):
-            targets = self.targets(samples, random.get("cfg"))
+            given = self.given(samples, random.get("cfg"))
             if recipe.together:
-                measured = self.measure(samples, targets, schedules, **random) / recipe.accumulation
+                measured = self.measure(given, schedules, **random) / recipe.accumulation
                 self.total(measured).backward()
                 return measured.detach()
             parts = []
             for schedule in schedules:  # the same gradients, one after another: less memory, more time
-                measured = self.measure(samples, targets, [schedule], **random) / recipe.accumulation
+                measured = self.measure(given, [schedule], **random) / recipe.accumulation
                 (self.total(measured) / len(schedules)).backward()
                 parts.append(measured.detach())
             return torch.cat(parts, dim=1)
@@ -58,11 +67,11 @@ class Objective:
     def evaluate(self, samples: Samples, schedules: Sequence[Schedule]) -> Tensor:
         """Losses by kind, schedule and token, the mean over the images: (N, S, L) float32. Free of chance."""
         cfg = self._middle_cfg(samples)
-        return self.measure(samples, self.targets(samples, cfg), schedules, cfg)
+        return self.measure(self.given(samples, cfg), schedules, cfg)
 
     def teacher_says(self, samples: Samples) -> Distribution:
         """The teacher's distributions of these samples."""
-        return self.targets(samples, self._middle_cfg(samples)).teacher
+        return self.given(samples, self._middle_cfg(samples)).targets.teacher
 
     def _middle_cfg(self, samples: Samples) -> Tensor | None:
         """The guidance in the middle of the range, for each sample; None where none is distilled."""
@@ -79,39 +88,31 @@ class Objective:
         cfg = self.recipe.cfg
         return cfg if isinstance(cfg, tuple) else (cfg, cfg)
 
-    def targets(self, samples: Samples, cfg: Tensor | None) -> Targets:
-        """What these samples are to predict."""
-        tokens = samples.tokens.to(self.model.device)
+    @torch.no_grad()
+    def given(self, samples: Samples, cfg: Tensor | None = None) -> Given:
+        """What a pass over these samples is given, on the model's device. cfg: (B,) float32, what to distil."""
+        labels, tokens = (part.to(self.model.device) for part in (samples.labels, samples.tokens))
+        teacher_input = self.model.tokenizer.teacher_input(tokens)
         if self.teacher is None:
-            return Targets(tokens)
-        with torch.no_grad(), self._autocast():
-            teacher_input = self.model.tokenizer.teacher_input(tokens)
-            return Targets(tokens, self.teacher(samples, teacher_input, cfg))
+            return Given(labels, teacher_input, Targets(tokens))
+        with self._autocast():
+            return Given(labels, teacher_input, Targets(tokens, self.teacher(samples, teacher_input, cfg)))
 
     def measure(
-        self,
-        samples: Samples,
-        targets: Targets,
-        schedules: Sequence[Schedule],
-        cfg: Tensor | None = None,
-        kept: Tensor | None = None,
+        self, given: Given, schedules: Sequence[Schedule], cfg: Tensor | None = None, kept: Tensor | None = None
     ) -> Tensor:
-        """Losses by kind, schedule and token, the mean over the images, in nats: (N, S, L) float32, with gradients."""
-        branches = Branches(tuple(schedules))
-        with torch.no_grad():
-            teacher_input = self.model.tokenizer.teacher_input(targets.tokens)
+        """Losses by kind, schedule and token, the mean over the images, in nats: (N, S, L) float32, with gradients.
+
+        cfg: see `VAR.condition`; kept: see `VAR.forward`.
+        """
+        branches, var = Branches(tuple(schedules)), self.model.var
         with self._autocast():
-            logits = self.model.var(
-                samples.labels.to(self.model.device),
-                teacher_input,
-                branches,
-                cfg=cfg if self.model.var.config.cfg_input else None,
-                checkpointing=self.recipe.activation_checkpointing,
-                kept=kept,
-            )
+            options = {"checkpointing": self.recipe.activation_checkpointing, "kept": kept}
+            options |= {"cfg": cfg} if var.config.cfg_input else {}
+            logits = var(given.labels, given.teacher_input, branches, **options)
+        early, late = (given.targets.of(tokens) for tokens in (slice(0, branches.trunk), slice(branches.trunk, None)))
         trunk, *rest = (
-            self._of_piece(piece, targets.of(slice(0, branches.trunk) if i == 0 else slice(branches.trunk, None)))
-            for i, piece in enumerate(logits.split(branches.lengths, dim=1))
+            self._of_piece(piece, late if i else early) for i, piece in enumerate(logits.split(branches.lengths, dim=1))
         )
         whole = [torch.cat((trunk, branch), dim=-1) for branch in rest] or [trunk] * len(schedules)
         return torch.stack(whole, dim=1)
