@@ -46,14 +46,11 @@ def distill(
     from varcompress.training.log import summary
     from varcompress.training.recipe import load_recipe, recipes_for
 
-    chosen = load_recipe(recipe, settings or ()) if recipe else None  # before a download, not after
+    name, *others = [recipe] if recipe else recipes_for(Path(model).stem)  # before a download, not after
+    chosen = load_recipe(name, settings or ())
+    if recipe is None and is_rank_zero():
+        note(f"recipe {name}, made for {Path(model).stem}" + f" (also: {', '.join(others)})" * bool(others))
     loaded = Loading(vae, str(local_device(device)), revision=revision).open(model)
-    if chosen is None:
-        name, *others = recipes_for(loaded.provenance.name)
-        chosen = load_recipe(name, settings or ())
-        if is_rank_zero():
-            instead = f" (also made for it: {', '.join(others)})" if others else ""
-            note(f"recipe {name}, made for {loaded.provenance.name}{instead}")
     with progress_bar() as progress:
         distill(
             loaded,

@@ -91,7 +91,8 @@ def test_distill_as_json_with_settings(arguments, tmp_path, run):
             "depth_probability names 3, which is none of the depths: full, 4, 2",
         ),
         (["--set", "loss=kl"], "the loss kl and a teacher go together"),
-        (["--set", "cfg=[2,1]"], "cfg must be a number from -1000 to 1000, or two that ascend"),
+        (["--set", "cfg=[2,1]"], "guidance: none and cfg, what is distilled, go together: set both, or neither"),
+        (["--set", "cfg=strong"], "cfg must be a number, or two as a range, such as [0.5, 3], not 'strong'"),
         (["--data", "nowhere"], "nowhere: no such directory of images"),
         (["--out", "{images}"], "holds something else already"),
     ],
@@ -110,11 +111,14 @@ def test_bad_input_is_one_line_and_exit_code_2(arguments, tmp_path, run, options
 def test_the_recipe_made_for_a_model_is_taken_where_none_is_named(tmp_path, run, tiny_files):
     code, out, err = run("distill", "digits", "--out", tmp_path / "run", "--device=cpu", "--set", "batch_size=2000")
     assert code == 2  # before a step: it names more images than there are
-    assert err.splitlines()[0].startswith("recipe digits, made for digits (also made for it: digits-long, ")
+    assert err.splitlines()[0].startswith("recipe digits, made for digits (also: digits-long, ")
     model = [str(tiny_files / "var.pth"), f"--vae={tiny_files / 'vae.pth'}", "--device=cpu"]
     code, out, err = run("distill", *model, "--out", tmp_path / "run")
     assert (code, out, err.count("\n")) == (2, "", 1)
     assert err.startswith("error: no recipe is made for var: name one with --recipe (digits, ")
+    code, out, err = run("distill", "var-d20", "--out", tmp_path / "run")  # before it is looked for on the Hub
+    assert (code, out) == (2, "")
+    assert err.startswith("error: no recipe is made for var-d20: name one with --recipe (digits, ")
     assert not (tmp_path / "run").exists()
 
 

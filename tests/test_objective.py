@@ -15,7 +15,7 @@ from tests.conftest import random_model
 from varcompress.data.tokens import Samples
 from varcompress.models.transformer import VAR
 from varcompress.sampling import Sampling
-from varcompress.schedule import Branches
+from varcompress.schedule import Together
 from varcompress.training.losses import CrossEntropy, Distribution, KullbackLeibler, Targets, scale_weights
 from varcompress.training.objective import Objective
 from varcompress.training.recipe import Recipe
@@ -66,12 +66,12 @@ def gradients(model):
 @given(st.lists(st.sampled_from(SCHEDULES), min_size=1, max_size=5, unique=True))
 def test_logits_of_a_shared_pass_are_those_of_single_passes(texts):
     model = random_model()
-    branches = Branches(tuple(model.schedule(text) for text in texts))
+    together = Together(tuple(model.schedule(text) for text in texts))
     given = samples()
     with torch.no_grad():
         teacher_input = model.tokenizer.teacher_input(given.tokens)
-        pieces = model.var(given.labels, teacher_input, branches).split(branches.lengths, dim=1)
-        for i, schedule in enumerate(branches.schedules):
+        pieces = model.var(given.labels, teacher_input, together).split(together.lengths, dim=1)
+        for i, schedule in enumerate(together.schedules):
             alone = model.var(given.labels, teacher_input, schedule)
             shared = torch.cat((pieces[0], pieces[1 + i]), dim=1) if len(pieces) > 1 else pieces[0]
             torch.testing.assert_close(shared, alone, rtol=1e-5, atol=1e-5)
@@ -81,10 +81,10 @@ def test_logits_of_a_shared_pass_are_those_of_single_passes(texts):
 def test_logits_of_a_shared_pass_are_those_of_cached_generation(texts):
     model, given = random_model(), samples()
     labels = given.labels.clamp_max(9)
-    branches = Branches(tuple(model.schedule(text) for text in texts))
+    together = Together(tuple(model.schedule(text) for text in texts))
     with torch.no_grad():
-        pieces = model.var(labels, model.tokenizer.teacher_input(given.tokens), branches).split(branches.lengths, 1)
-    for i, schedule in enumerate(branches.schedules):
+        pieces = model.var(labels, model.tokenizer.teacher_input(given.tokens), together).split(together.lengths, 1)
+    for i, schedule in enumerate(together.schedules):
         found = []
         model.generate_tokens(labels, schedule, forced=given.tokens, logits_out=found)
         torch.testing.assert_close(torch.cat((pieces[0], pieces[1 + i]), 1), torch.cat(found, 1), rtol=1e-4, atol=1e-5)
@@ -126,8 +126,8 @@ def test_a_layer_that_no_schedule_of_a_step_runs_late_sees_the_trunk_alone():
     for layer, block in enumerate(model.var.blocks):
         block.register_forward_pre_hook(lambda block, given, layer=layer: seen.update({layer: given[0].shape[1]}))
     given = samples()
-    branches = Branches((model.schedule("d3@2"), model.schedule("d2@2")))
-    model.var(given.labels, model.tokenizer.teacher_input(given.tokens), branches)
+    together = Together((model.schedule("d3@2"), model.schedule("d2@2")))
+    model.var(given.labels, model.tokenizer.teacher_input(given.tokens), together)
     assert seen == {0: 55, 1: 5, 2: 30, 3: 5, 4: 5, 5: 55}
 
 
@@ -245,7 +245,7 @@ def test_weights_of_scales_are_what_they_say():
     assert shares["lognormal"] == pytest.approx([0.177, 0.323, 0.323, 0.177], abs=1e-3)
 
 
-def test_a_scale_of_weight_nothing_moves_no_weight(taught):
+def test_a_scale_counts_as_much_as_its_share(taught):
     model, teacher = taught
     objective = Objective(model, replace(RECIPE, scale_weights="scales"), teacher)
     measured = torch.zeros(2, 1, 30)

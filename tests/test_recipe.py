@@ -21,6 +21,7 @@ from varcompress.training.recipe import (
 SMALL = {"name": "small", "depths": [4, 2], "bridge": 2, "epochs_subnet": 1}
 DRAWN = {"epochs_subnet": 0, "epochs": 2, "depth_probability": {"full": 0.5, 4: 1, 2: 1}}
 TAUGHT = {"teacher": "frozen", "loss": "kl"}
+NONE = {"guidance": "none", "label_drop": 0}
 
 
 def write(folder, text):
@@ -63,6 +64,14 @@ def test_every_recipe_is_made_for_a_model_that_has_a_name():
     assert recipes_for("var-d30")[0] == recipes_for("var_d30")[0] == "variant-d30"
     with pytest.raises(InputError, match="no recipe is made for var-d20: name one with --recipe"):
         recipes_for("var-d20")
+
+
+def test_two_numbers_are_a_range_with_or_without_brackets():
+    for text in ("cfg=1,3", "cfg=[1, 3]"):
+        assert load_recipe("digits", [text]).cfg == (1.0, 3.0)
+    assert load_recipe("digits", ["cfg=2"]).cfg == 2.0
+    assert load_recipe("digits", ["layers=sensitivity"]).layers == "sensitivity"
+    assert load_recipe("digits", ["depths=8,4", "depth_probability={8: 1, 4: 1}"]).depths == (8, 4)
 
 
 def test_a_loss_by_name_is_a_weight_of_one():
@@ -132,7 +141,7 @@ def test_settings_override_the_file():
         ({"depths": [2, 4]}, "depths must run from large to small"),
         ({"depths": [4, 1]}, "depths must be at least 2, not 1"),
         ({"betas": [0.9]}, "betas must be a list such as [0.9, 0.95]"),
-        ({"betas": [0.9, 1]}, "betas must be from 0 to 1, not 1"),
+        ({"betas": [0.9, 1]}, "betas must be from 0 to below 1, not 1"),
         ({"p_start": 1.2}, "p_start must be from 0 to 1, not 1.2"),
         ({"epochs_full": -1}, "epochs_full must be at least 0, not -1"),
         ({"epochs_subnet": 0}, "nothing to train"),
@@ -144,27 +153,57 @@ def test_settings_override_the_file():
         ({**DRAWN, "depth_probability": {4: 1.5}}, "depth_probability must be from 0 to 1, not 1.5"),
         ({**DRAWN, "depth_probability": {4: -1}}, "depth_probability must be from 0 to 1, not -1"),
         ({**DRAWN, "depth_probability": {4: float("nan")}}, "depth_probability must be from 0 to 1, not nan"),
-        ({**DRAWN, "depth_probability": {4: "often"}}, "depth_probability: 4 must be a number, not 'often'"),
+        (
+            {**DRAWN, "depth_probability": {4: "often"}},
+            "depth_probability must be a probability for each depth, such as {full: 0.25",
+        ),
         ({**DRAWN, "depth_probability": {4: 0, 2: 0}}, "depth_probability is 0 for every depth"),
         ({**DRAWN, "depth_probability": {}}, "depth_probability is 0 for every depth"),
-        ({**DRAWN, "depth_probability": 0.5}, "depth_probability must be a list of `name: value` lines, not 0.5"),
+        (
+            {**DRAWN, "depth_probability": 0.5},
+            "depth_probability must be a probability for each depth, such as {full: 0.25",
+        ),
         ({"loss": "hinge"}, "loss must be cross_entropy or kl, or a weight for each, not 'hinge'"),
-        ({"loss": {"kl": 0}}, "not no weight above 0"),
-        ({"loss": 3}, "loss must be a list of `name: value` lines, not 3"),
+        ({"loss": {"kl": 0}}, "loss gives every kind a weight of 0"),
+        ({"loss": 3}, "loss must be cross_entropy or kl, or a weight for each, not 3"),
+        ({"loss": ["kl"]}, "loss must be cross_entropy or kl, or a weight for each, not ['kl']"),
         ({"loss": "kl"}, "the loss kl and a teacher go together"),
         ({"teacher": "frozen"}, "the loss kl and a teacher go together"),
         ({"teacher": "mine"}, "teacher must be none or frozen, not 'mine'"),
-        ({**TAUGHT, "guidance": "none"}, "set loss: kl and label_drop: 0"),
-        ({**TAUGHT, "guidance": "none", "label_drop": 0, "cfg": [3, 1]}, "two that ascend, not (3.0, 1.0)"),
-        ({**TAUGHT, "guidance": "none", "label_drop": 0, "cfg": [1, 1]}, "two that ascend"),
-        ({**TAUGHT, "guidance": "none", "label_drop": 0, "cfg": [1]}, "cfg must be a list such as"),
-        ({**TAUGHT, "guidance": "none", "label_drop": 0, "cfg": [0, float("inf")]}, "two that ascend"),
-        ({**TAUGHT, "guidance": "none", "label_drop": 0, "cfg": "strong"}, "cfg must be a number, not 'strong'"),
-        ({"layers": "nearest"}, "layers must be equidistant, sensitivity or lists of numbers, not 'nearest'"),
-        ({"layers": [[0, 1, 2, 5]]}, "layers has lists of 4 layers, but depths are 4, 2"),
+        ({**TAUGHT, "guidance": "none", "cfg": 1.5}, "set teacher: frozen, loss: kl and label_drop: 0"),
+        ({**NONE, "cfg": 1.5}, "set teacher: frozen, loss: kl and label_drop: 0"),
+        ({**TAUGHT, "guidance": "none", "label_drop": 0}, "guidance: none and cfg, what is distilled, go together"),
+        ({**TAUGHT, "cfg": [1, 3]}, "guidance: none and cfg, what is distilled, go together"),
+        (
+            {**TAUGHT, **NONE, "cfg": [3, 1]},
+            "recipe: cfg must be a number from -1000 to 1000, or two",
+        ),
+        ({**TAUGHT, **NONE, "cfg": [1, 1]}, "or two of these, the smaller first"),
+        (
+            {**TAUGHT, **NONE, "cfg": [1]},
+            "cfg must be a number, or two as a range, such as",
+        ),
+        (
+            {**TAUGHT, **NONE, "cfg": [0, float("inf")]},
+            "recipe: cfg must be a number from -1000 to 1000, or two",
+        ),
+        (
+            {**TAUGHT, **NONE, "cfg": "strong"},
+            "or two as a range, such as [0.5, 3], not 'strong'",
+        ),
+        (
+            {"layers": "nearest"},
+            "layers must be equidistant, sensitivity, or layers",
+        ),
+        ({"layers": [[0, 1, 2, 5]]}, "layers has 1 lists, of 4 layers, but depths are 4, 2"),
         ({"layers": [[0, 2, 1, 5], [0, 5]]}, "each list of layers must ascend"),
-        ({"layers": [0, 5]}, "layers must be a list such as [16, 8, 4, 2], not 0"),
-        ({"layers": 3}, "layers must be text, not 3"),
+        ({"layers": [0, 5]}, "or layers for each depth, such as [[0, 9, 29], [0, 29]], not [0, 5]"),
+        ({"layers": 3}, "layers must be equidistant, sensitivity, or layers for each depth"),
+        ({"layers": []}, "layers has 0 lists, of no layers, but depths are 4, 2"),
+        ({"teacher_top": 8}, "teacher_logits: stored and teacher_top go together"),
+        ({**TAUGHT, "teacher_logits": "stored"}, "teacher_logits: stored and teacher_top go together"),
+        ({"teacher_logits": "stored", "teacher_top": 8}, "stored needs a teacher"),
+        ({"ema": 1}, "ema must be from 0 to below 1, not 1"),
         ({"holdout": 0.9}, "holdout must be from 0 to 0.5, not 0.9"),
         ({"origin": {"rumour": ["depths"]}}, "origin must be published, embedded, guess, not 'rumour'"),
         ({"origin": {"guess": ["depth"]}}, "origin names 'depth', which is no key of a recipe"),

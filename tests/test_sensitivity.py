@@ -8,9 +8,13 @@ import torch
 import varcompress
 from tests.conftest import random_model
 from varcompress.data.digits import load_digits
+from varcompress.data.tokens import Samples
 from varcompress.errors import InputError
 from varcompress.schedule import Schedule
-from varcompress.training.sensitivity import IMAGES_AT_A_TIME, eliminate, late_kl
+from varcompress.training.objective import Objective
+from varcompress.training.recipe import Recipe
+from varcompress.training.sensitivity import eliminate
+from varcompress.training.teacher import Teacher
 
 FULL = Schedule.parse("full", depth=6, patch_nums=(1, 2, 3, 4), bridge=2)
 WORTH = (5.0, 1.0, 4.0, 1.0, 7.0, 3.0)  # what a layer contributes, if it runs at the last scale
@@ -73,38 +77,39 @@ def test_a_loss_that_is_no_number_chooses_nothing():
 
 # -- the loss -------------------------------------------------------------------------------------
 
+RECIPE = Recipe("small", (4, 2), 2, epochs_full=1, loss={"kl": 1.0}, teacher="frozen", dtype="float32")
 
-@pytest.fixture(scope="module")
-def images():
-    """Labels, the null class among them, and tokens of more images than are run at a time."""
+
+def parts(model, count=19, size=8):
+    """Images, the null class among them, in parts."""
     generator = torch.Generator().manual_seed(0)
-    count = IMAGES_AT_A_TIME + 3
-    return torch.arange(count) % 11, torch.randint(40, (count, 30), generator=generator)
+    labels, tokens = torch.arange(count) % 11, torch.randint(40, (count, 30), generator=generator)
+    return [Samples(*part, None, None) for part in zip(labels.split(size), tokens.split(size), strict=True)]
 
 
-def test_kl_is_that_of_the_distributions(tiny, images):
-    labels, tokens = images
-    schedule = tiny.schedule("d3@2")
+def loss_of(model, images):
+    return Objective(model, RECIPE, Teacher(model.var, model.schedule("full"))).loss_of(images)
+
+
+def test_the_loss_is_kl_of_the_distributions(tiny):
+    images, schedule = parts(tiny), tiny.schedule("d3@2")
+    labels, tokens = (torch.cat([part[i] for part in images]) for i in (0, 1))
     with torch.no_grad():
         teacher_input = tiny.tokenizer.teacher_input(tokens)
         p, q = (tiny.var(labels, teacher_input, s).double().softmax(-1) for s in (tiny.schedule("full"), schedule))
     expected = (p * (p / q).log()).sum(-1).mean().item()
-    loss_of = late_kl(tiny, labels, tokens)
-    assert loss_of(schedule) == pytest.approx(expected, rel=1e-4)
-    assert loss_of(schedule) > 0.1
-    assert loss_of(tiny.schedule("full")) == pytest.approx(0, abs=1e-6)
+    found = loss_of(tiny, images)
+    assert found(schedule) == pytest.approx(expected, rel=1e-4)
+    assert found(schedule) > 0.1
+    assert found(tiny.schedule("full")) == pytest.approx(0, abs=1e-6)
 
 
-def test_choosing_twice_gives_the_same_and_leaves_no_trace(images):
-    def chosen(model) -> dict:
-        return eliminate(late_kl(model, *images), model.schedule("full"), 2, (4, 2))
-
-    model, other = random_model(), random_model()
-    other.generate([0], "d2")  # whose weights are packed by then
+def test_choosing_twice_gives_the_same_and_leaves_no_trace():
+    model = random_model()
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    subnets = chosen(model)
-    assert subnets == chosen(model) == chosen(other)
-    assert set(subnets[2]) < set(subnets[4])
+    first, second = (eliminate(loss_of(model, parts(model)), model.schedule("full"), 2, (4, 2)) for _ in range(2))
+    assert first == second
+    assert set(first[2]) < set(first[4])
     for name, value in model.state_dict().items():
         assert torch.equal(value, before[name])
     assert all(parameter.grad is None for parameter in model.parameters())
@@ -114,6 +119,6 @@ def test_the_last_layer_of_the_embedded_model_goes_before_the_first():
     """From 30 layers to 28, by a few images: the ends, which an equidistant subnet always has, are not equal."""
     model = varcompress.load("digits")
     pixels, labels = load_digits()
-    loss_of = late_kl(model, labels[:4], model.encode(pixels[:4]))
-    removed = {layer: loss_of(model.schedule(text)) for layer, text in ((0, "d29@2,1-29"), (29, "d29@2,0-28"))}
+    found = loss_of(model, [Samples(labels[:4], model.encode(pixels[:4]).clone(), None, None)])
+    removed = {layer: found(model.schedule(text)) for layer, text in ((0, "d29@2,1-29"), (29, "d29@2,0-28"))}
     assert removed[29] < removed[0]

@@ -200,7 +200,7 @@ def test_stored_answers_teach_nearly_as_live_ones(undisturbed, tiny, images, tmp
     assert losses(tmp_path / "few")[0]["loss"] < losses(undisturbed)[0]["loss"]  # a lower bound
     other = random_model(seed=1)
     other.tokenizer.load_state_dict(tiny.tokenizer.state_dict())
-    with pytest.raises(InputError, match="teacher: holds what another teacher said"):
+    with pytest.raises(InputError, match="teacher: holds what a teacher said under another teacher: delete it"):
         distill(other, few, data=images, out=tmp_path / "other", tokens=tokens)
 
 
@@ -288,7 +288,7 @@ def test_layers_without_the_first_or_last_are_refused(tiny, images, tmp_path, la
 
 @pytest.mark.parametrize("cfg", [2.0, (0.5, 3.0)])
 def test_guidance_is_distilled_so_that_no_second_pass_is_needed(tiny, images, tmp_path, cfg):  # noqa: F811
-    recipe, out = changed(guidance="none", cfg=cfg, label_drop=0.0, epochs=3), tmp_path / "out"
+    recipe, out = changed(guidance="none", cfg=cfg, label_drop=0.0, epochs=3, layers="sensitivity"), tmp_path / "out"
     distill(copy.deepcopy(tiny), recipe, data=images, out=tmp_path / "undisturbed")
     with pytest.raises(Interrupt):
         distill(copy.deepcopy(tiny), recipe, data=images, out=out, progress=interrupt_at(7))

@@ -196,12 +196,12 @@ class Schedule:
 
 
 @dataclass(frozen=True)
-class Branches:
-    """Schedules that one teacher-forced pass runs side by side: a trunk, and a branch of tokens for each of them.
+class Together:
+    """Schedules that one teacher-forced pass runs side by side: a trunk, and a tail of tokens for each of them.
 
     The trunk is the tokens of the scales at the start, as many as all schedules run with the same layers: the bridge.
     What follows differs from schedule to schedule, so each has its own copy of the later tokens, which see the trunk
-    and themselves. One schedule alone is all trunk. The pieces of the pass are the trunk and the branches, in order.
+    and themselves. One schedule alone is all trunk. The pieces of the pass are the trunk and the tails, in order.
     """
 
     schedules: tuple[Schedule, ...]
@@ -217,14 +217,14 @@ class Branches:
     @cached_property
     def lengths(self) -> tuple[int, ...]:
         """Tokens of each piece."""
-        branch = self.schedules[0].ends[-1] - self.trunk
-        return (self.trunk, *(branch for _ in self.schedules if branch))
+        tail = self.schedules[0].ends[-1] - self.trunk
+        return (self.trunk, *(tail for _ in self.schedules if tail))
 
     def seen(self, layer: int) -> tuple[int, ...]:
         """How many tokens of each piece a layer sees: the first ones."""
-        branches = self.schedules[: len(self.lengths) - 1]
-        ahead = max(schedule.layer_tokens[layer] for schedule in self.schedules)
-        return (min(ahead, self.trunk), *(max(s.layer_tokens[layer] - self.trunk, 0) for s in branches))
+        tokens = [schedule.layer_tokens[layer] for schedule in self.schedules]
+        tails = (max(seen - self.trunk, 0) for seen in tokens[: len(self.lengths) - 1])
+        return (min(max(tokens), self.trunk), *tails)
 
     @cached_property
     def layers(self) -> tuple[int, ...]:

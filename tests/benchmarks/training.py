@@ -29,9 +29,8 @@ from varcompress.evaluation import evaluate
 from varcompress.hardware import device_name
 from varcompress.loading import load
 from varcompress.models.elastic import ElasticVAR
-from varcompress.schedule import Branches
+from varcompress.schedule import Together
 from varcompress.training import distill
-from varcompress.training.loop import subnets_of
 from varcompress.training.objective import Objective
 from varcompress.training.recipe import FULL, Recipe, load_recipe
 from varcompress.training.strategy import plan
@@ -63,9 +62,13 @@ def _fixed(p: float) -> tuple[str, ...]:
     return "epochs_full=18", "epochs_ramp=0", "epochs_subnet=0", f"p_start={p}"
 
 
+def _stored(top: int) -> tuple[str, ...]:
+    return "teacher_logits=stored", f"teacher_top={top}"
+
+
 KL = ("loss=kl", "teacher=frozen")
 ROWS = {
-    "teacher": Row("strategy", "the teacher: nothing trained", "digits"),
+    "teacher": Row("strategy", "the teacher: nothing trained", "digits-guided"),
     "fixed-0.1": Row("strategy", "fixed p = 0.1, cross-entropy", "variant-digits", _fixed(0.1)),
     "fixed-0.5": Row("strategy", "fixed p = 0.5, cross-entropy", "variant-digits", _fixed(0.5)),
     "fixed-1": Row("strategy", "fixed p = 1, cross-entropy", "variant-digits", _fixed(1)),
@@ -89,13 +92,8 @@ ROWS = {
     "label-drop": Row("options", "the null class for a tenth of the labels", "digits-guided", ("label_drop=0.1",)),
     "ema": Row("options", "mean of the weights, decay 0.98", "digits-guided", ("ema=0.98",)),
     "bfloat16-teacher": Row("options", "teacher in bfloat16", "digits-guided", ("teacher_dtype=bfloat16",)),
-    "stored-16": Row(
-        "options",
-        "the teacher's 16 largest logits, stored",
-        "digits-guided",
-        ("teacher_logits=stored", "teacher_top=16"),
-    ),
-    "stored-64": Row("options", "the teacher's 64 largest logits, stored", "digits-guided", ("teacher_logits=stored",)),
+    "stored-16": Row("options", "the teacher's 16 largest logits, stored", "digits-guided", _stored(16)),
+    "stored-64": Row("options", "the teacher's 64 largest logits, stored", "digits-guided", _stored(64)),
 }
 
 
@@ -143,7 +141,8 @@ def held_out(model: ElasticVAR, recipe: Recipe, folder: Path) -> dict[str, dict[
     store = TokenStore(folder, source, model, 1)
     store.create()
     store.encode()
-    _, heldout = store.read().split(recipe.holdout, recipe.seed)
+    tokens = store.read()
+    _, heldout = tokens.split(recipe.held_out(len(tokens)))
     places = np.arange(len(heldout))
     judge = load_recipe("digits" if recipe.guidance == "none" else "digits-guided")
     guided = judge.guidance == "none"
@@ -163,17 +162,21 @@ def units(recipe: Recipe) -> float:
     model = load("digits", device="cpu")
     model.bridge, model.depths = recipe.bridge, recipe.depths
     if not isinstance(recipe.layers, str):
-        model.subnets = subnets_of(model, recipe, None, None)
+        model.subnets = dict(zip(recipe.depths, recipe.layers, strict=True))
     images = len(open_source(None, model))
-    steps = plan(recipe, (images - round(recipe.holdout * images)) // recipe.batch_size)
+    steps = plan(recipe, (images - recipe.held_out(images)) // recipe.batch_size)
     full = model.schedule(FULL)
     whole = full.depth * full.ends[-1]
     rows = 0.0
     for step in steps:
-        branches = Branches(tuple(model.schedule(FULL if depth == FULL else f"d{depth}") for depth in step.depths))
-        rows += sum(sum(branches.seen(layer)) for layer in branches.layers)
-        rows += whole / 3 * (2 if recipe.guidance == "none" else 1) if recipe.teacher != "none" else 0
-    return rows / whole * recipe.batch_size / 64
+        together = Together(tuple(model.schedule(FULL if depth == FULL else f"d{depth}") for depth in step.depths))
+        rows += sum(sum(together.seen(layer)) for layer in together.layers)
+    halves = 2 if recipe.guidance == "none" else 1  # of the teacher's pass, conditional and not
+    asked = len(steps) * recipe.batch_size
+    if recipe.teacher_logits == "stored":  # each image once in each view, and for the null class
+        asked = images * recipe.views * (2 if recipe.label_drop else 1)
+    taught = asked * halves / 3 if recipe.teacher != "none" else 0
+    return (rows / whole * recipe.batch_size + taught) / 64
 
 
 def commit() -> str:
@@ -207,7 +210,7 @@ LABELS = [FULL, "d16", "d8", "d4", "d2"]
 
 def _line(row: Row, found: list[dict]) -> list[str]:
     recipe = Recipe.from_dict(found[0]["recipe"])
-    steps = len(plan(recipe, round(1797 * (1 - recipe.holdout)) // recipe.batch_size)) if found[0]["units"] else 0
+    steps = len(plan(recipe, (1797 - recipe.held_out(1797)) // recipe.batch_size)) if found[0]["units"] else 0
     fd = [_spread([run["fd"][label] for run in found], 1) for label in LABELS]
     kl = [_spread([run["heldout"]["kl"][label] for run in found], 3) for label in LABELS]
     return [row.title, f"{steps} x {recipe.batch_size}" if steps else "–", f"{found[0]['units']:.0f}", *fd, *kl]
@@ -233,13 +236,13 @@ def write_section(name: str, text: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("rows", nargs="*", choices=[*ROWS, []], metavar="ROW", help=", ".join(ROWS))
+    parser.add_argument("rows", nargs="*", choices=[*ROWS], metavar="ROW", default=None, help=", ".join(ROWS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--tables", action="store_true")
     options = parser.parse_args()
     torch.set_num_threads(1)
     FOLDER.mkdir(parents=True, exist_ok=True)
-    for name in options.rows:
+    for name in options.rows or ():
         for seed in options.seeds[:1] if name == "teacher" else options.seeds:
             result = run(name, seed)
             (FOLDER / f"{name}-{seed}.json").write_text(json.dumps(result, indent=1) + "\n")

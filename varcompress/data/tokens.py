@@ -62,10 +62,10 @@ class TokenData:
         tokens = torch.from_numpy(self.tokens[rows, views].astype(np.int64))
         return Samples(torch.from_numpy(self.labels[places] if labels is None else labels), tokens, rows, views)
 
-    def split(self, share: float, seed: int) -> tuple[TokenData, TokenData]:
-        """Two parts of the data, by chance: all but a share of the images, and those. No image is in both."""
-        order = words(seed, HOLDOUT, 0, len(self))[0].argsort(stable=True).numpy()
-        held, kept = np.split(order, [round(share * len(self))])
+    def split(self, count: int) -> tuple[TokenData, TokenData]:
+        """Two parts of the data: all but `count` images, and those, which are the same for runs of every seed."""
+        order = words(0, HOLDOUT, 0, len(self))[0].argsort(stable=True).numpy()
+        held, kept = np.split(order, [count])
         return tuple(
             replace(self, rows=self.rows[part], labels=self.labels[part]) for part in map(np.sort, (kept, held))
         )

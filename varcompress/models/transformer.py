@@ -23,7 +23,7 @@ from varcompress.kernels.backend import Kernels
 from varcompress.kernels.modulate import modulate
 from varcompress.models.cache import KVCache
 from varcompress.models.linear import ConditionLinear, Linear
-from varcompress.schedule import Branches, Schedule
+from varcompress.schedule import Schedule, Together
 
 MAX_LOG_SCALE = math.log(100)
 # All but cuDNN's, whose backward pass gives NaN under a mask at some lengths, such as the 2,240 tokens of 512 px.
@@ -68,9 +68,9 @@ class Layout(NamedTuple):
         return cls(scale, scale[:, None] >= scale)
 
     def mask_of(self, trunk: int, seen: tuple[int, ...]) -> Tensor:
-        """The mask of a layer that sees the first `seen` tokens of each piece of a pass (see `Branches`): (n, n) bool.
+        """The mask of a layer that sees the first `seen` tokens of each piece of a pass (see `Together`): (n, n) bool.
 
-        A token of a branch sees the trunk and its own branch.
+        A token of a tail sees the trunk and its own tail.
         """
         if not any(seen[1:]):
             return self.mask[: seen[0], : seen[0]]
@@ -357,7 +357,7 @@ class VAR(nn.Module):
         self,
         labels: Tensor,
         teacher_input: Tensor,
-        schedules: Schedule | Branches,
+        schedules: Schedule | Together,
         *,
         cfg: Tensor | None = None,
         checkpointing: bool = False,
@@ -366,28 +366,28 @@ class VAR(nn.Module):
         """Teacher-forced logits under a schedule, (B, L, V) float32, or under several in one pass, (B, N, V).
 
         labels: (B,) int64; teacher_input: (B, L - p_1^2, z_channels), see `VQVAE.teacher_input`; N: the tokens of all
-        pieces of the branches, one after another; cfg: see `condition`; checkpointing: recompute the activations of
+        pieces of the together, one after another; cfg: see `condition`; checkpointing: recompute the activations of
         each layer in the backward pass instead of keeping them; kept: (depth, 2, B), see `Block.forward`.
         A layer sees only the tokens of the scales that it runs at; the block-causal mask makes that exactly what
         cached generation computes.
         """
-        branches = schedules if isinstance(schedules, Branches) else Branches((schedules,))
+        together = schedules if isinstance(schedules, Together) else Together((schedules,))
         condition = self.condition(labels, cfg)
         x = torch.cat((self.first_input(condition), self.word_embed(teacher_input.to(condition.dtype))), dim=1)
-        trunk, late = (x + self.positions()).split((branches.trunk, self.config.tokens - branches.trunk), dim=1)
-        pieces = Pieces([trunk, *[late] * (len(branches.lengths) - 1)])
+        trunk, late = (x + self.positions()).split((together.trunk, self.config.tokens - together.trunk), dim=1)
+        pieces = Pieces([trunk, *[late] * (len(together.lengths) - 1)])
         shared = self.shared_modulation(condition)
         seen = None
-        for layer in branches.layers:
-            if branches.seen(layer) != seen:
-                seen = branches.seen(layer)
-                x, mask = pieces.take(x, seen), self.layout.mask_of(branches.trunk, seen)
+        for layer in together.layers:
+            if together.seen(layer) != seen:
+                seen = together.seen(layer)
+                x, mask = pieces.take(x, seen), self.layout.mask_of(together.trunk, seen)
             given = (x, condition, shared, mask, None if kept is None else kept[layer])
             if checkpointing and torch.is_grad_enabled():
                 x = checkpoint(self.blocks[layer], *given, use_reentrant=False)
             else:
                 x = self.blocks[layer](*given)
-        x = pieces.take(x, branches.lengths)
+        x = pieces.take(x, together.lengths)
         return self.head(modulate(x, *self.head_nm.modulation(condition))).float()
 
 

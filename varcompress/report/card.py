@@ -243,7 +243,7 @@ def _table(columns: Mapping[str, Callable], rows: Sequence) -> dict:
 
 ORIGIN = {
     "published": "published",
-    "embedded": "carried over from the model embedded in varcompress",
+    "embedded": "found on the small model embedded in varcompress",
     "guess": "a guess that nobody has run at this size",
 }
 

@@ -180,7 +180,7 @@ def _facts(result: dict) -> Table:
         "guidance": None if distilled is None else f"distilled into the weights for {cfg_text(distilled)}",
         "base model": result["base_model"],
         "licence": result["license"],
-        "recipe": recipe and "; ".join(f"{key} {_value(value)}" for key, value in recipe.items()),
+        "recipe": recipe and "; ".join(f"{key} {_value(value)}" for key, value in recipe.items() if key != "origin"),
     }
     table = Table.grid(padding=(0, 2))
     table.add_column(style="bold")

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from varcompress.data.sources import open_source
-from varcompress.data.tokens import Epoch, TokenData, TokenStore
+from varcompress.data.tokens import Epoch, Samples, TokenData, TokenStore
 from varcompress.errors import InputError
 from varcompress.fingerprint import weights_digest
 from varcompress.images import skipped_note
@@ -30,7 +30,7 @@ from varcompress.training.log import StepLog
 from varcompress.training.objective import Objective
 from varcompress.training.optimizer import learning_rate_at, optimizer_of
 from varcompress.training.recipe import FULL, Recipe, load_recipe
-from varcompress.training.sensitivity import eliminate, late_kl
+from varcompress.training.sensitivity import eliminate
 from varcompress.training.state import RunDirectory
 from varcompress.training.strategy import Step, plan
 from varcompress.training.teacher import StoredTeacher, Teacher
@@ -80,33 +80,32 @@ def distill(
         ranks.on_rank_zero(lambda: _check_size(recipe, len(source)))
         digest = ranks.check_same(partial(weights_digest, model), "the weights of the model", SAME_MODEL)
         teacher = teacher_of(model, recipe)  # a copy taken before the weights of a state to continue from
-        if isinstance(recipe.distilled_cfg, tuple):
-            add_cfg_input(model.var)
         identity = {"recipe": recipe.to_dict(), "model": digest, "data": source.digest}
-        if teacher:
-            identity["teacher"] = teacher.digest
+        identity |= {"teacher": teacher.digest} if teacher and ranks.is_rank_zero else {}
         done = ranks.on_rank_zero(lambda: directory.begin(identity, note=note, resume=resume))
+        if isinstance(recipe.cfg, tuple):
+            add_cfg_input(model.var)
 
         store = TokenStore(tokens or directory.tokens_path, source, model, recipe.views)
         ranks.on_rank_zero(lambda: directory.begin_store(store))
         encoded = _encode(store, ranks, progress, note)
-        data, heldout = encoded.split(recipe.holdout, recipe.seed)
-        ranks.on_rank_zero(lambda: _check_size(recipe, len(data)))  # again, now that unreadable ones are out
+        data, heldout = encoded.split(recipe.held_out(len(encoded)))
+        ranks.on_rank_zero(lambda: _check_size(recipe, len(encoded)))  # again, now that unreadable ones are out
         model.bridge, model.depths = recipe.bridge, recipe.depths
-        model.subnets = ranks.on_rank_zero(lambda: directory.subnets(lambda: subnets_of(model, recipe, data, progress)))
+        objective = Objective(model, recipe, teacher)
+        model.subnets = ranks.on_rank_zero(lambda: directory.subnets(lambda: subnets_of(objective, data, progress)))
         steps = plan(recipe, len(data) // recipe.batch_size)  # a pass drops its last, incomplete batch
         if recipe.teacher_logits == "stored" and teacher:
-            teacher = _store_answers(
-                teacher, store, encoded, Objective(model, recipe, teacher), directory, ranks, progress
-            )
-        run = Run(model, recipe, steps, data, heldout, directory, ranks, Objective(model, recipe, teacher))
+            objective.teacher = _store_answers(teacher, store, encoded, objective, directory, ranks, progress)
+            del teacher  # whose memory nobody needs any more
+        run = Run(model, recipe, steps, data, heldout, directory, ranks, objective)
         with StepLog(directory.steps_path, done) if ranks.is_rank_zero else nullcontext() as log:
             try:
                 train(run, done, log, progress)
             finally:
                 model.var.zero_grad()  # of a step that was interrupted; they are as large as the weights
 
-        model.distilled_cfg = recipe.distilled_cfg
+        model.distilled_cfg = recipe.cfg
         model.provenance = replace(model.provenance, recipe=recipe.to_dict())
         ranks.on_rank_zero(lambda: directory.finish(model))
     return model
@@ -143,7 +142,7 @@ def train(run: Run, done: int, log: StepLog | None, progress: Progress = silent)
             epoch = Epoch.draw(run.data, seed=recipe.seed, epoch=step.epoch, label_drop=recipe.label_drop, null=null)
         schedules = schedules_of(model, step.depths)
         learning_rate = learning_rate_at(step.number, last, recipe)
-        losses, gradient_norm = gradients(run, step, epoch, list(schedules.values()))
+        losses, loss, gradient_norm = gradients(run, step, epoch, list(schedules.values()))
         optimizer.step(learning_rate)
         if mean:
             mean.update(step.number)
@@ -152,7 +151,7 @@ def train(run: Run, done: int, log: StepLog | None, progress: Progress = silent)
             "step": step.number,
             "epoch": step.epoch,
             **({} if step.phase is None else {"phase": step.phase, "p": round(step.p, 6)}),
-            "loss": run.objective.total(losses).item(),
+            "loss": loss,
             **loss_fields(run.objective, losses, schedules),
             "learning_rate": learning_rate,
             "gradient_norm": gradient_norm,
@@ -160,22 +159,23 @@ def train(run: Run, done: int, log: StepLog | None, progress: Progress = silent)
         }
         if len(run.heldout) and (step.number % recipe.holdout_every == 0 or step.number == last):
             line["heldout"] = measure_heldout(run, mean)
-            held = f", held out {line['heldout']['loss']:.3f}"
+            held = f", held out {' '.join(f'{value:.3f}' for value in line['heldout']['losses'].values())}"
         if ranks.is_rank_zero:
             log.append(line)
             if step.number % recipe.checkpoint_every == 0 or step.ends_phase:
                 run.directory.save(var, optimizer, step.number, mean)
         phase = f"phase {step.phase}, p {step.p:.2f}, " if step.phase else ""
         names = " ".join("full" if depth == FULL else f"d{depth}" for depth in step.depths)
-        progress(step.number, last, f"distill: {phase}{names}, loss {line['loss']:.3f}{held}")
+        progress(step.number, last, f"distill: {phase}{names}, loss {loss:.3f}{held}")
     if mean:
         mean.swap()
 
 
-def gradients(run: Run, step: Step, epoch: Epoch, schedules: list[Schedule]) -> tuple[Tensor, float]:
+def gradients(run: Run, step: Step, epoch: Epoch, schedules: list[Schedule]) -> tuple[Tensor, float, float]:
     """The clipped gradients of a step, in the parameters, averaged over the processes.
 
-    Returns the losses by kind, schedule and token (N, S, L), and the norm of the gradient before clipping.
+    Returns the losses by kind, schedule and token (N, S, L), the one that is minimised, and the norm of the gradient
+    before clipping.
     """
     var, recipe = run.model.var, run.recipe
     losses = sum(
@@ -185,12 +185,13 @@ def gradients(run: Run, step: Step, epoch: Epoch, schedules: list[Schedule]) -> 
     parameters = list(var.parameters())
     # Layers that a step leaves out have no gradient: neither clipping nor AdamW touches them.
     run.ranks.average_([*(parameter.grad for parameter in parameters if parameter.grad is not None), losses])
-    norm = nn.utils.clip_grad_norm_(parameters, recipe.gradient_clip or math.inf).item()
+    norm = nn.utils.clip_grad_norm_(parameters, recipe.gradient_clip or math.inf)
+    loss, norm = torch.stack((run.objective.total(losses), norm)).tolist()
     # before the weights move: no state of a spoilt model is saved
-    for what, value in (("loss", run.objective.total(losses).item()), ("norm of the gradient", norm)):
+    for what, value in (("loss", loss), ("norm of the gradient", norm)):
         if not math.isfinite(value):
             raise InputError(f"step {step.number}: the {what} is {value}; start another run with a lower learning_rate")
-    return losses, norm
+    return losses, loss, norm
 
 
 @torch.no_grad()
@@ -201,14 +202,10 @@ def measure_heldout(run: Run, mean: WeightMean | None) -> dict:
     """
     recipe, ranks = run.recipe, run.ranks
     schedules = schedules_of(run.model, (FULL, *recipe.depths))
-    size = max(1, recipe.batch_size // (ranks.count * recipe.accumulation))
-    starts = range(0, len(run.heldout), size)
     losses = run.objective.zeros(len(schedules))
     with mean.in_use() if mean else nullcontext():
-        for start in starts[ranks.rank :: ranks.count]:
-            places = np.arange(start, min(start + size, len(run.heldout)))
-            samples = run.heldout.samples(places, np.zeros_like(places))
-            losses += run.objective.evaluate(samples, list(schedules.values())) * len(places)
+        for samples in in_first_view(run.heldout, recipe.pass_size(ranks.count))[ranks.rank :: ranks.count]:
+            losses += run.objective.evaluate(samples, list(schedules.values())) * len(samples.labels)
     losses = ranks.sum_(losses) / len(run.heldout)
     return {"loss": run.objective.total(losses).item(), **loss_fields(run.objective, losses, schedules)}
 
@@ -216,12 +213,14 @@ def measure_heldout(run: Run, mean: WeightMean | None) -> dict:
 def loss_fields(objective: Objective, losses: Tensor, schedules: dict[str, Schedule]) -> dict:
     """What the log says of losses (N, S, L): of each schedule the loss, and each kind of it scale by scale."""
     counts = [side * side for side in objective.model.var.config.patch_nums]
-    per_scale = torch.stack([part.mean(-1) for part in losses.split(counts, dim=-1)], dim=-1).tolist()
+    per_scale = torch.stack([part.mean(-1) for part in losses.split(counts, dim=-1)], dim=-1)  # (N, S, K)
+    whole = objective.of_schedules(losses).expand(1, 1, -1).mT.expand(1, -1, len(counts))
+    (of_schedules, *kinds) = torch.cat((whole, per_scale)).tolist()  # in one go: each waits for the device
     return {
-        "losses": dict(zip(schedules, objective.of_schedules(losses).tolist(), strict=True)),
+        "losses": {schedule: loss for schedule, (loss, *_) in zip(schedules, of_schedules, strict=True)},
         **{
             kind: dict(zip(schedules, values, strict=True))
-            for kind, values in zip(objective.losses, per_scale, strict=True)
+            for kind, values in zip(objective.losses, kinds, strict=True)
         },
     }
 
@@ -232,17 +231,22 @@ def schedules_of(model: ElasticVAR, depths: Iterable[str | int]) -> dict[str, Sc
     return {str(schedule): schedule for schedule in chosen}
 
 
-def subnets_of(model: ElasticVAR, recipe: Recipe, data: TokenData, progress: Progress) -> dict[int, tuple[int, ...]]:
+def subnets_of(objective: Objective, data: TokenData, progress: Progress = silent) -> dict[int, tuple[int, ...]]:
     """The layers of each depth, where they are not the equidistant ones."""
+    model, recipe = objective.model, objective.recipe
     if recipe.layers == "equidistant":
         return {}
     if recipe.layers != "sensitivity":
         return dict(zip(recipe.depths, recipe.layers, strict=True))
-    places = np.arange(min(SENSITIVITY_IMAGES, len(data)))
-    images = data.samples(places, np.zeros_like(places))
-    full = model.schedule("full")
-    loss = late_kl(model, images.labels, images.tokens)
+    full = model.schedule(FULL)
+    loss = objective.loss_of(in_first_view(data, recipe.pass_size(), SENSITIVITY_IMAGES))
     return eliminate(loss, full, recipe.bridge, recipe.depths, keep=(0, full.depth - 1), progress=progress)
+
+
+def in_first_view(data: TokenData, size: int, count: int | None = None) -> list[Samples]:
+    """The first `count` images, or all, in their first view and with their labels, `size` at a time."""
+    places = np.arange(len(data))[:count]
+    return [data.samples(part, np.zeros_like(part)) for part in np.split(places, range(size, len(places), size))]
 
 
 def micro_batches(step: Step, recipe: Recipe, ranks: Ranks) -> Iterator[slice]:
@@ -250,7 +254,7 @@ def micro_batches(step: Step, recipe: Recipe, ranks: Ranks) -> Iterator[slice]:
 
     All processes together cover the batch.
     """
-    size = recipe.batch_size // (ranks.count * recipe.accumulation)
+    size = recipe.pass_size(ranks.count)
     for micro in range(recipe.accumulation):
         start = step.place * recipe.batch_size + (micro * ranks.count + ranks.rank) * size
         yield slice(start, start + size)
@@ -260,7 +264,7 @@ def teacher_of(model: ElasticVAR, recipe: Recipe) -> Teacher | None:
     """The teacher that a recipe asks for: the model as it is now."""
     if recipe.teacher == "none":
         return None
-    guided = recipe.distilled_cfg is not None
+    guided = recipe.cfg is not None
     return Teacher(model.var, model.schedule("full"), dtype=recipe.teacher_dtype, guided=guided)
 
 
@@ -295,9 +299,16 @@ def check_fit(recipe: Recipe, model: ElasticVAR, ranks: Ranks) -> None:
 
 
 def _check_size(recipe: Recipe, num_images: int) -> None:
-    if num_images < recipe.batch_size:
+    kept_aside = recipe.held_out(num_images)
+    if recipe.holdout and not kept_aside:
         raise InputError(
-            f"recipe: batch_size {recipe.batch_size} is more than the {num_images} images there are: lower it"
+            f"recipe: holdout {recipe.holdout:g} of {num_images} images is none of them: raise it, or set 0"
+        )
+    if num_images - kept_aside < recipe.batch_size:
+        aside = f" ({kept_aside} of {num_images} are held out)" if kept_aside else ""
+        raise InputError(
+            f"recipe: batch_size {recipe.batch_size} is more than the {num_images - kept_aside} images there are"
+            f"{aside}: lower it"
         )
 
 
@@ -322,11 +333,11 @@ def _store_answers(
 ) -> StoredTeacher:
     """Compute what the teacher says of all images, each process a share of them, and keep it beside their tokens."""
     recipe, config = objective.recipe, objective.model.var.config
-    settings = {"dtype": recipe.dtype, "label_drop": recipe.label_drop > 0, "cfg": recipe.distilled_cfg}
+    settings = {"dtype": recipe.dtype, "label_drop": recipe.label_drop > 0, "cfg": recipe.cfg}
     options = {"top": recipe.teacher_top, "digest": teacher.digest, "settings": settings}
     stored = StoredTeacher(store.path / "teacher", data, config, **options)
     ranks.on_rank_zero(lambda: directory.begin_store(stored))
-    stored.compute(objective.teacher_says, ranks.rank, ranks.count, progress)
+    stored.compute(objective.teacher_says, ranks.rank, ranks.count, progress, at_a_time=recipe.pass_size(ranks.count))
     ranks.barrier()
     stored.open()
     return stored

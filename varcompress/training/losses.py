@@ -27,11 +27,11 @@ class Distribution(NamedTuple):
     """The teacher's distribution over the codebook at each token, whole or its largest part.
 
     log_probs: (B, n, V) float32; where only the largest k are known (B, n, k + 1), the last being that of all others
-    together, with the tokens of the k as `places` (B, n, k) int64.
+    together, and `tokens` (B, n, k) int64 are the k.
     """
 
     log_probs: Tensor
-    places: Tensor | None = None
+    tokens: Tensor | None = None
 
     def largest(self, count: int) -> Distribution:
         """The largest `count` of whole distributions, and the rest."""
@@ -40,7 +40,7 @@ class Distribution(NamedTuple):
 
     def of(self, tokens: slice) -> Distribution:
         """The distributions of some tokens of each image."""
-        return Distribution(self.log_probs[:, tokens], None if self.places is None else self.places[:, tokens])
+        return Distribution(self.log_probs[:, tokens], None if self.tokens is None else self.tokens[:, tokens])
 
 
 class Loss(Protocol):
@@ -64,9 +64,9 @@ class KullbackLeibler:
 
     def __call__(self, log_probs: Tensor, targets: Targets) -> Tensor:
         teacher = targets.teacher
-        if teacher.places is None:
+        if teacher.tokens is None:
             return F.kl_div(log_probs, teacher.log_probs, log_target=True, reduction="none").sum(-1)
-        known = with_rest(log_probs.gather(-1, teacher.places))
+        known = with_rest(log_probs.gather(-1, teacher.tokens))
         return F.kl_div(known, teacher.log_probs, log_target=True, reduction="none").sum(-1)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import NamedTuple
 
@@ -13,7 +13,8 @@ from varcompress.data.streams import CFG, DROP_PATH, fractions, words
 from varcompress.data.tokens import Samples
 from varcompress.hardware import fitting_memory
 from varcompress.models.elastic import ElasticVAR
-from varcompress.schedule import Branches, Schedule
+from varcompress.sampling import cfg_bounds
+from varcompress.schedule import Schedule, Together
 from varcompress.training.losses import LOSSES, Distribution, Targets, scale_weights
 from varcompress.training.recipe import Recipe
 from varcompress.training.teacher import StoredTeacher, Teacher
@@ -36,7 +37,7 @@ class Objective:
 
     def __init__(self, model: ElasticVAR, recipe: Recipe, teacher: Teacher | StoredTeacher | None = None) -> None:
         self.model, self.recipe, self.teacher = model, recipe, teacher
-        # all that can be measured are, for the log; those of weight 0 train nothing
+        # all that can be measured are, for the log
         self.losses = {name: loss() for name, loss in LOSSES.items() if name != "kl" or teacher}
         config, device = model.var.config, model.device
         self._weights = torch.tensor([recipe.loss.get(name, 0.0) for name in self.losses], device=device)
@@ -45,8 +46,8 @@ class Objective:
     def backward(self, samples: Samples, places: slice, step: int, schedules: Sequence[Schedule]) -> Tensor:
         """Add the gradients of one pass of a step. Returns its losses by kind, schedule and token: (N, S, L) float32.
 
-        samples: those at these places of step `step`; they may be on the host. All passes of a step together have the
-        gradient of the step, so each has its share of it.
+        samples: those at these places of the epoch; they may be on the host. All passes of step `step` together have
+        the gradient of the step, so each has its share of it.
         """
         device, recipe = self.model.device, self.recipe
         random = self._random(step, places)
@@ -66,27 +67,40 @@ class Objective:
     @torch.no_grad()
     def evaluate(self, samples: Samples, schedules: Sequence[Schedule]) -> Tensor:
         """Losses by kind, schedule and token, the mean over the images: (N, S, L) float32. Free of chance."""
-        cfg = self._middle_cfg(samples)
-        return self.measure(self.given(samples, cfg), schedules, cfg)
+        with fitting_memory(self.model.device, len(samples.labels), _memory_remedy(self.recipe)):
+            cfg = self._middle_cfg(samples)
+            return self.measure(self.given(samples, cfg), schedules, cfg)
+
+    @torch.no_grad()
+    def loss_of(self, parts: Sequence[Samples]) -> Callable[[Schedule], float]:
+        """A function of schedules: their loss on some images, in parts that fit the device. Free of chance."""
+        # what they are given stays the same for all schedules; the guidance of a range is its middle
+        given = [(self.given(part, self._middle_cfg(part)), self._middle_cfg(part)) for part in parts]
+        images = sum(len(part.labels) for part in parts)
+
+        @torch.no_grad()
+        def loss(schedule: Schedule) -> float:
+            with fitting_memory(self.model.device, len(parts[0].labels), _memory_remedy(self.recipe)):
+                found = (self.total(self.measure(part, [schedule], cfg)) * len(part.labels) for part, cfg in given)
+                return sum(found).item() / images
+
+        return loss
 
     def teacher_says(self, samples: Samples) -> Distribution:
         """The teacher's distributions of these samples."""
-        return self.given(samples, self._middle_cfg(samples)).targets.teacher
+        with fitting_memory(self.model.device, len(samples.labels), _memory_remedy(self.recipe)):
+            return self.given(samples, self._middle_cfg(samples)).targets.teacher
 
     def _middle_cfg(self, samples: Samples) -> Tensor | None:
         """The guidance in the middle of the range, for each sample; None where none is distilled."""
-        if self.recipe.distilled_cfg is None:
+        if self.recipe.cfg is None:
             return None
-        return torch.full((len(samples.labels),), sum(self._cfg_range) / 2, device=self.model.device)
+        middle = sum(cfg_bounds(self.recipe.cfg)) / 2
+        return torch.full((len(samples.labels),), middle, device=self.model.device)
 
     def zeros(self, schedules: int) -> Tensor:
         """Losses (N, S, L) to add to."""
         return torch.zeros(len(self.losses), schedules, self.model.var.config.tokens, device=self.model.device)
-
-    @property
-    def _cfg_range(self) -> tuple[float, float]:
-        cfg = self.recipe.cfg
-        return cfg if isinstance(cfg, tuple) else (cfg, cfg)
 
     @torch.no_grad()
     def given(self, samples: Samples, cfg: Tensor | None = None) -> Given:
@@ -105,26 +119,29 @@ class Objective:
 
         cfg: see `VAR.condition`; kept: see `VAR.forward`.
         """
-        branches, var = Branches(tuple(schedules)), self.model.var
+        together, var = Together(tuple(schedules)), self.model.var
         with self._autocast():
             options = {"checkpointing": self.recipe.activation_checkpointing, "kept": kept}
             options |= {"cfg": cfg} if var.config.cfg_input else {}
-            logits = var(given.labels, given.teacher_input, branches, **options)
-        early, late = (given.targets.of(tokens) for tokens in (slice(0, branches.trunk), slice(branches.trunk, None)))
-        trunk, *rest = (
-            self._of_piece(piece, late if i else early) for i, piece in enumerate(logits.split(branches.lengths, dim=1))
+            logits = var(given.labels, given.teacher_input, together, **options)
+        early, late = (given.targets.of(tokens) for tokens in (slice(0, together.trunk), slice(together.trunk, None)))
+        trunk, *tails = (
+            self._of_piece(piece, late if i else early) for i, piece in enumerate(logits.split(together.lengths, dim=1))
         )
-        whole = [torch.cat((trunk, branch), dim=-1) for branch in rest] or [trunk] * len(schedules)
+        whole = [torch.cat((trunk, tail), dim=-1) for tail in tails] or [trunk] * len(schedules)
         return torch.stack(whole, dim=1)
 
     def _of_piece(self, logits: Tensor, targets: Targets) -> Tensor:
         """Losses of some tokens, the mean over the images: (N, n)."""
-        log_probs = logits.log_softmax(-1)
-        return torch.stack([loss(log_probs, targets).mean(0) for loss in self.losses.values()])
+        log_probs, found = logits.log_softmax(-1), []
+        for name, loss in self.losses.items():
+            with torch.set_grad_enabled(torch.is_grad_enabled() and self.recipe.loss.get(name, 0.0) > 0):
+                found.append(loss(log_probs, targets).mean(0))
+        return torch.stack(found)
 
     def total(self, measured: Tensor) -> Tensor:
         """The loss that is minimised, of losses (N, S, L): ()."""
-        return (self.of_schedules(measured)).mean()
+        return self.of_schedules(measured).mean()
 
     def of_schedules(self, measured: Tensor) -> Tensor:
         """The same of each schedule: (S,)."""
@@ -134,12 +151,12 @@ class Objective:
         """What chance decides for each image of a pass, whatever the other images and processes."""
         recipe, depth, device = self.recipe, self.model.var.config.depth, self.model.device
         images, random = places.stop - places.start, {}
-        if recipe.distilled_cfg is not None:
-            low, high = self._cfg_range
+        if recipe.cfg is not None:
+            low, high = cfg_bounds(recipe.cfg)
             drawn = fractions(words(recipe.seed, CFG, step, images, first=places.start)[0])
             random["cfg"] = (low + (high - low) * drawn).float().to(device)
         if recipe.drop_path:
-            count = 2 * depth  # branches of an image
+            count = 2 * depth  # residual branches of an image
             drawn = fractions(words(recipe.seed, DROP_PATH, step, images * count, first=places.start * count)[0])
             # as VAR is trained: the first layer drops nothing, the last one the most
             drop = torch.linspace(0, recipe.drop_path, depth, dtype=torch.float64).repeat_interleave(2)

@@ -44,7 +44,7 @@ def optimizer_of(var: VAR, recipe: Recipe) -> Optimizer:
 
     Only matrices of linear layers decay, not biases and embeddings. Muon (arXiv 2502.16982; torch.optim.Muon) takes
     those within the layers, AdaLN's aside, with updates as large as AdamW's usually are, so that one learning rate
-    serves both; a direction that its momentum has a little of moves as far as the largest one.
+    serves both.
     """
     betas, decay = recipe.betas, recipe.weight_decay
     matrices = {name: module.weight for name, module in var.named_modules() if isinstance(module, nn.Linear)}

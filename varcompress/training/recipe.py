@@ -15,11 +15,12 @@ import yaml
 
 from varcompress.errors import InputError
 from varcompress.files import disk_errors, write_text
-from varcompress.sampling import MAX_CFG, MAX_SEED
+from varcompress.sampling import MAX_SEED, checked_cfg
 from varcompress.training.losses import LOSSES
 
 FULL = "full"  # the full network's place among the depths
 ORIGINS = ("published", "embedded", "guess")  # a paper's figure, carried over from the embedded model, run by nobody
+BELOW_ONE = 1 - 1e-9
 LAYERS = ("equidistant", "sensitivity")  # ways to choose the layers of a depth
 EXAMPLES = {float: "[0.9, 0.95]", int: "[16, 8, 4, 2]", str: "[depths, bridge]"}  # of a list, by what it holds
 # the recipes made for a model that has a name; the first is taken where none is asked for
@@ -30,16 +31,17 @@ MADE_FOR = {
 }
 
 
-def _within(low: float, high: float = math.inf, default: object = MISSING, *, machine: bool = False) -> object:
-    """A field whose number, or each of whose numbers, lies between two bounds, both included.
-
-    machine: it says only how the machine is used, as `machine_fields` has it.
-    """
-    return _plain(default, low=low, high=high, machine=machine)
+def _within(low: float, high: float = math.inf, default: object = MISSING, **metadata: object) -> object:
+    """A field whose number, or each of whose numbers, lies between two bounds, both included but for BELOW_ONE."""
+    return _plain(default, low=low, high=high, **metadata)
 
 
 def _plain(default: object, **metadata: object) -> object:
-    """A field with what is known of it."""
+    """A field with what is known of it.
+
+    machine: it says only how the machine is used, as `machine_fields` has it; accepts: what it can be, in words, where
+    that is more than one type.
+    """
     if isinstance(default, dict):
         return field(default_factory=default.copy, metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -56,25 +58,36 @@ class Recipe:
     name: str
     depths: tuple[int, ...] = _within(2)  # subnets to train, largest first
     bridge: int = _within(0)  # scales at the start that always run all layers
-    layers: str | tuple[tuple[int, ...], ...] = "equidistant"  # of each depth; or "sensitivity", or by number
+    # of each depth: equidistant, by sensitivity, or by number; the first and the last are always among them
+    layers: str | tuple[tuple[int, ...], ...] = _plain(
+        "equidistant",
+        accepts="equidistant, sensitivity, or layers for each depth, such as [[0, 9, 29], [0, 29]]",
+    )
 
     epochs_full: int = _within(0, default=0)  # phase 1: a subnet with probability p_start
     epochs_ramp: int = _within(0, default=0)  # phase 2: the probability rises linearly
     epochs_subnet: int = _within(0, default=0)  # phase 3: a subnet with probability p_end
     p_start: float = _within(0, 1, default=0.2)
     p_end: float = _within(0, 1, default=1.0)
-    depth_probability: dict[str, float] | None = _within(0, 1, default=None)  # of each depth, in every step
+    # of each depth, in every step
+    depth_probability: dict[str, float] | None = _within(
+        0, 1, default=None, accepts="a probability for each depth, such as {full: 0.25, 16: 0.5, 2: 1}"
+    )
     epochs: int = _within(0, default=0)  # passes over the data, with depth_probability
     together: bool = _plain(True, machine=True)  # the depths of a step in one pass, or one after another
 
-    loss: dict[str, float] = _within(0, default={"cross_entropy": 1.0})  # weights of the losses in losses.py
+    # weights of the losses in losses.py
+    loss: dict[str, float] = _within(
+        0, default={"cross_entropy": 1.0}, accepts=f"{' or '.join(LOSSES)}, or a weight for each"
+    )
     scale_weights: Literal["tokens", "scales", "lognormal"] = "tokens"  # see losses.py
     teacher: Literal["none", "frozen"] = "none"  # frozen: the network that the run starts from
     teacher_dtype: Literal["float32", "bfloat16"] = "float32"  # of its weights
     teacher_logits: Literal["live", "stored"] = "live"  # stored: computed once, the largest kept with the tokens
-    teacher_top: int = _within(1, default=64)  # how many are stored of each token
+    teacher_top: int | None = _within(1, default=None)  # how many are stored of each token
     guidance: Literal["classifier-free", "none"] = "classifier-free"  # none: distilled, so that no second pass is run
-    cfg: float | tuple[float, float] = 1.5  # what guidance to distil; a range is given to the model as an input
+    # what guidance to distil; of a range, each call gives the model one
+    cfg: float | tuple[float, float] | None = _plain(None, accepts="a number, or two as a range, such as [0.5, 3]")
 
     optimizer: Literal["adamw", "muon"] = "adamw"  # muon: of the matrices of the layers; AdamW of the rest
     learning_rate: float = _within(0, default=1e-6)
@@ -82,10 +95,10 @@ class Recipe:
     learning_rate_decay: Literal["linear", "cosine"] = "linear"  # how it falls to that
     warmup_steps: int = _within(0, default=0)  # the learning rate rises linearly over so many steps
     weight_decay: float = _within(0, default=0.0)  # on the matrices of linear layers
-    betas: tuple[float, float] = _within(0, 1 - 1e-9, default=(0.9, 0.95))
+    betas: tuple[float, float] = _within(0, BELOW_ONE, default=(0.9, 0.95))
     gradient_clip: float = _within(0, default=2.0)  # largest norm of the gradient; 0 switches clipping off
-    ema: float = _within(0, 1 - 1e-9, default=0.0)  # decay of the weights' running mean, which is kept; 0: none
-    drop_path: float = _within(0, 1 - 1e-9, default=0.0)  # probability to skip a branch, at the last layer
+    ema: float = _within(0, BELOW_ONE, default=0.0)  # decay of the weights' running mean, which is kept; 0: none
+    drop_path: float = _within(0, BELOW_ONE, default=0.0)  # probability to skip a branch, at the last layer
 
     batch_size: int = _within(1, default=1024)  # images per step, on all devices together
     accumulation: int = _within(1, default=1, machine=True)  # passes of a device over its share of the batch
@@ -127,7 +140,8 @@ class Recipe:
         high = item.metadata["high"]
         for number in value.values() if isinstance(value, dict) else value if isinstance(value, tuple) else (value,):
             if not low <= number <= high or not math.isfinite(number):
-                limits = f"from {low:g} to {high:g}" if math.isfinite(high) else f"at least {low:g}"
+                limits = f"from {low:g} to {'below ' * (high == BELOW_ONE)}{high:g}"
+                limits = limits if math.isfinite(high) else f"at least {low:g}"
                 raise InputError(f"recipe: {item.name} must be {limits}, not {number:g}")
 
     def _check_strategy(self) -> None:
@@ -146,7 +160,8 @@ class Recipe:
         known = [FULL, *map(str, self.depths)]
         if unknown := [depth for depth in self.depth_probability if depth not in known]:
             raise InputError(
-                f"recipe: depth_probability names {unknown[0]}, which is none of the depths: {', '.join(known)}"
+                f"recipe: depth_probability names {unknown[0]}, which is none of the depths: {', '.join(known)}: "
+                "give it anew for other depths"
             )
         if not any(self.depth_probability.values()):
             raise InputError("recipe: depth_probability is 0 for every depth: nothing to train")
@@ -154,38 +169,46 @@ class Recipe:
     def _check_layers(self) -> None:
         if isinstance(self.layers, str):
             if self.layers not in LAYERS:
-                raise InputError(f"recipe: layers must be {', '.join(LAYERS)} or lists of numbers, not {self.layers!r}")
+                raise InputError(f"recipe: layers must be {_accepts('layers')}, not {self.layers!r}")
         elif tuple(map(len, self.layers)) != self.depths:
             raise InputError(
-                f"recipe: layers has lists of {', '.join(str(len(chosen)) for chosen in self.layers)} layers, "
-                f"but depths are {', '.join(map(str, self.depths))}: give one list for each, in that order"
+                f"recipe: layers has {len(self.layers)} lists, of {', '.join(map(str, map(len, self.layers))) or 'no'} "
+                f"layers, but depths are {', '.join(map(str, self.depths))}: give one list for each, in that order"
             )
         elif any(list(chosen) != sorted(set(chosen)) for chosen in self.layers):
             raise InputError("recipe: each list of layers must ascend, each layer once")
 
     def _check_losses(self) -> None:
-        unknown = [name for name in self.loss if name not in LOSSES]
-        if unknown or not any(self.loss.values()):
-            found = repr(unknown[0]) if unknown else "no weight above 0"
-            raise InputError(f"recipe: loss must be {' or '.join(LOSSES)}, or a weight for each, not {found}")
+        if unknown := [name for name in self.loss if name not in LOSSES]:
+            raise InputError(f"recipe: loss must be {_accepts('loss')}, not {unknown[0]!r}")
+        if not any(self.loss.values()):
+            raise InputError("recipe: loss gives every kind a weight of 0: nothing to learn")
         if bool(self.loss.get("kl")) != (self.teacher != "none"):
             raise InputError(
                 "recipe: the loss kl and a teacher go together: set teacher: frozen and loss: kl, or neither"
             )
+        if (self.teacher_logits == "stored") != (self.teacher_top is not None):
+            raise InputError("recipe: teacher_logits: stored and teacher_top go together: set both, or neither")
+        if self.teacher_logits == "stored" and self.teacher == "none":
+            raise InputError("recipe: teacher_logits: stored needs a teacher: set teacher: frozen and loss: kl")
 
     def _check_guidance(self) -> None:
-        low, high = self.cfg if isinstance(self.cfg, tuple) else (self.cfg, self.cfg)
-        if not -MAX_CFG <= low <= high <= MAX_CFG or (isinstance(self.cfg, tuple) and low == high):
+        if (self.guidance == "none") != (self.cfg is not None):
+            raise InputError("recipe: guidance: none and cfg, what is distilled, go together: set both, or neither")
+        if self.cfg is None:
+            return
+        try:
+            checked_cfg(self.cfg)
+        except InputError as error:
+            raise InputError(str(error).replace("distilled_cfg", "recipe: cfg")) from error
+        if self.loss.keys() != {"kl"} or self.label_drop:
             raise InputError(
-                f"recipe: cfg must be a number from -{MAX_CFG} to {MAX_CFG}, or two that ascend, not {self.cfg}"
+                "recipe: guidance: none distils the teacher's guided logits: set teacher: frozen, loss: kl and "
+                "label_drop: 0"
             )
         if self.teacher_logits == "stored" and isinstance(self.cfg, tuple):
             raise InputError(
                 "recipe: what a teacher says under a range of cfg cannot be stored: set teacher_logits: live"
-            )
-        if self.guidance == "none" and (self.loss.keys() != {"kl"} or self.label_drop):
-            raise InputError(
-                "recipe: guidance: none distils the teacher's guided logits: set loss: kl and label_drop: 0"
             )
 
     def _check_origin(self) -> None:
@@ -196,10 +219,13 @@ class Recipe:
             if unknown := sorted(set(keys) - names):
                 raise InputError(f"recipe: origin names {unknown[0]!r}, which is no key of a recipe")
 
-    @property
-    def distilled_cfg(self) -> float | tuple[float, float] | None:
-        """The weight of guidance, or the range of it, that is distilled into the model; None where none is."""
-        return self.cfg if self.guidance == "none" else None
+    def pass_size(self, processes: int = 1) -> int:
+        """Images of one pass of a process."""
+        return self.batch_size // (processes * self.accumulation)
+
+    def held_out(self, num_images: int) -> int:
+        """How many of so many images are never trained on."""
+        return round(self.holdout * num_images)
 
     @classmethod
     def from_dict(cls, values: dict, where: object = "recipe") -> Recipe:
@@ -209,7 +235,7 @@ class Recipe:
         for key, value in values.items():
             if key not in hints:
                 raise InputError(f"{where}: unknown key {key!r}{_nearest(str(key), hints)}")
-            converted[key] = _convert(f"{where}: {key}", hints[key], value)
+            converted[key] = _converted(where, key, hints[key], value)
         missing = [item.name for item in fields(cls) if _required(item) and item.name not in values]
         if missing:
             raise InputError(f"{where}: lacks {', '.join(missing)}")
@@ -318,7 +344,8 @@ def _setting(text: str) -> tuple[str, object]:
     if not equals or not key:
         raise InputError(f"--set {text!r}: write key=value, such as learning_rate=1e-5")
     hint = get_type_hints(Recipe).get(key)
-    if get_origin(hint) is tuple and not value.startswith("["):
+    is_list = get_origin(hint) is tuple or ("," in value and tuple in map(get_origin, get_args(hint)))
+    if is_list and not value.startswith("["):
         value = f"[{value}]"
     try:
         return key, yaml.safe_load(value)
@@ -337,14 +364,29 @@ def _nearest(word: str, choices: Iterable[str]) -> str:
     return f": did you mean {close[0]}?" if close else ""
 
 
+def _converted(where: object, key: str, hint: object, value: object) -> object:
+    """The value of a recipe's key as the type of its field, or InputError."""
+    if key == "loss" and isinstance(value, str):
+        value = {value: 1.0}  # one alone
+    try:
+        return _convert(f"{where}: {key}", hint, value)
+    except InputError:
+        if accepts := _accepts(key):
+            raise InputError(f"{where}: {key} must be {accepts}, not {value!r}") from None
+        raise
+
+
+def _accepts(key: str) -> str | None:
+    """What a key can be, in words, where that is more than its type says."""
+    return next(item for item in fields(Recipe) if item.name == key).metadata.get("accepts")
+
+
 def _convert(what: str, hint: object, value: object) -> object:
     """`value` as the type of its field, or InputError."""
     origin, options = get_origin(hint), get_args(hint)
     if origin in (Union, UnionType):
         return _convert_union(what, options, value)
     if origin is dict:
-        if isinstance(value, str) and options == (str, float):
-            value = {value: 1.0}  # one loss alone
         if not isinstance(value, dict):
             raise InputError(f"{what} must be a list of `name: value` lines, not {value!r}")
         # a depth is text as a key, which it becomes in JSON at the latest

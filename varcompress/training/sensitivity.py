@@ -6,20 +6,12 @@ and the one whose removal raises a loss least is taken out, again and again: eac
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Callable, Collection
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor
-
 from varcompress.errors import InputError
-from varcompress.models.elastic import ElasticVAR
 from varcompress.progress import Progress, Steps, silent
 from varcompress.schedule import Schedule
-
-IMAGES_AT_A_TIME = 16
 
 
 def eliminate(
@@ -33,10 +25,10 @@ def eliminate(
 ) -> dict[int, tuple[int, ...]]:
     """Subnets of the given depths for the scales after the bridge: {depth: layers}, from large to small.
 
-    loss_of: the loss of a schedule, such as `late_kl`; full: the model's schedule of all layers; keep: layers that are
-    never removed. Of equal losses the lowest layer goes, so that the same losses always give the same subnets.
-    From 30 layers to 2 it takes 462 losses. Raises InputError for depths that cannot be reached, and for a loss that
-    is not a number.
+    loss_of: the loss of a schedule, such as `Objective.loss_of` gives; full: the model's schedule of all layers; keep:
+    layers that are never removed. Of equal losses the lowest layer goes, so that the same losses always give the same
+    subnets. From 30 layers to 2 it takes 462 losses. Raises InputError for depths that cannot be reached, and for a
+    loss that is not a number.
     """
     layers, last = tuple(range(full.depth)), min(depths)
     if not max(len(keep), 1) <= last <= max(depths) < full.depth or not set(keep) <= set(layers):
@@ -59,30 +51,3 @@ def eliminate(
             subnets[len(layers)] = layers
         steps.step(f"choose layers: {len(layers)} left")
     return subnets
-
-
-@torch.no_grad()
-def late_kl(model: ElasticVAR, labels: Tensor, tokens: Tensor) -> Callable[[Schedule], float]:
-    """The loss KL(full || schedule) of the teacher-forced pass, in nats, the mean over all tokens of some images.
-
-    labels: (B,) int64, the null class included; tokens: (B, L) int64; both may be on the host. The log-probabilities
-    of `full` are held on the device, (B, L, V) float32: 11 MB for an image of 256 pixels, 37 MB for one of 512.
-    """
-    # not the packed copies of the weights, which are used where a trial of the moment finds them faster
-    plain = dataclasses.replace(model.runtime, kernels="torch")
-    images = labels.to(model.device), model.tokenizer.teacher_input(tokens.to(model.device))
-    chunks = list(zip(*(part.split(IMAGES_AT_A_TIME) for part in images), strict=True))
-
-    def log_probs(labels: Tensor, teacher_input: Tensor, schedule: Schedule) -> Tensor:
-        model.prepare(schedule, plain)
-        return model.var(labels, teacher_input, schedule).log_softmax(dim=-1)
-
-    full = [log_probs(*chunk, model.schedule("full")) for chunk in chunks]
-
-    @torch.no_grad()
-    def loss_of(schedule: Schedule) -> float:
-        found = (log_probs(*chunk, schedule) for chunk in chunks)
-        pairs = zip(found, full, strict=True)
-        return sum(F.kl_div(q, p, reduction="sum", log_target=True).item() for q, p in pairs) / tokens.numel()
-
-    return loss_of

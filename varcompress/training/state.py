@@ -33,6 +33,7 @@ from varcompress.training.ema import WeightMean
 from varcompress.training.optimizer import Optimizer
 from varcompress.training.recipe import Recipe, machine_fields
 
+ANEW = "choose another output directory"
 STEPS, WORK = "steps.jsonl", ".training"
 WEIGHT, MEAN = "weight", "mean"  # in a state, beside the moments of the optimiser
 
@@ -101,13 +102,16 @@ class RunDirectory:
                 return started
         except (OSError, ValueError, KeyError, TypeError):
             pass
-        raise InputError(f"{self._run}: missing or damaged, so the run cannot go on: choose another output directory")
+        raise InputError(f"{self._run}: missing or damaged, so the run cannot go on: {ANEW}")
 
     def subnets(self, choose: Callable[[], dict[int, tuple[int, ...]]]) -> dict[int, tuple[int, ...]]:
         """The layers of each depth, as they were chosen when the run began: a continued run must not choose anew."""
         if self.step() and self._subnets.is_file():
-            chosen = json.loads(self._subnets.read_text(encoding="utf-8"))
-            return {int(depth): tuple(layers) for depth, layers in chosen.items()}
+            try:
+                chosen = json.loads(self._subnets.read_text(encoding="utf-8"))
+                return {int(depth): tuple(layers) for depth, layers in chosen.items()}
+            except (OSError, ValueError, TypeError, AttributeError) as error:
+                raise InputError(f"{self._subnets}: damaged: {ANEW}") from error
         chosen = choose()
         with disk_errors(self._subnets):
             write_json(self._subnets, chosen)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Callable
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -26,8 +27,7 @@ from varcompress.schedule import Schedule
 from varcompress.training.losses import Distribution
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-META, STATES, LOG_PROBS, PLACES = "teacher.json", "states.npy", "log_probs.npy", "places.npy"
-AT_A_TIME = 64  # images whose distributions are computed together for a store
+META, STATES, LOG_PROBS, TOKENS = "teacher.json", "states.npy", "log_probs.npy", "tokens.npy"
 
 
 class Teacher:
@@ -42,9 +42,9 @@ class Teacher:
         self._dtype = DTYPES[dtype]
         to_dtype(self._var, self._dtype)
 
-    @property
+    @cached_property
     def digest(self) -> str:
-        """Of its weights."""
+        """Of its weights: seconds for a large model."""
         return weights_digest(self._var)
 
     @torch.no_grad()
@@ -67,7 +67,7 @@ class Teacher:
 class StoredTeacher:
     """What a teacher says of every token of a data set, computed once: its largest probabilities, in a directory.
 
-    teacher.json says whose they are; log_probs.npy (images, views, labels, L, k + 1) float16 and places.npy (..., k)
+    teacher.json says whose they are; log_probs.npy (images, views, labels, L, k + 1) float16 and tokens.npy (..., k)
     hold the k largest of each token and the rest, for the image's own label and, where labels are dropped, for the
     null class; states.npy says which images are done. Computing may stop at any moment and goes on where it stopped;
     several processes may share the work. The network itself is not needed any more.
@@ -90,26 +90,31 @@ class StoredTeacher:
                 found = json.loads((self.path / META).read_text())
             except ValueError:
                 found = {}
-            if found != self._meta:
-                raise InputError(f"{self.path}: holds what another teacher said: delete it, or choose another --tokens")
+            if other := [key for key in self._meta if found.get(key) != self._meta[key]]:
+                raise InputError(
+                    f"{self.path}: holds what a teacher said under another {' and another '.join(other)}: delete it, "
+                    "or choose another directory for the tokens (--tokens)"
+                )
             return
         with disk_errors(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
             np.save(self.path / STATES, np.full(self._shape[0], PENDING, dtype=np.uint8))
-            for name, dtype, count in ((LOG_PROBS, np.float16, self._top + 1), (PLACES, self._type, self._top)):
+            for name, dtype, count in ((LOG_PROBS, np.float16, self._top + 1), (TOKENS, self._type, self._top)):
                 shape = (*self._shape, count)
                 np.lib.format.open_memmap(self.path / name, mode="w+", dtype=dtype, shape=shape)
             write_json(self.path / META, self._meta)
 
-    def compute(self, say: Callable[[Samples], Distribution], rank: int, ranks: int, progress: Progress) -> None:
-        """Compute this process's share of what is not done yet. say: the teacher's distributions of some images."""
+    def compute(
+        self, say: Callable[[Samples], Distribution], rank: int, ranks: int, progress: Progress, *, at_a_time: int
+    ) -> None:
+        """Compute this process's share of what is not done yet, some images at a time. say: their distributions."""
         states, rows = np.load(self.path / STATES), self._data.rows
-        chunks = [range(i, min(i + AT_A_TIME, len(rows))) for i in range(0, len(rows), AT_A_TIME)]
+        chunks = [range(i, min(i + at_a_time, len(rows))) for i in range(0, len(rows), at_a_time)]
         _, views, labels, _ = self._shape
         with (
             disk_errors(self.path),
             Rows(self.path / LOG_PROBS) as log_probs,
-            Rows(self.path / PLACES) as places,
+            Rows(self.path / TOKENS) as tokens,
             Rows(self.path / STATES) as marks,
         ):
             for chunk in chunks[rank::ranks]:
@@ -119,7 +124,7 @@ class StoredTeacher:
                     [self._largest(say, np.array(chunk), view, null=bool(label)) for label in range(labels)]
                     for view in range(views)
                 ]
-                for file, part in ((log_probs, 0), (places, 1)):
+                for file, part in ((log_probs, 0), (tokens, 1)):
                     values = np.stack([np.stack([found[part] for found in view], 1) for view in parts], 1)
                     for row, value in zip(rows[chunk.start : chunk.stop], values, strict=True):
                         file.write(int(row), value[None])
@@ -132,19 +137,19 @@ class StoredTeacher:
     ) -> tuple[np.ndarray, np.ndarray]:
         labels = np.full_like(places, self._null) if null else None
         found = say(self._data.samples(places, np.full_like(places, view), labels)).largest(self._top)
-        return to_numpy(found.log_probs.half()), to_numpy(found.places).astype(self._type)
+        return to_numpy(found.log_probs.half()), to_numpy(found.tokens).astype(self._type)
 
     def open(self) -> None:
         """Read from now on, memory-mapped."""
-        self._log_probs, self._places = (np.load(self.path / name, mmap_mode="r") for name in (LOG_PROBS, PLACES))
+        self._log_probs, self._tokens = (np.load(self.path / name, mmap_mode="r") for name in (LOG_PROBS, TOKENS))
 
     def __call__(self, samples: Samples, teacher_input: Tensor, cfg: Tensor | None = None) -> Distribution:
         """The distributions at each token of images of the data set, as `Teacher` gives them but for the smallest."""
         null = (samples.labels == self._null).numpy().astype(np.int64)
         at = samples.rows, samples.views, null
-        log_probs, places = torch.from_numpy(self._log_probs[at]), torch.from_numpy(self._places[at].astype(np.int64))
+        log_probs, tokens = torch.from_numpy(self._log_probs[at]), torch.from_numpy(self._tokens[at].astype(np.int64))
         device = teacher_input.device
-        return Distribution(log_probs.to(device).float().log_softmax(-1), places.to(device))  # they were rounded
+        return Distribution(log_probs.to(device).float().log_softmax(-1), tokens.to(device))  # they were rounded
 
 
 def guided_logits(conditional: Tensor, unconditional: Tensor, cfg: Tensor, scale: Tensor) -> Tensor:
