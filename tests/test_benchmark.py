@@ -104,9 +104,9 @@ def test_work_is_counted_in_passes_of_the_full_network():
         pytest.approx(18 * 26 * 4 / 3)  # the teacher's forward pass is a third
     )
     four = {"p_start": 0, "epochs": 1, "depth_probability": "{16: 1, 8: 1, 4: 1, 2: 1}", "label_drop": 0.1}
-    settings = [f"{key}={value}" for key, value in four.items()] + ["guidance=classifier-free"]
+    settings = [f"{key}={value}" for key, value in four.items()] + ["guidance=classifier-free", "cfg=null"]
     # 5 tokens of all 30 layers, and 25 of 16 + 8 + 4 + 2: together as many as 30 layers have of 30
-    assert training.units(load_recipe("digits", settings)) == pytest.approx(53 / 2 * (1 + 1 / 3))
+    assert training.units(load_recipe("digits", settings)) == pytest.approx(106 / 4 * (1 + 1 / 3))
 
 
 def test_a_table_has_means_and_spreads(tmp_path, monkeypatch):
@@ -114,10 +114,10 @@ def test_a_table_has_means_and_spreads(tmp_path, monkeypatch):
     monkeypatch.setattr(training, "PAGE", tmp_path / "page.md")
     for seed, score in ((0, 30.0), (1, 32.0), (2, 34.0)):
         labels = dict.fromkeys(training.LABELS, score)
-        line = {"recipe": load_recipe("digits").to_dict(), "units": 322.0, "fd": labels, "heldout": {"kl": labels}}
+        line = {"recipe": load_recipe("digits").to_dict(), "units": 241.0, "fd": labels, "heldout": {"kl": labels}}
         (tmp_path / f"ours-{seed}.json").write_text(json.dumps(line))
     table = training.table("guidance")
-    assert "| `digits`: guidance distilled too | 424 x 32 | 322 | 32.0 ± 2.0 |" in table
+    assert "| `digits`: guidance distilled too | 636 x 16 | 241 | 32.0 ± 2.0 |" in table
     assert "| 32.000 ± 2.000 |" in table
     (tmp_path / "page.md").write_text("a\n<!-- guidance: written by tests/benchmarks/training.py -->\nold\n")
     (tmp_path / "page.md").write_text((tmp_path / "page.md").read_text() + "<!-- end of guidance -->\nb\n")

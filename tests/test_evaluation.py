@@ -468,7 +468,7 @@ def test_rounding_is_in_the_result_and_in_the_scores(model, tmp_path, pixels):
     labels = scores.balanced_labels(20, 10)
     extractor = Extractor(DIGITS, None, CPU)
     drawn = extractor(to_uint8(model.generate(labels), "truncate"))
-    expected = score(scores.compare(drawn, read(reference, extractor), CPU), DIGITS.name)
+    expected = score(scores.compare(drawn, labels, read(reference, extractor), CPU), DIGITS.name)
     (rounded,), (truncated,) = (result["schedules"] for result in results)
     assert truncated["digits_fd"] == pytest.approx(expected["digits_fd"], rel=1e-6)
     assert truncated["digits_fd"] != pytest.approx(rounded["digits_fd"], rel=1e-6)
@@ -486,7 +486,7 @@ def test_distances_between_all_images_are_computed_on_the_device(monkeypatch):
     monkeypatch.setattr("varcompress.metrics.exact_float32", contextlib.nullcontext)  # meta knows no autocast
     vectors, logits = torch.randn(20, 64), torch.randn(20, 10)
     reference = scores.Reference("r", fid_features_to_statistics(vectors), vectors)
-    score(scores.compare(Features(vectors, logits), reference, torch.device("meta")), DIGITS.name)
+    score(scores.compare(Features(vectors, logits), torch.zeros(20), reference, torch.device("meta")), DIGITS.name)
     assert seen == ["meta", "meta"]
 
 
@@ -519,11 +519,11 @@ def test_statistics_give_no_kid_precision_or_recall(model, tmp_path, extractor, 
 def test_equal_images_score_as_equal(tmp_path, pixels, extractor):
     reference = read(write_npz(tmp_path / "images.npz", arr_0=pixels), extractor)
     same = extractor(torch.from_numpy(pixels).permute(0, 3, 1, 2))
-    row = score(scores.compare(same, reference, CPU), DIGITS.name)
+    row = score(scores.compare(same, torch.zeros(len(same.vectors)), reference, CPU), DIGITS.name)
     assert row["digits_fd"] == pytest.approx(0, abs=1e-3)
     assert row["digits_precision"] == row["digits_recall"] == 1
     noise = extractor(torch.randint(256, (COUNT, 3, SIZE, SIZE), generator=torch.Generator().manual_seed(0)).byte())
-    worse = score(scores.compare(noise, reference, CPU), DIGITS.name)
+    worse = score(scores.compare(noise, torch.zeros(len(noise.vectors)), reference, CPU), DIGITS.name)
     assert worse["digits_fd"] > 100 * abs(row["digits_fd"])
     assert worse["digits_kid"] > row["digits_kid"]
 

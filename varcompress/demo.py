@@ -89,8 +89,8 @@ def _row(scores: EvalRow, cost: ProfileRow, teacher: ProfileRow) -> DemoCost:
 
 
 def sample_rows(model: ElasticVAR) -> dict[str, np.ndarray]:
-    """Images of every class under every schedule, from the same random streams: {schedule: (20, H, W, 3) uint8}."""
-    classes = [label for label in range(model.var.config.classes) for _ in range(PER_CLASS)]
+    """Images of all classes, twice, under every schedule, from the same random streams: {schedule: (20, H, W, 3)}."""
+    classes = [*range(model.var.config.classes)] * PER_CLASS
     return {
         str(schedule): pixels(draw_images(model, classes, schedule, sampling=Sampling(seed=1)))
         for schedule in model.default_schedules()

@@ -30,7 +30,8 @@ class Compared:
     """Features of generated images beside those of a reference, on the CPU.
 
     vectors: (N, D) and logits: (N, C) of the generated ones; statistics: mu (D,) and sigma (D, D) of the reference;
-    reference: its vectors (M, D), None where it holds statistics only; device: where distances are computed.
+    reference: its vectors (M, D), None where it holds statistics only; device: where distances are computed; labels:
+    (N,) int64, the class of each generated image.
     """
 
     vectors: Tensor
@@ -38,6 +39,7 @@ class Compared:
     statistics: dict[str, np.ndarray]
     reference: Tensor | None
     device: torch.device
+    labels: Tensor
 
     @property
     def kid_subset_size(self) -> int:
@@ -171,8 +173,14 @@ def score(compared: Compared, features: str, *, resamples: int = 0) -> dict[str,
 
 
 def spread(metric: Metric, compared: Compared, resamples: int) -> float:
-    """The standard deviation of a score over the choice of images, by the bootstrap: images drawn with replacement."""
-    generator, count = np.random.default_rng(SEED), len(compared.vectors)
-    draws = (torch.from_numpy(generator.integers(count, size=count)) for _ in range(resamples))
-    scores = [metric.compute(replace(compared, vectors=compared.vectors[draw]))[0] for draw in draws]
+    """The standard deviation of a score over the choice of images, by the bootstrap: images drawn with replacement.
+
+    As many of each class as there are, for their numbers are no chance.
+    """
+    generator = np.random.default_rng(SEED)
+    classes = [np.flatnonzero(compared.labels == label) for label in compared.labels.unique()]
+    scores = []
+    for _ in range(resamples):
+        drawn = np.concatenate([generator.choice(images, size=len(images)) for images in classes])
+        scores.append(metric.compute(replace(compared, vectors=compared.vectors[drawn]))[0])
     return float(np.std(scores, ddof=1))

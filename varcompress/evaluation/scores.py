@@ -99,9 +99,9 @@ def balanced_labels(num_images: int, classes: int) -> Tensor:
     return torch.arange(num_images) * classes // num_images
 
 
-def compare(generated: Features, reference: Reference, device: torch.device) -> Compared:
-    """What scores are computed from. device: where distances between images are."""
-    return Compared(*generated, reference.statistics, reference.vectors, device)
+def compare(generated: Features, labels: Tensor, reference: Reference, device: torch.device) -> Compared:
+    """What scores are computed from. labels: (N,) int64; device: where distances between images are."""
+    return Compared(*generated, reference.statistics, reference.vectors, device, labels)
 
 
 # -- one schedule -------------------------------------------------------------------------------
@@ -134,9 +134,10 @@ def _evaluate_schedule(
         if len(batch.images) == batch_size:
             times_ms.append(batch.elapsed_ms)
     latency_ms = statistics.median(times_ms)
+    compared = compare(Features.join(parts), labels, reference, extractor.device)
     return {
         "schedule": str(schedule),
-        **score(compare(Features.join(parts), reference, extractor.device), extractor.spec.name, resamples=resamples),
+        **score(compared, extractor.spec.name, resamples=resamples),
         "latency_ms": latency_ms,
         "images_per_second": batch_size / latency_ms * 1e3,
         "peak_bytes": memory.bytes,

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 Rows = Sequence[dict]
 COLOURS = {"transformer": "#33658a", "sampling": "#f6ae2d", "decoder": "#86bbd8"}
 MEMORY_COLOURS = {"peak": "#8a7ca8", "cache": "#55a630"}
+PER_LINE = 10  # samples
 SPEED_COLOUR = "#33658a"
 PREDICTED = {"marker": "|", "color": "black", "markersize": 14, "markeredgewidth": 2, "linestyle": "none", "zorder": 3}
 
@@ -62,14 +63,17 @@ def plot_eval(result: EvalResult, path: str | Path) -> Path:
 def plot_samples(samples: dict[str, dict[str, np.ndarray]], result: DemoResult, path: str | Path) -> Path:
     """A PNG of rows of samples, one panel per state of the weights, with what each schedule saves of the teacher.
 
-    samples: title of a panel -> schedule -> images (N, H, W, 3) uint8.
+    samples: title of a panel -> schedule -> images (N, H, W, 3) uint8, ten of which stand in a line.
     """
-    rows = result["schedules"]
-    figure, axes = _figure(width=13, height=0.72 * len(rows) + 0.5, columns=len(samples), rows=len(rows))
+    rows, lines = result["schedules"], -(-len(next(iter(next(iter(samples.values())).values()))) // PER_LINE)
+    figure, axes = _figure(
+        width=13, height=(0.1 + 0.62 * lines) * len(rows) + 0.4, columns=len(samples), rows=len(rows)
+    )
     for column, (title, images) in zip(axes.T, samples.items(), strict=True):
         column[0].set_title(title, fontsize=12)
         for axis, row in zip(column, rows, strict=True):
-            axis.imshow(np.concatenate(images[row["schedule"]], axis=1), interpolation="nearest")
+            parts = np.split(images[row["schedule"]], range(PER_LINE, len(images[row["schedule"]]), PER_LINE))
+            axis.imshow(np.concatenate([np.concatenate(part, axis=1) for part in parts]), interpolation="nearest")
             axis.set(xticks=[], yticks=[])
             axis.spines[:].set_visible(False)
     for axis, row in zip(axes[:, 0], rows, strict=True):
