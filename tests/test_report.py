@@ -155,16 +155,16 @@ def test_demo_table():
     teacher = {"schedule": "full", "score": 30.0, **costs, "speedup": 1.0}
     result = {"device": "cpu", "score": "digits_fd", "images": 1000, "batch_size": 64}
     text = text_of(demo_table(result | {"teacher": teacher, "schedules": rows}), 100)
-    for part in ("digits FD of 1,000 images", "91.5 ± 1.00", "2.50", "8.00"):
+    for part in ("digits FD of 1,000 images", "91.5 ± 1", "2.50", "8.00"):
         assert part in text
     first, full, d4, d2 = (
         next(line for line in text.splitlines() if line.strip().startswith(name)) for name in ("teacher", *scores)
     )
-    assert re.search(r"30.0 ± 1.00 +– +1.00 +1.00", first)
-    assert "1.03 (noise)" in full  # 1.0 beside a noise of 1.4
-    assert "1.08 (noise)" in d4  # 2.5 is less than two of it
+    assert re.search(r"30.0 ± 1 +– +1.00 +1.00", first)
+    assert "1.03, noise" in full  # 1.0 beside a noise of 1.4
+    assert "1.08, noise" in d4  # 2.5 is less than two of it
     assert "1.67 " in d2
-    assert "(noise)" not in d2
+    assert "noise" not in d2
 
 
 # -- plots ----------------------------------------------------------------------------------------

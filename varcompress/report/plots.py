@@ -72,8 +72,7 @@ def plot_samples(samples: dict[str, dict[str, np.ndarray]], result: DemoResult, 
     for column, (title, images) in zip(axes.T, samples.items(), strict=True):
         column[0].set_title(title, fontsize=12)
         for axis, row in zip(column, rows, strict=True):
-            parts = np.split(images[row["schedule"]], range(PER_LINE, len(images[row["schedule"]]), PER_LINE))
-            axis.imshow(np.concatenate([np.concatenate(part, axis=1) for part in parts]), interpolation="nearest")
+            axis.imshow(_lines(images[row["schedule"]]), interpolation="nearest")
             axis.set(xticks=[], yticks=[])
             axis.spines[:].set_visible(False)
     for axis, row in zip(axes[:, 0], rows, strict=True):
@@ -84,6 +83,13 @@ def plot_samples(samples: dict[str, dict[str, np.ndarray]], result: DemoResult, 
         label = f"{number(row['speedup'])}× speed\n{percent(cache)} cache"
         axis.set_ylabel(label, rotation=0, ha="left", va="center", fontsize=10)
     return _save(figure, path)
+
+
+def _lines(images: np.ndarray) -> np.ndarray:
+    """Images (N, H, W, 3) uint8, PER_LINE of them side by side, and white between the lines."""
+    images = np.pad(images, ((0, 0), (0, 1), (0, 0), (0, 0)), constant_values=255)
+    lines = np.split(images, range(PER_LINE, len(images), PER_LINE))
+    return np.concatenate([np.concatenate(line, axis=1) for line in lines])[:-1]
 
 
 PLOTS = {PROFILE: plot_profile, EVAL: plot_eval}

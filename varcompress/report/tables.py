@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from varcompress.metrics import METRICS, Metric
-from varcompress.report.format import MIB, count, folded, joined, mebibytes, number, percent, score, where
+from varcompress.report.format import MIB, NOT_GIVEN, count, folded, joined, mebibytes, number, percent, score, where
 from varcompress.results import DemoResult, EvalResult, ProfileResult
 from varcompress.sampling import cfg_text, checked_cfg
 
@@ -104,12 +104,12 @@ def demo_table(result: DemoResult) -> RenderableType:
     """What the demo showed: each schedule's score before and after distilling, and what the schedule saves."""
     metric, teacher = METRICS[result["score"]], result["teacher"]
     head = (
-        f"{result['device']}; {metric.name} of {count(result['images'], 'image')} ({metric.better} is better), "
+        f"{result['device']}; {metric.name} of {count(result['images'], 'image')} ({metric.better} is better)\n"
         "± one standard deviation over the choice of images"
     )
     columns = {
-        "untrained": lambda r: score(r, "untrained"),
-        "distilled": lambda r: score(r, "score"),
+        "before": lambda r: _scattered(r, "untrained"),
+        "after": lambda r: _scattered(r, "score"),
         "of the teacher's": lambda r: _beside_teacher(r, teacher),
         "speed-up": lambda r: number(r["speedup"]),
         "cache, MiB": lambda r: mebibytes(r["cache_bytes"]),
@@ -119,20 +119,25 @@ def demo_table(result: DemoResult) -> RenderableType:
     first = {**teacher, "schedule": "teacher", "untrained": teacher["score"], "untrained_std": teacher["score_std"]}
     first |= {"score": None, "score_std": None}
     foot = (
-        "The teacher is the pretrained network, guided; what it taught draws without a second pass for guidance.\n"
-        "(noise): within two standard deviations of the teacher's score. Another training seed moves a score as well: "
-        "see docs/training.md."
+        "The teacher is the pretrained network, guided; what it taught needs no guidance.\n"
+        "noise: within two standard deviations of the teacher's score. Another training\n"
+        "seed moves a score as well: see docs/training.md."
     )
     return _stacked(head, _table(title, columns, [first, *result["schedules"]]), Text(foot))
+
+
+def _scattered(row: dict, key: str) -> str:
+    """A score and two figures of its spread."""
+    return NOT_GIVEN if row[key] is None else f"{number(row[key])} ± {row[f'{key}_std']:.2g}"
 
 
 def _beside_teacher(row: dict, teacher: dict) -> str:
     """A score over the teacher's, and whether they differ by more than the choice of images explains."""
     if row["score"] is None:
-        return number(1.0)
+        return "1.00"
     noise = (row["score_std"] ** 2 + teacher["score_std"] ** 2) ** 0.5
     within = abs(row["score"] - teacher["score"]) <= 2 * noise
-    return number(row["score"] / teacher["score"]) + (" (noise)" if within else "")
+    return f"{row['score'] / teacher['score']:.2f}" + (", noise" if within else "")
 
 
 def distill_table(result: dict) -> RenderableType:
