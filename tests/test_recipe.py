@@ -160,6 +160,10 @@ def test_settings_override_the_file():
         ({**DRAWN, "depth_probability": {4: 0, 2: 0}}, "depth_probability is 0 for every depth"),
         ({**DRAWN, "depth_probability": {}}, "depth_probability is 0 for every depth"),
         (
+            {**DRAWN, "depth_probability": {"full": 1, 4: 1}},
+            "depth_probability leaves out 2, which is one of the depths",
+        ),
+        (
             {**DRAWN, "depth_probability": 0.5},
             "depth_probability must be a probability for each depth, such as {full: 0.25",
         ),

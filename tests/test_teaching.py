@@ -84,7 +84,7 @@ def test_each_depth_is_drawn_with_its_own_probability_whatever_the_others_do():
 
 
 def test_a_step_never_trains_nothing():
-    steps = plan(changed(epochs=100, depth_probability={"full": 0.05, "2": 0.1}), 10)
+    steps = plan(changed(epochs=100, depths=[2], depth_probability={"full": 0.05, "2": 0.1}), 10)
     assert all(len(step.depths) >= 1 for step in steps)
     alone = [step.depths for step in steps if len(step.depths) == 1]
     assert set(alone) == {(FULL,), (2,)}

@@ -165,6 +165,11 @@ class Recipe:
             )
         if not any(self.depth_probability.values()):
             raise InputError("recipe: depth_probability is 0 for every depth: nothing to train")
+        if untrained := [depth for depth in self.depths if not self.depth_probability.get(str(depth))]:
+            raise InputError(
+                f"recipe: depth_probability leaves out {untrained[0]}, which is one of the depths: give it more "
+                "than 0, or take it out of depths"
+            )
 
     def _check_layers(self) -> None:
         if isinstance(self.layers, str):
