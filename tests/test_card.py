@@ -11,6 +11,7 @@ from huggingface_hub import ModelCard
 from varcompress.models.elastic import ElasticVAR, Provenance
 from varcompress.publish import save
 from varcompress.report.card import TASK, is_generated, model_card
+from varcompress.training.recipe import load_recipe
 
 COST = {"latency_ms": 20.0, "images_per_second": 400.0, "peak_bytes": 3 * 2**20, "cache_bytes": 2**20}
 PROFILE_ROW = {
@@ -191,3 +192,14 @@ def test_an_edit_shows(distilled):
 def test_the_example_uses_a_schedule_the_weights_are_good_at(distilled, tiny):
     assert 'schedule="d4@2"' in section(model_card(distilled), "Use")
     assert 'schedule="full"' in section(model_card(tiny), "Use")
+
+
+def test_a_card_says_where_the_figures_of_its_recipe_come_from(tiny):
+    model = ElasticVAR(tiny.var, tiny.tokenizer, bridge=2, depths=(4, 2))
+    model.provenance = Provenance("tiny", recipe=load_recipe("distil-d30").to_dict())
+    text = section(model_card(model), "Recipe")
+    assert "- published: `depths`, `bridge`, `layers`\n" in text
+    assert "- found on the small model embedded in varcompress: `depth_probability`, `loss`" in text
+    assert re.search("- a guess that nobody has run at this size: `epochs`, `learning_rate`, .*`dtype`\n", text)
+    assert "origin" not in text
+    assert "Where its figures come from" not in model_card(tiny)
