@@ -23,7 +23,7 @@ from varcompress.training import distill
 from varcompress.training.recipe import load_recipe
 from varcompress.training.state import RunDirectory
 
-SCORE, NUM_IMAGES, RESAMPLES = "digits_fd", 2000, 50
+SCORE, NUM_IMAGES, RESAMPLES = "digits_fd", 2000, 30
 PER_CLASS = 2  # samples in the picture
 BATCH_SIZE = 64  # of the profile
 
@@ -43,7 +43,7 @@ def run_demo(out: str | Path, *, progress: Progress = silent, note: Note = warni
     model = load("digits")
     model.bridge, model.depths = recipe.bridge, recipe.depths
     settings = {"num_images": NUM_IMAGES, "batch_size": 100, "resamples": RESAMPLES, "progress": progress}
-    speed = {"batch_size": BATCH_SIZE, "runs": 9, "progress": progress}
+    speed = {"batch_size": BATCH_SIZE, "runs": 5, "progress": progress}
     samples = {"before: the teacher (full) and its subnets, untrained": sample_rows(model)}
     before, (teacher,) = evaluate(model, **settings), profile(model, ["full"], **speed)["schedules"]
     model = distill(model, recipe, out=out, resume=resume, progress=progress, note=note)

@@ -75,11 +75,14 @@ ROWS = {
     "progressive": Row("strategy", "progressive, cross-entropy (VARiant)", "variant-digits"),
     "progressive-kl": Row("strategy", "progressive, KL to the teacher", "variant-digits", KL),
     "guided": Row("strategy", "`digits-guided`: several depths a step, KL to the teacher", "digits-guided"),
-    "guided-2x": Row("strategy", "the same, twice as long", "digits-guided", ("epochs=12",)),
-    "guided-4x": Row("strategy", "the same, four times as long", "digits-guided", ("epochs=24",)),
-    "ours": Row("guidance", "`digits`: guidance distilled too", "digits"),
-    "ours-2x": Row("guidance", "the same, twice as long", "digits", ("epochs=12",)),
-    "ours-4x": Row("guidance", "`digits-long`: the same, four times as long", "digits-long"),
+    "guided-2x": Row("strategy", "the same, twice as long", "digits-guided", ("epochs=16",)),
+    "guided-4x": Row("strategy", "the same, four times as long", "digits-guided", ("epochs=32",)),
+    "ours-short": Row(
+        "guidance", "`digits` in 6 epochs: guidance distilled too, at the cost of VARiant's", "digits", ("epochs=6",)
+    ),
+    "ours": Row("guidance", "`digits`", "digits"),
+    "ours-2x": Row("guidance", "the same in 12 epochs, twice the first", "digits", ("epochs=12",)),
+    "ours-4x": Row("guidance", "`digits-long`: 24 epochs, four times the first", "digits-long"),
     "adamw": Row("options", "AdamW alone", "digits-guided", ("optimizer=adamw",)),
     "one-by-one": Row(
         "options", "one depth a step", "digits-guided", ("depth_probability={full: .25, 16: .1, 8: .1, 4: .1, 2: .1}",)
