@@ -117,10 +117,16 @@ def test_a_table_has_means_and_spreads(tmp_path, monkeypatch):
         line = {"recipe": load_recipe("digits").to_dict(), "units": 322.0, "fd": labels, "heldout": {"kl": labels}}
         (tmp_path / f"ours-{seed}.json").write_text(json.dumps(line))
     table = training.table("guidance")
-    assert "| `digits` | 848 x 16 | 322 | 32.0 ± 2.0 |" in table
+    assert "| `digits` | 3 | 848 x 16 | 322 | 32.0 ± 2.0 |" in table
     assert "| 32.000 ± 2.000 |" in table
-    (tmp_path / "page.md").write_text("a\n<!-- guidance: written by tests/benchmarks/training.py -->\nold\n")
-    (tmp_path / "page.md").write_text((tmp_path / "page.md").read_text() + "<!-- end of guidance -->\nb\n")
-    training.write_section("guidance", table)
-    assert (tmp_path / "page.md").read_text().split("\n\n")[1] == table
-    assert "old" not in (tmp_path / "page.md").read_text()
+    names = ("strategy", "guidance", "options", "commands")
+    marks = [
+        f"<!-- {name}: written by tests/benchmarks/training.py -->\nold\n<!-- end of {name} -->\n" for name in names
+    ]
+    (tmp_path / "page.md").write_text("".join(marks))
+    monkeypatch.setattr("sys.argv", ["training", "--tables"])
+    training.main()
+    page = (tmp_path / "page.md").read_text()
+    assert table in page
+    assert "old" not in page
+    assert "- `digits`: `varcompress distill digits --recipe digits --set seed=SEED --out DIR`" in page

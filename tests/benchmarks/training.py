@@ -205,7 +205,7 @@ def table(group: str) -> str:
         found = [json.loads(path.read_text()) for path in sorted(FOLDER.glob(f"{name}-[0-9].json"))]
         if row.group == group and found:
             lines.append(_line(row, found))
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) if len(lines) > 2 else "Not measured."
 
 
 LABELS = [FULL, "d16", "d8", "d4", "d2"]
@@ -216,7 +216,14 @@ def _line(row: Row, found: list[dict]) -> list[str]:
     steps = len(plan(recipe, (1797 - recipe.held_out(1797)) // recipe.batch_size)) if found[0]["units"] else 0
     fd = [_spread([run["fd"][label] for run in found], 1) for label in LABELS]
     kl = [_spread([run["heldout"]["kl"][label] for run in found], 3) for label in LABELS]
-    return [row.title, f"{steps} x {recipe.batch_size}" if steps else "–", f"{found[0]['units']:.0f}", *fd, *kl]
+    return [
+        row.title,
+        str(len(found)),
+        f"{steps} x {recipe.batch_size}" if steps else "–",
+        f"{found[0]['units']:.0f}",
+        *fd,
+        *kl,
+    ]
 
 
 def _spread(values: Iterable[float], digits: int) -> str:
@@ -239,13 +246,15 @@ def write_section(name: str, text: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("rows", nargs="*", choices=[*ROWS], metavar="ROW", default=None, help=", ".join(ROWS))
+    parser.add_argument("rows", nargs="*", metavar="ROW", help=", ".join(ROWS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--tables", action="store_true")
     options = parser.parse_args()
+    if unknown := [name for name in options.rows if name not in ROWS]:
+        parser.error(f"no row is called {unknown[0]}: there are {', '.join(ROWS)}")
     torch.set_num_threads(1)
     FOLDER.mkdir(parents=True, exist_ok=True)
-    for name in options.rows or ():
+    for name in options.rows:
         for seed in options.seeds[:1] if name == "teacher" else options.seeds:
             result = run(name, seed)
             (FOLDER / f"{name}-{seed}.json").write_text(json.dumps(result, indent=1) + "\n")
