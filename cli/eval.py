@@ -44,7 +44,11 @@ def evaluate(
         typer.Option(help="torch-fidelity's Inception weights, where there is no network.", show_default=False),
     ] = None,
     resamples: Annotated[
-        int, typer.Option(min=0, help="Resamples of the images, for the spread of FID; 0 for none, 50 are enough.")
+        int,
+        typer.Option(
+            min=0,
+            help="Resamples of the images, for the spread of FID: 50 are enough, seconds each on Inception.",
+        ),
     ] = 0,
     directory: Annotated[
         Path | None,

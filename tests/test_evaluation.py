@@ -501,6 +501,8 @@ def test_the_spread_of_a_distance_is_that_of_other_images(model, tmp_path, pixel
         for seed in range(10)
     ]
     assert 0.4 < row["digits_fd_std"] / np.std(drawn, ddof=1) < 2.5
+    (few,) = evaluate(model, ["full"], resamples=20, **options | {"num_images": 10})["schedules"]
+    assert few["digits_fd_std"] > 1  # one image a class, which resampled within the class is the same one
     with pytest.raises(InputError, match="resamples 1: a spread needs at least 2"):
         evaluate(model, ["full"], resamples=1, **options)
 

@@ -163,6 +163,20 @@ def test_kl_to_the_largest_probabilities_is_a_lower_bound_that_tightens(top, see
     assert (more <= whole + 1e-4).all()
 
 
+def test_kl_to_the_largest_probabilities_of_a_sure_student_is_no_more_than_the_whole():
+    """Whose rest is less than float32 tells from 1 minus the others."""
+    p, q = torch.zeros(1, 1, 40).log_softmax(-1), torch.zeros(1, 1, 40)
+    q[..., 0] = 40
+    q.requires_grad_()
+    tokens = torch.zeros(1, 1, dtype=torch.int64)
+    whole, largest = (
+        KullbackLeibler()(q.log_softmax(-1), Targets(tokens, teacher))
+        for teacher in (Distribution(p), Distribution(p).largest(8))
+    )
+    assert 5 < largest.item() <= whole.item() < 40
+    assert torch.autograd.grad(largest.sum(), q)[0].abs().max() > 0.1
+
+
 def test_a_teacher_does_not_change_with_the_network_that_it_teaches():
     model = random_model()
     teacher = Teacher(model.var, model.schedule("full"))

@@ -53,10 +53,13 @@ def test_a_recipe_says_of_each_of_its_figures_where_it_comes_from(name):
     assert set(said) == set(text) - machine_fields() - {"name", "seed"}
 
 
-def test_what_a_user_sets_is_no_longer_said_to_come_from_elsewhere():
-    recipe = load_recipe("variant-d30", ["learning_rate=1e-5"])
-    assert "learning_rate" not in recipe.origin["published"]
-    assert "batch_size" in recipe.origin["published"]
+def test_what_a_user_changes_is_no_longer_said_to_come_from_elsewhere(tmp_path):
+    copied = copy_recipe("variant-d30", tmp_path)
+    copied.write_text(copied.read_text().replace("learning_rate: 1e-6", "learning_rate: 1e-5"))
+    for recipe in (load_recipe("variant-d30", ["learning_rate=1e-5"]), load_recipe(copied)):
+        assert recipe.learning_rate == 1e-5
+        assert "learning_rate" not in recipe.origin["published"]
+        assert "batch_size" in recipe.origin["published"]
 
 
 def test_every_recipe_is_made_for_a_model_that_has_a_name():
@@ -84,7 +87,7 @@ def test_a_loss_by_name_is_a_weight_of_one():
 
 
 def test_what_says_only_how_the_machine_is_used_is_named_once():
-    names = {"accumulation", "activation_checkpointing", "checkpoint_every", "together", "origin"}
+    names = {"accumulation", "activation_checkpointing", "checkpoint_every", "holdout_every", "together", "origin"}
     assert machine_fields() == names
 
 

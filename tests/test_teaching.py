@@ -28,6 +28,7 @@ from varcompress.errors import InputError
 from varcompress.fingerprint import weights_digest
 from varcompress.sampling import Sampling
 from varcompress.training import distill
+from varcompress.training.ema import WeightMean
 from varcompress.training.log import summary
 from varcompress.training.optimizer import learning_rate_at, optimizer_of
 from varcompress.training.recipe import FULL, Recipe
@@ -181,6 +182,23 @@ def test_the_checkpoint_holds_the_mean_of_the_weights(undisturbed, tiny, images,
     still = distill(copy.deepcopy(tiny), changed(learning_rate=1e-30), data=images, out=tmp_path / "still")
     for mean, before in zip(still.var.parameters(), tiny.var.parameters(), strict=True):
         torch.testing.assert_close(mean, before)
+
+
+def test_the_mean_of_the_weights_follows_them_slowly(tiny):
+    model = copy.deepcopy(tiny)
+    weight = model.var.head.bias
+    with torch.no_grad():
+        weight.fill_(1.0)
+        mean = WeightMean(model.var, 0.9)
+        for step, expected in ((1, 1 + 2 * 9 / 11), (1000, None)):  # d = 2/11 after the first step, then 0.9
+            before = mean.state["head.bias"].clone()
+            weight.fill_(3.0)
+            mean.update(step)
+            expected = expected or (0.9 * before + 0.1 * 3.0).mean().item()
+            torch.testing.assert_close(mean.state["head.bias"], torch.full_like(weight, expected))
+    with mean.in_use():
+        torch.testing.assert_close(model.var.head.bias.detach(), torch.full_like(weight, expected))
+    assert (model.var.head.bias == 3.0).all()
 
 
 def test_stored_answers_teach_nearly_as_live_ones(undisturbed, tiny, images, tmp_path):  # noqa: F811

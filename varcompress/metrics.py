@@ -18,6 +18,7 @@ from varcompress.hardware import exact_float32
 # torch-fidelity's defaults, written out because they are part of what a score means
 SEED = 2020
 IS_SPLITS = 10
+MIN_OF_CLASS = 10  # images, to resample within a class
 KID_SUBSETS, KID_SUBSET_SIZE = 100, 1000
 PRC_NEIGHBOURS = 3
 PRC_ROWS = 2_500  # of the distance matrix at a time; changes memory, not the score
@@ -175,10 +176,13 @@ def score(compared: Compared, features: str, *, resamples: int = 0) -> dict[str,
 def spread(metric: Metric, compared: Compared, resamples: int) -> float:
     """The standard deviation of a score over the choice of images, by the bootstrap: images drawn with replacement.
 
-    As many of each class as there are, for their numbers are no chance.
+    As many of each class as there are, for their numbers are no chance; but where a class has too few to stand for
+    others, all images are drawn from as one.
     """
     generator = np.random.default_rng(SEED)
     classes = [np.flatnonzero(compared.labels == label) for label in compared.labels.unique()]
+    if min(map(len, classes)) < MIN_OF_CLASS:
+        classes = [np.arange(len(compared.labels))]
     scores = []
     for _ in range(resamples):
         drawn = np.concatenate([generator.choice(images, size=len(images)) for images in classes])

@@ -66,6 +66,7 @@ def _stored(top: int) -> tuple[str, ...]:
     return "teacher_logits=stored", f"teacher_top={top}"
 
 
+ONE = "{full: .25, 16: .1, 8: .1, 4: .1, 2: .1}"
 KL = ("loss=kl", "teacher=frozen")
 ROWS = {
     "teacher": Row("strategy", "the teacher: nothing trained", "digits-guided"),
@@ -84,11 +85,9 @@ ROWS = {
     "ours-2x": Row("guidance", "the same in 12 epochs, twice the first", "digits", ("epochs=12",)),
     "ours-4x": Row("guidance", "`digits-long`: 24 epochs, four times the first", "digits-long"),
     "adamw": Row("options", "AdamW alone", "digits-guided", ("optimizer=adamw",)),
-    "one-by-one": Row(
-        "options", "one depth a step", "digits-guided", ("depth_probability={full: .25, 16: .1, 8: .1, 4: .1, 2: .1}",)
-    ),
+    "one-by-one": Row("options", "about one depth a step", "digits-guided", (f"depth_probability={ONE}",)),
     "half-kl": Row("options", "half KL, half cross-entropy", "digits-guided", ("loss={kl: 0.5, cross_entropy: 0.5}",)),
-    "sensitivity": Row("options", "layers by sensitivity", "digits-guided", ("layers=sensitivity",)),
+    "sensitivity": Row("options", "layers by sensitivity, 98 units more", "digits-guided", ("layers=sensitivity",)),
     "scales": Row("options", "each scale the same weight", "digits-guided", ("scale_weights=scales",)),
     "lognormal": Row("options", "scales weighed as HMAR does", "digits-guided", ("scale_weights=lognormal",)),
     "drop-path": Row("options", "drop path 0.1 x 30/24", "digits-guided", ("drop_path=0.125",)),

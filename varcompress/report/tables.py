@@ -185,7 +185,7 @@ def _facts(result: dict) -> Table:
         "guidance": None if distilled is None else f"distilled into the weights for {cfg_text(distilled)}",
         "base model": result["base_model"],
         "licence": result["license"],
-        "recipe": recipe and "; ".join(f"{key} {_value(value)}" for key, value in recipe.items() if key != "origin"),
+        "recipe": recipe and "; ".join(f"{key} {_value(value)}" for key, value in recipe.items() if _said(key, value)),
     }
     table = Table.grid(padding=(0, 2))
     table.add_column(style="bold")
@@ -234,6 +234,11 @@ def _stacked(head: str, *parts: RenderableType) -> Group:
 def _beside(row: dict, key: str, unit: float = 1) -> str:
     """What was measured, then in brackets what was predicted."""
     return f"{number(row[key] / unit)} ({number(row[f'{key}_predicted'] / unit)})"
+
+
+def _said(key: str, value: object) -> bool:
+    """Whether a key of a recipe says something: not where it is as if it were not there."""
+    return key != "origin" and value not in (None, False, 0)
 
 
 def _value(value: object) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 from varcompress.files import disk_errors, write_text
@@ -78,6 +79,6 @@ def _schedule(schedule: str, ran: list[tuple[int, float]]) -> dict:
     }
 
 
-def _deepest_first(item: tuple[str, list]) -> int:
+def _deepest_first(item: tuple[str, list]) -> float:
     """full, then d16 before d8."""
-    return 0 if item[0] == FULL else 1 - int(item[0].lstrip("d").partition("@")[0]) + 10**6
+    return -math.inf if item[0] == FULL else -int(item[0].lstrip("d").partition("@")[0])

@@ -21,6 +21,7 @@ from varcompress.errors import InputError
 from varcompress.fingerprint import weights_digest
 from varcompress.images import skipped_note
 from varcompress.models.elastic import ElasticVAR
+from varcompress.models.linear import unpack
 from varcompress.models.transformer import add_cfg_input
 from varcompress.progress import Note, Progress, silent
 from varcompress.schedule import Schedule, is_subnet
@@ -71,6 +72,7 @@ def distill(
         model.to(local_device(model.device)).float()
         model.tokenizer.requires_grad_(False)
         model.var.requires_grad_(True).zero_grad()
+        unpack(model.var)  # copies of weights that are about to change
         ranks.on_rank_zero(lambda: directory.check(resume=resume))
         if ranks.on_rank_zero(lambda: directory.finished):
             note(f"{out}: that run is finished already")
@@ -93,7 +95,9 @@ def distill(
         ranks.on_rank_zero(lambda: _check_size(recipe, len(encoded)))  # again, now that unreadable ones are out
         model.bridge, model.depths = recipe.bridge, recipe.depths
         objective = Objective(model, recipe, teacher)
-        model.subnets = ranks.on_rank_zero(lambda: directory.subnets(lambda: subnets_of(objective, data, progress)))
+        model.subnets = ranks.on_rank_zero(
+            lambda: directory.subnets(lambda: subnets_of(objective, data, ranks, progress))
+        )
         steps = plan(recipe, len(data) // recipe.batch_size)  # a pass drops its last, incomplete batch
         if recipe.teacher_logits == "stored" and teacher:
             objective.teacher = _store_answers(teacher, store, encoded, objective, directory, ranks, progress)
@@ -214,10 +218,9 @@ def loss_fields(objective: Objective, losses: Tensor, schedules: dict[str, Sched
     """What the log says of losses (N, S, L): of each schedule the loss, and each kind of it scale by scale."""
     counts = [side * side for side in objective.model.var.config.patch_nums]
     per_scale = torch.stack([part.mean(-1) for part in losses.split(counts, dim=-1)], dim=-1)  # (N, S, K)
-    whole = objective.of_schedules(losses).expand(1, 1, -1).mT.expand(1, -1, len(counts))
-    (of_schedules, *kinds) = torch.cat((whole, per_scale)).tolist()  # in one go: each waits for the device
+    kinds, of_schedules = per_scale.tolist(), objective.of_schedules(losses).tolist()
     return {
-        "losses": {schedule: loss for schedule, (loss, *_) in zip(schedules, of_schedules, strict=True)},
+        "losses": dict(zip(schedules, of_schedules, strict=True)),
         **{
             kind: dict(zip(schedules, values, strict=True))
             for kind, values in zip(objective.losses, kinds, strict=True)
@@ -231,7 +234,7 @@ def schedules_of(model: ElasticVAR, depths: Iterable[str | int]) -> dict[str, Sc
     return {str(schedule): schedule for schedule in chosen}
 
 
-def subnets_of(objective: Objective, data: TokenData, progress: Progress = silent) -> dict[int, tuple[int, ...]]:
+def subnets_of(objective: Objective, data: TokenData, ranks: Ranks, progress: Progress) -> dict[int, tuple[int, ...]]:
     """The layers of each depth, where they are not the equidistant ones."""
     model, recipe = objective.model, objective.recipe
     if recipe.layers == "equidistant":
@@ -239,7 +242,7 @@ def subnets_of(objective: Objective, data: TokenData, progress: Progress = silen
     if recipe.layers != "sensitivity":
         return dict(zip(recipe.depths, recipe.layers, strict=True))
     full = model.schedule(FULL)
-    loss = objective.loss_of(in_first_view(data, recipe.pass_size(), SENSITIVITY_IMAGES))
+    loss = objective.loss_of(in_first_view(data, recipe.pass_size(ranks.count), SENSITIVITY_IMAGES))
     return eliminate(loss, full, recipe.bridge, recipe.depths, keep=(0, full.depth - 1), progress=progress)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple, Protocol
 
 import torch
@@ -35,8 +36,8 @@ class Distribution(NamedTuple):
 
     def largest(self, count: int) -> Distribution:
         """The largest `count` of whole distributions, and the rest."""
-        found = self.log_probs.topk(count, dim=-1)
-        return Distribution(with_rest(found.values), found.indices)
+        tokens = self.log_probs.topk(count, dim=-1).indices
+        return Distribution(part(self.log_probs, tokens), tokens)
 
     def of(self, tokens: slice) -> Distribution:
         """The distributions of some tokens of each image."""
@@ -66,15 +67,15 @@ class KullbackLeibler:
         teacher = targets.teacher
         if teacher.tokens is None:
             return F.kl_div(log_probs, teacher.log_probs, log_target=True, reduction="none").sum(-1)
-        known = with_rest(log_probs.gather(-1, teacher.tokens))
+        known = part(log_probs, teacher.tokens)
         return F.kl_div(known, teacher.log_probs, log_target=True, reduction="none").sum(-1)
 
 
-def with_rest(log_probs: Tensor) -> Tensor:
-    """Log-probabilities of some events (..., k), and of all others together behind them: (..., k + 1)."""
-    smallest = torch.finfo(log_probs.dtype).tiny
-    rest = (1 - log_probs.exp().sum(-1, keepdim=True)).clamp_min(smallest).log()
-    return torch.cat((log_probs, rest), dim=-1)
+def part(log_probs: Tensor, tokens: Tensor) -> Tensor:
+    """Log-probabilities (..., V) of some tokens (..., k), and of all others together behind them: (..., k + 1)."""
+    rest = log_probs.scatter(-1, tokens, -torch.inf).logsumexp(-1, keepdim=True)
+    smallest = math.log(torch.finfo(log_probs.dtype).tiny)  # where nothing is left
+    return torch.cat((log_probs.gather(-1, tokens), rest.clamp_min(smallest)), dim=-1)
 
 
 LOSSES: dict[str, type[Loss]] = {"cross_entropy": CrossEntropy, "kl": KullbackLeibler}

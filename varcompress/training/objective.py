@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager
 from typing import NamedTuple
 
 import torch
@@ -49,9 +49,8 @@ class Objective:
         samples: those at these places of the epoch; they may be on the host. All passes of step `step` together have
         the gradient of the step, so each has its share of it.
         """
-        device, recipe = self.model.device, self.recipe
-        random = self._random(step, places)
-        with fitting_memory(device, len(samples.labels), _memory_remedy(recipe)):
+        recipe, random = self.recipe, self._random(step, places)
+        with self._fitting(samples):
             given = self.given(samples, random.get("cfg"))
             if recipe.together:
                 measured = self.measure(given, schedules, **random) / recipe.accumulation
@@ -67,20 +66,19 @@ class Objective:
     @torch.no_grad()
     def evaluate(self, samples: Samples, schedules: Sequence[Schedule]) -> Tensor:
         """Losses by kind, schedule and token, the mean over the images: (N, S, L) float32. Free of chance."""
-        with fitting_memory(self.model.device, len(samples.labels), _memory_remedy(self.recipe)):
+        with self._fitting(samples):
             cfg = self._middle_cfg(samples)
             return self.measure(self.given(samples, cfg), schedules, cfg)
 
-    @torch.no_grad()
     def loss_of(self, parts: Sequence[Samples]) -> Callable[[Schedule], float]:
         """A function of schedules: their loss on some images, in parts that fit the device. Free of chance."""
         # what they are given stays the same for all schedules; the guidance of a range is its middle
-        given = [(self.given(part, self._middle_cfg(part)), self._middle_cfg(part)) for part in parts]
+        given = [(self.given(part, cfg), cfg) for part, cfg in ((part, self._middle_cfg(part)) for part in parts)]
         images = sum(len(part.labels) for part in parts)
 
         @torch.no_grad()
         def loss(schedule: Schedule) -> float:
-            with fitting_memory(self.model.device, len(parts[0].labels), _memory_remedy(self.recipe)):
+            with self._fitting(parts[0]):
                 found = (self.total(self.measure(part, [schedule], cfg)) * len(part.labels) for part, cfg in given)
                 return sum(found).item() / images
 
@@ -88,7 +86,7 @@ class Objective:
 
     def teacher_says(self, samples: Samples) -> Distribution:
         """The teacher's distributions of these samples."""
-        with fitting_memory(self.model.device, len(samples.labels), _memory_remedy(self.recipe)):
+        with self._fitting(samples):
             return self.given(samples, self._middle_cfg(samples)).targets.teacher
 
     def _middle_cfg(self, samples: Samples) -> Tensor | None:
@@ -164,12 +162,13 @@ class Objective:
             random["kept"] = kept.T.reshape(depth, 2, images).to(device)
         return random
 
-    def _autocast(self) -> torch.autocast | nullcontext:
+    def _autocast(self) -> torch.autocast:
         return torch.autocast(self.model.device.type, torch.bfloat16, enabled=self.recipe.dtype == "bfloat16")
 
-
-def _memory_remedy(recipe: Recipe) -> str:
-    """What to do about a device that is too small."""
-    more = "" if recipe.activation_checkpointing else ", or set activation_checkpointing=true"
-    apart = ", or set together=false" if recipe.together and recipe.depth_probability else ""
-    return f"raise accumulation (now {recipe.accumulation}){more}{apart}"
+    def _fitting(self, samples: Samples) -> AbstractContextManager:
+        """A block whose passes over these samples may be too much for the device, which an InputError then says."""
+        recipe = self.recipe
+        more = "" if recipe.activation_checkpointing else ", or set activation_checkpointing=true"
+        apart = ", or set together=false" if recipe.together and recipe.depth_probability else ""
+        remedy = f"raise accumulation (now {recipe.accumulation}){more}{apart}"
+        return fitting_memory(self.model.device, len(samples.labels), remedy)

@@ -105,7 +105,7 @@ class Recipe:
     label_drop: float = _within(0, 1, default=0.1)  # probability of the null class, for guidance
     views: int = _within(1, 256, default=1)  # of each image: the centre, then random crops
     holdout: float = _within(0, 0.5, default=0.0)  # share of the images that are never trained on, to measure on
-    holdout_every: int = _within(1, default=500)  # steps between two measurements
+    holdout_every: int = _within(1, default=500, machine=True)  # steps between two measurements
 
     dtype: Literal["float32", "bfloat16"] = "bfloat16"  # of the arithmetic; weights and optimiser are float32
     # recompute activations in the backward pass: slower, far less memory
@@ -273,12 +273,15 @@ def load_recipe(source: str | Path, settings: Iterable[str] = ()) -> Recipe:
         raise InputError(f"{where}: not YAML{f', line {mark.line + 1}' if mark else ''}: {problem}") from error
     if not isinstance(values, dict):
         raise InputError(f"{where}: a recipe is a list of `key: value` lines")
-    changed = dict(map(_setting, settings))
-    recipe = Recipe.from_dict({**values, **changed}, where)
-    if "origin" in changed:
+    recipe = Recipe.from_dict({**values, **dict(map(_setting, settings))}, where)
+    if recipe.name not in recipe_names():
         return recipe
-    # what a user sets comes from nowhere but from them
-    origin = {name: tuple(key for key in keys if key not in changed) for name, keys in recipe.origin.items()}
+    # what a user changes, in a copy or by a setting, comes from nowhere but from them
+    ours = Recipe.from_dict(yaml.safe_load(recipe_text(recipe.name)))
+    origin = {
+        name: tuple(key for key in keys if getattr(recipe, key) == getattr(ours, key))
+        for name, keys in recipe.origin.items()
+    }
     return replace(recipe, origin=origin)
 
 

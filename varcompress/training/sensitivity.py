@@ -27,8 +27,8 @@ def eliminate(
 
     loss_of: the loss of a schedule, such as `Objective.loss_of` gives; full: the model's schedule of all layers; keep:
     layers that are never removed. Of equal losses the lowest layer goes, so that the same losses always give the same
-    subnets. From 30 layers to 2 it takes 462 losses. Raises InputError for depths that cannot be reached, and for a
-    loss that is not a number.
+    subnets. From 30 layers to 2, which are kept, it takes 406 losses. Raises InputError for depths that cannot be
+    reached, and for a loss that is not a number.
     """
     layers, last = tuple(range(full.depth)), min(depths)
     if not max(len(keep), 1) <= last <= max(depths) < full.depth or not set(keep) <= set(layers):

@@ -26,7 +26,6 @@ from varcompress.progress import Progress
 from varcompress.schedule import Schedule
 from varcompress.training.losses import Distribution
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 META, STATES, LOG_PROBS, TOKENS = "teacher.json", "states.npy", "log_probs.npy", "tokens.npy"
 
 
@@ -39,8 +38,7 @@ class Teacher:
 
     def __init__(self, var: VAR, full: Schedule, *, dtype: str = "float32", guided: bool = False) -> None:
         self._var, self._full, self._guided = copy.deepcopy(var).requires_grad_(False), full, guided
-        self._dtype = DTYPES[dtype]
-        to_dtype(self._var, self._dtype)
+        to_dtype(self._var, getattr(torch, dtype))
 
     @cached_property
     def digest(self) -> str:
@@ -61,7 +59,7 @@ class Teacher:
         return Distribution(guided_logits(*both.chunk(2), cfg, self._var.layout.scale).log_softmax(-1))
 
     def _logits(self, labels: Tensor, teacher_input: Tensor) -> Tensor:
-        return self._var(labels, teacher_input.to(self._dtype), self._full)
+        return self._var(labels, teacher_input, self._full)
 
 
 class StoredTeacher:
@@ -87,9 +85,9 @@ class StoredTeacher:
         """Make an empty store, or find the one that is there. Raises InputError where it is of another teacher."""
         if (self.path / META).is_file():
             try:
-                found = json.loads((self.path / META).read_text())
-            except ValueError:
-                found = {}
+                found = dict(json.loads((self.path / META).read_text()))
+            except (ValueError, TypeError) as error:
+                raise InputError(f"{self.path / META}: damaged; delete {self.path} to compute anew") from error
             if other := [key for key in self._meta if found.get(key) != self._meta[key]]:
                 raise InputError(
                     f"{self.path}: holds what a teacher said under another {' and another '.join(other)}: delete it, "
