@@ -18,7 +18,6 @@ PARTS = {
     "convolutions": torch.backends.cudnn.conv if hasattr(torch.backends.cudnn, "conv") else None,
     "products": torch.backends.cuda.matmul,
 }
-needs_settings = pytest.mark.skipif(not hasattr(torch.backends, "fp32_precision"), reason="torch 2.9 brought them")
 
 
 @pytest.fixture(autouse=True)
@@ -43,7 +42,6 @@ def assert_exact_inside() -> None:
     assert settings() == before
 
 
-@needs_settings
 @pytest.mark.parametrize("part", PARTS)
 @pytest.mark.parametrize("value", ["tf32", "ieee", "none"])
 def test_the_newer_settings_are_made_exact_and_put_back(part, value):
@@ -51,7 +49,6 @@ def test_the_newer_settings_are_made_exact_and_put_back(part, value):
     assert_exact_inside()
 
 
-@needs_settings
 def test_an_operator_that_inherits_its_precision_inherits_it_again():
     torch.backends.cudnn.conv.fp32_precision = "none"
     torch.backends.fp32_precision = "tf32"

@@ -100,13 +100,10 @@ _PRECISION = _ExactPrecision()
 def _precision_settings() -> list[tuple[Callable[[], object], Callable[[object], None], object]]:
     """How each of torch's precision settings is read and written, and its exact value.
 
-    torch 2.9 has one for each kind of operator, and raises where the flags that it had before are mixed with them. What
-    an operator has no setting of its own for it takes from those that come first here.
+    There is one for each kind of operator, and torch raises where its older flags are mixed with them. What an operator
+    has no setting of its own for it takes from those that come first here.
     """
     backends = torch.backends
-    if not hasattr(backends, "fp32_precision"):
-        flag = partial(getattr, backends.cudnn, "allow_tf32"), partial(setattr, backends.cudnn, "allow_tf32"), False
-        return [(torch.get_float32_matmul_precision, torch.set_float32_matmul_precision, "highest"), flag]
     values = dict.fromkeys((backends, backends.cudnn), "none")
     operators = (backends.cuda.matmul, backends.cudnn.conv, backends.mkldnn.matmul, backends.mkldnn.conv)
     values |= dict.fromkeys(operators, "ieee")

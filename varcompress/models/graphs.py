@@ -166,10 +166,8 @@ def _end_failed_capture(pool: tuple[int, int], tensor: Tensor) -> None:
     """
     if torch.__version__ >= (2, 12):
         return
-    names = ("_cuda_endAllocateToPool", "_cuda_endAllocateCurrentStreamToPool")  # the second one before 2.8
-    end = next(getattr(torch._C, name) for name in names if hasattr(torch._C, name))
     with contextlib.suppress(RuntimeError):  # the capture ended, its body had failed: nothing is open
-        end(torch.cuda.current_device(), pool)
+        torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), pool)
     graph = torch.cuda.CUDAGraph()
     graph.capture_begin(capture_error_mode="thread_local")
     tensor.clone()  # any work at all: torch warns of a graph without
