@@ -247,6 +247,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("rows", nargs="*", metavar="ROW", help=", ".join(ROWS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--missing", action="store_true", help="only what has no file yet")
     parser.add_argument("--tables", action="store_true")
     options = parser.parse_args()
     if unknown := [name for name in options.rows if name not in ROWS]:
@@ -255,8 +256,11 @@ def main() -> None:
     FOLDER.mkdir(parents=True, exist_ok=True)
     for name in options.rows:
         for seed in options.seeds[:1] if name == "teacher" else options.seeds:
+            path = FOLDER / f"{name}-{seed}.json"
+            if options.missing and path.is_file():
+                continue
             result = run(name, seed)
-            (FOLDER / f"{name}-{seed}.json").write_text(json.dumps(result, indent=1) + "\n")
+            path.write_text(json.dumps(result, indent=1) + "\n")
             print(name, seed, {key: round(value, 1) for key, value in result["fd"].items()}, flush=True)
     if options.tables:
         for group in dict.fromkeys(row.group for row in ROWS.values()):
