@@ -40,6 +40,7 @@ def distill(
 
     On several GPUs: torchrun --nproc-per-node 8 -m varcompress distill …
     """
+    from varcompress.data.sources import own_source
     from varcompress.report.tables import distill_table
     from varcompress.training import distill
     from varcompress.training.distributed import is_rank_zero, local_device
@@ -77,5 +78,6 @@ def distill(
     out.print(distill_table(result))
     say(f"{result['steps']} steps in {result['seconds']:.0f} s; elastic checkpoint: {directory}")
     say("Next:")
-    for command in ("profile {}", "eval {} --reference REF", "push {} REPO"):
+    reference = "" if own_source(loaded) else " --reference REF"
+    for command in ("profile {}", f"eval {{}}{reference}", "push {} REPO"):
         say(f"  varcompress {command.format(directory)}")
