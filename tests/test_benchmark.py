@@ -119,6 +119,7 @@ def test_a_table_has_means_and_spreads(tmp_path, monkeypatch):
     table = training.table("guidance")
     assert "| `digits` | 3 | 848 x 16 | 322 | 32.0 ± 2.0 |" in table
     assert "| 32.000 ± 2.000 |" in table
+    assert len({line.count("|") for line in table.splitlines()}) == 1
     names = ("strategy", "guidance", "options", "commands")
     marks = [
         f"<!-- {name}: written by tests/benchmarks/training.py -->\nold\n<!-- end of {name} -->\n" for name in names

@@ -194,6 +194,7 @@ def table(group: str) -> str:
     """The rows of a group that were measured, means over seeds with their standard deviation."""
     header = [
         "row",
+        "seeds",
         "steps x batch",
         "units",
         *(f"FD {label}" for label in LABELS),
