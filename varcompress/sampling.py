@@ -74,16 +74,19 @@ class Sampling:
         return self
 
 
-def checked_cfg(value: object) -> DistilledCfg:
-    """What a model's guidance is distilled for, checked. Raises InputError for what is no cfg, and no range of them."""
+def checked_cfg(value: object, name: str = "distilled_cfg") -> DistilledCfg:
+    """What a model's guidance is distilled for, checked. Raises InputError for what is no cfg, and no range of them.
+
+    name: what the message calls it.
+    """
     expected = f"a number from -{MAX_CFG} to {MAX_CFG}, or two of these, the smaller first"
     if value is None:
         return None
     if not isinstance(value, list | tuple):
-        return checked("distilled_cfg", value, float, is_cfg, expected)
-    found = tuple(checked("distilled_cfg", cfg, float, is_cfg, expected) for cfg in value)
+        return checked(name, value, float, is_cfg, expected)
+    found = tuple(checked(name, cfg, float, is_cfg, expected) for cfg in value)
     if len(found) != 2 or not found[0] < found[1]:
-        raise InputError(f"distilled_cfg must be {expected}, not {value!r}")
+        raise InputError(f"{name} must be {expected}, not {value!r}")
     return found
 
 

@@ -366,7 +366,7 @@ class VAR(nn.Module):
         """Teacher-forced logits under a schedule, (B, L, V) float32, or under several in one pass, (B, N, V).
 
         labels: (B,) int64; teacher_input: (B, L - p_1^2, z_channels), see `VQVAE.teacher_input`; N: the tokens of all
-        pieces of the together, one after another; cfg: see `condition`; checkpointing: recompute the activations of
+        pieces of the pass, one after another; cfg: see `condition`; checkpointing: recompute the activations of
         each layer in the backward pass instead of keeping them; kept: (depth, 2, B), see `Block.forward`.
         A layer sees only the tokens of the scales that it runs at; the block-causal mask makes that exactly what
         cached generation computes.

@@ -65,10 +65,10 @@ def plot_samples(samples: dict[str, dict[str, np.ndarray]], result: DemoResult, 
 
     samples: title of a panel -> schedule -> images (N, H, W, 3) uint8, ten of which stand in a line.
     """
-    rows, lines = result["schedules"], -(-len(next(iter(next(iter(samples.values())).values()))) // PER_LINE)
-    figure, axes = _figure(
-        width=13, height=(0.1 + 0.62 * lines) * len(rows) + 0.4, columns=len(samples), rows=len(rows)
-    )
+    rows = result["schedules"]
+    shown = len(next(iter(samples.values()))[rows[0]["schedule"]])
+    height = (0.1 + 0.62 * -(-shown // PER_LINE)) * len(rows) + 0.4
+    figure, axes = _figure(width=13, height=height, columns=len(samples), rows=len(rows))
     for column, (title, images) in zip(axes.T, samples.items(), strict=True):
         column[0].set_title(title, fontsize=12)
         for axis, row in zip(column, rows, strict=True):

@@ -202,10 +202,7 @@ class Recipe:
             raise InputError("recipe: guidance: none and cfg, what is distilled, go together: set both, or neither")
         if self.cfg is None:
             return
-        try:
-            checked_cfg(self.cfg)
-        except InputError as error:
-            raise InputError(str(error).replace("distilled_cfg", "recipe: cfg")) from error
+        checked_cfg(self.cfg, "recipe: cfg")
         if self.loss.keys() != {"kl"} or self.label_drop:
             raise InputError(
                 "recipe: guidance: none distils the teacher's guided logits: set teacher: frozen, loss: kl and "

@@ -74,7 +74,7 @@ class StoredTeacher:
     def __init__(
         self, path: Path, data: TokenData, config: VARConfig, *, top: int, digest: str, settings: dict
     ) -> None:
-        self.path, self.digest, self._data, self._null = path, digest, data, config.classes
+        self.path, self._data, self._null = path, data, config.classes
         labels = 2 if settings["label_drop"] else 1
         images, views, tokens = data.tokens.shape
         self._shape, self._top = (images, views, labels, tokens), min(top, config.vocab)
