@@ -56,15 +56,15 @@ COMPARED = 8  # images, at most, that are compared with the reference's
 # -- models ---------------------------------------------------------------------------------------
 
 
-def random_weights(depth: int) -> ElasticVAR:
+def random_weights(depth: int, device: torch.device | str = "cpu") -> ElasticVAR:
     """A model of the official shape at 256 px whose random numbers stay in range and whose logits have no near ties."""
     torch.manual_seed(0)
     width = 64 * depth
     with torch.device("meta"):
         var = VAR(VARConfig(depth, width, depth, PATCH_NUMS, 4096, 32, 1000, False, 4 * width))
         tokenizer = VQVAE(TokenizerConfig(160, (1, 1, 2, 2, 4), 2, 32, 4096, 4, 3, PATCH_NUMS))
-    var.to_empty(device="cpu")
-    tokenizer.to_empty(device="cpu")
+    var.to_empty(device=device)
+    tokenizer.to_empty(device=device)
     with torch.no_grad():
         for name, parameter in var.named_parameters():
             parameter.normal_(std=width**-0.5 if parameter.ndim == 2 and "embed" not in name else 0.1)
@@ -343,7 +343,7 @@ def benchmark(
 ) -> Iterator[dict]:
     """All batch sizes of one model size."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    model = random_weights(depth)
+    model = random_weights(depth, device)
     model.place(Runtime(device, model.dtype, kernels[0]))
     reference = Reference(reference_path, model, device) if reference_path else None
     sizes = sorted({min(batch, COMPARED) for batch in batches}) if reference else []
