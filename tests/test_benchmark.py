@@ -13,7 +13,7 @@ from varcompress.training.recipe import load_recipe
 
 
 @pytest.fixture
-def benchmark(monkeypatch):
+def run_benchmark(monkeypatch):
     """Run it with the given arguments."""
 
     def run(*arguments):
@@ -23,10 +23,10 @@ def benchmark(monkeypatch):
     return run
 
 
-def test_it_writes_what_ran_and_prints_its_table(benchmark, tmp_path, capsys):
+def test_it_writes_what_ran_and_prints_its_table(run_benchmark, tmp_path, capsys):
     page = generation.FOLDER.parent / "performance.md"
     before = page.read_bytes()
-    benchmark("--sizes", "d1", "--batches", 1, "--runs", 1, "--device", "cpu", "--out", tmp_path, "--name", "small")
+    run_benchmark("--sizes", "d1", "--batches", 1, "--runs", 1, "--device", "cpu", "--out", tmp_path, "--name", "small")
     assert page.read_bytes() == before
     content = json.loads((tmp_path / "small.json").read_text(encoding="utf-8"))
     assert content["command"].endswith("--sizes d1 --batches 1 --kernels auto --runs 1 --name small")
@@ -43,9 +43,9 @@ def test_it_writes_what_ran_and_prints_its_table(benchmark, tmp_path, capsys):
     assert "| `full` |" in printed
 
 
-def test_unguided_calls_are_named(benchmark, tmp_path, capsys):
+def test_unguided_calls_are_named(run_benchmark, tmp_path, capsys):
     small = ("--sizes", "d1", "--batches", 1, "--runs", 1, "--device", "cpu")
-    benchmark(*small, "--out", tmp_path, "--name", "x", "--cfg", 0)
+    run_benchmark(*small, "--out", tmp_path, "--name", "x", "--cfg", 0)
     content = json.loads((tmp_path / "x.json").read_text(encoding="utf-8"))
     assert content["settings"] == {"cfg": 0, "top_k": 900, "top_p": 0.96}
     assert "--cfg 0 --runs 1" in content["command"]
@@ -66,16 +66,16 @@ def test_unguided_calls_are_named(benchmark, tmp_path, capsys):
         (["--device", "tpu"], "device 'tpu' is unknown"),
     ],
 )
-def test_wrong_options_are_one_line(benchmark, arguments, message, capsys):
+def test_wrong_options_are_one_line(run_benchmark, arguments, message, capsys):
     with pytest.raises(SystemExit, match="2"):
-        benchmark(*arguments)
+        run_benchmark(*arguments)
     assert message in capsys.readouterr().err.splitlines()[-1]
 
 
-def test_a_batch_that_does_not_fit_loses_nothing(benchmark, tmp_path, capsys, monkeypatch):
+def test_a_batch_that_does_not_fit_loses_nothing(run_benchmark, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(generation, "benchmark", too_large)
     with pytest.raises(SystemExit, match="2"):
-        benchmark("--sizes", "d1", "--device", "cpu", "--out", tmp_path, "--name", "cut")
+        run_benchmark("--sizes", "d1", "--device", "cpu", "--out", tmp_path, "--name", "cut")
     assert "choose a smaller one" in capsys.readouterr().err
     assert json.loads((tmp_path / "cut.json").read_text(encoding="utf-8"))["results"] == [{"size": "d1"}]
 

@@ -217,12 +217,13 @@ def test_an_eight_bit_cache_changes_logits_little(cache_dtype, data):
 @given(batch=st.integers(1, 600), scale=st.integers(0, 2), streamed=st.booleans())
 def test_parts_are_the_batch_and_small(batch, scale, streamed):
     schedule = Schedule.parse("d2@1", depth=4, patch_nums=(70, 2, 30), bridge=1)
-    found = generation.parts(schedule, scale, batch, streamed=streamed)
+    call = generation.Call(schedule, batch, PUBLISHED, Runtime(CPU, offload="bridge" if streamed else None), False)
+    found = generation.parts(call, scale)
     assert [row for part in found for row in range(part.start, part.stop)] == list(range(batch))
     if streamed and scale == 0:  # the only one that runs layers which the last does not
         assert len(found) == 1
     else:
-        most = max(1, generation.TOKENS_AT_A_TIME // schedule.patch_nums[scale] ** 2)
+        most = max(1, generation.TOKENS_AT_A_TIME["cpu"] // schedule.patch_nums[scale] ** 2)
         assert all(part.stop - part.start <= most for part in found)
 
 
@@ -233,7 +234,7 @@ def test_parts_of_a_batch_are_the_batch(at_a_time, way, shared_aln, monkeypatch)
     model, labels = random_model(shared_aln=shared_aln), [1, 2, 3]
     placed(model, kernels="torch", **way)
     together = [model.generate_tokens(labels, schedule, sampling=Sampling(seed=3)) for schedule in SCHEDULES]
-    monkeypatch.setattr("varcompress.models.generation.TOKENS_AT_A_TIME", at_a_time)
+    monkeypatch.setitem(generation.TOKENS_AT_A_TIME, "cpu", at_a_time)
     for schedule, (tokens, f_hat) in zip(SCHEDULES, together, strict=True):
         now_tokens, now = model.generate_tokens(labels, schedule, sampling=Sampling(seed=3))
         assert torch.equal(now_tokens, tokens)
@@ -244,7 +245,7 @@ def test_parts_of_a_batch_are_the_batch(at_a_time, way, shared_aln, monkeypatch)
 def test_fused_kernels_take_parts_of_a_batch(monkeypatch):
     model = placed(random_model(depth=3, patch_nums=(1, 2)), device=torch.device(DEVICE), kernels="triton")
     together = model.generate_tokens([1, 2, 3], "d2@1", sampling=Sampling(seed=1))
-    monkeypatch.setattr("varcompress.models.generation.TOKENS_AT_A_TIME", 8)
+    monkeypatch.setitem(generation.TOKENS_AT_A_TIME, "cpu", 8)
     tokens, f_hat = model.generate_tokens([1, 2, 3], "d2@1", sampling=Sampling(seed=1))
     assert torch.equal(tokens, together[0])
     torch.testing.assert_close(f_hat, together[1], atol=1e-5, rtol=1e-5)

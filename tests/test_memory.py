@@ -14,6 +14,7 @@ from varcompress.cost import cache_bytes, packed_bytes, peak_bytes, weight_bytes
 from varcompress.errors import InputError
 from varcompress.hardware import fitting_memory, free_bytes
 from varcompress.memory import PeakMemory, fitting_batch, held_bytes
+from varcompress.models import generation
 from varcompress.models.offload import StreamedBlocks
 
 CPU = torch.device("cpu")
@@ -58,7 +59,7 @@ def test_peak_of_a_batch_in_parts_is_near_its_prediction(way, monkeypatch):
     model = placed(wide_model(depth=2), **way)
     together = peak_of(model, "full", 12).bytes
     for at_a_time in (200, 40):  # of 864 at the last scale
-        monkeypatch.setattr("varcompress.models.generation.TOKENS_AT_A_TIME", at_a_time)
+        monkeypatch.setitem(generation.TOKENS_AT_A_TIME, "cpu", at_a_time)
         assert_near_prediction(model, "full", 12)
         assert peak_of(model, "full", 12).bytes < together
 

@@ -9,6 +9,8 @@ from varcompress.errors import InputError
 from varcompress.models import generation
 from varcompress.sampling import Sampling
 
+CPU = torch.device("cpu")
+
 
 @pytest.mark.parametrize("schedule", ["full", "d2@2", "6x1,4x1,2x2"])
 def test_an_image_does_not_depend_on_its_batch(tiny, schedule):
@@ -34,15 +36,15 @@ def test_images_of_two_batch_sizes_are_equal_to_rounding(tiny):
 def test_a_few_logits_at_a_time_give_the_same_tokens(tiny, monkeypatch):
     labels = [3, 1, 4, 1, 5]
     together = tiny.generate_tokens(labels, "d2@2", sampling=Sampling(seed=3))[0]
-    monkeypatch.setattr(generation, "LOGITS_BYTES", 1)
-    assert generation.images_at_a_time(16, 40, 4) == 1
+    monkeypatch.setitem(generation.LOGITS_BYTES, "cpu", 1)
+    assert generation.images_at_a_time(CPU, 16, 40, 4) == 1
     assert torch.equal(tiny.generate_tokens(labels, "d2@2", sampling=Sampling(seed=3))[0], together)
 
 
 def test_logits_that_exist_at_a_time_stay_below_their_limit():
     for tokens, vocab, element_bytes in ((256, 4096, 4), (1024, 4096, 2), (1, 40, 4)):
-        count = generation.images_at_a_time(tokens, vocab, element_bytes)
-        assert 2 * count * tokens * vocab * element_bytes <= generation.LOGITS_BYTES
+        count = generation.images_at_a_time(CPU, tokens, vocab, element_bytes)
+        assert 2 * count * tokens * vocab * element_bytes <= generation.LOGITS_BYTES["cpu"]
 
 
 @pytest.mark.parametrize("settings", [{"cfg": 1e39}, {"cfg": float("nan")}, {"first_index": 2**63 - 1}])

@@ -173,7 +173,7 @@ def _scale_bytes(model: ElasticVAR, call: Call, scale: int) -> int:
     once, after = (
         (rows * 6 + 3) * len(layers) * width + rows * 3 * width for layers in (schedule.layers[scale], following)
     )
-    batch = parts(schedule, scale, rows, streamed=runtime.offload is not None)[0].stop
+    batch = parts(call, scale)[0].stop
     tokens, token = rows * side**2, batch * side**2
     # the residual, queries, keys and values side by side, and the queries again; the others are in the cache
     attention = token * (1 + 3 + 1) * width
@@ -184,7 +184,7 @@ def _scale_bytes(model: ElasticVAR, call: Call, scale: int) -> int:
     waiting = (tokens - token) * width  # the residual of the other parts of the batch
     # the input, and in a guided call its copy for both halves beside it
     given = tokens * width + (call.num_images * side**2 * width if call.guided else 0)
-    few = min(call.num_images, images_at_a_time(side**2, config.vocab, element_bytes))
+    few = min(call.num_images, images_at_a_time(runtime.device, side**2, config.vocab, element_bytes))
     conditional = few * side**2 * config.vocab
     logits = (1 + call.guided) * conditional
     fused = runtime.operations is TRITON

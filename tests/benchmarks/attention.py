@@ -11,7 +11,6 @@ import argparse
 import json
 import statistics
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
 import torch

@@ -20,10 +20,11 @@ from varcompress.sampling import Sampling
 from varcompress.schedule import Schedule
 
 PHASES = ("transformer", "sampling", "decoder")
-# Of one scale that run through its layers together. More are no faster on a CPU (not measured on a GPU), and their
-# activations stand beside the cache when that is fullest.
-TOKENS_AT_A_TIME = 1 << 12
-LOGITS_BYTES = 1 << 25  # of logits that exist at a time: the largest tensor of a big batch, if they all did
+# Of one scale that run through its layers together, by device. More are no faster on a CPU, and a GPU would wait for
+# the launches of fewer; their activations stand beside the cache when that is fullest.
+TOKENS_AT_A_TIME = {"cpu": 1 << 12, "cuda": 1 << 14}
+# Of logits that exist at a time: the largest tensor of a big batch, if they all did.
+LOGITS_BYTES = {"cpu": 1 << 25, "cuda": 1 << 27}
 
 
 @dataclass(frozen=True)
@@ -63,15 +64,16 @@ class Observer:
         """A layer has run, so that its matrices were read once."""
 
 
-def parts(schedule: Schedule, scale: int, batch: int, *, streamed: bool) -> list[slice]:
-    """A batch of rows in parts of at most TOKENS_AT_A_TIME at a scale, one row at least.
+def parts(call: Call, scale: int) -> list[slice]:
+    """The rows of a call in parts of at most TOKENS_AT_A_TIME at a scale, one row at least.
 
     All in one where the scale runs layers that are streamed.
     """
-    if streamed and schedule.layers[scale] != schedule.layers[-1]:
-        return [slice(0, batch)]
-    size = max(1, TOKENS_AT_A_TIME // schedule.patch_nums[scale] ** 2)
-    return [slice(first, min(first + size, batch)) for first in range(0, batch, size)]
+    schedule, runtime = call.schedule, call.runtime
+    if runtime.offload and schedule.layers[scale] != schedule.layers[-1]:
+        return [slice(0, call.rows)]
+    size = max(1, TOKENS_AT_A_TIME[runtime.device.type] // schedule.patch_nums[scale] ** 2)
+    return [slice(first, min(first + size, call.rows)) for first in range(0, call.rows, size)]
 
 
 # The block of a layer, ready to run at a scale (from 0).
@@ -121,7 +123,7 @@ def generate_tokens(
         cache.begin(scale)
         hidden = x.add_(var.scale_positions(scale, start, end))
         del x
-        batches = parts(schedule, scale, len(hidden), streamed=call.runtime.offload is not None)
+        batches = parts(call, scale)
         for batch in batches:
             residual = Residual(hidden[batch])
             for layer in schedule.layers[scale]:
@@ -169,7 +171,7 @@ def draw_tokens(
     """
     guidance = call.guidance(scale)
     conditional, unconditional = hidden[: call.num_images], hidden[call.num_images :]
-    size = images_at_a_time(hidden.shape[1], head.out_features, hidden.element_size())
+    size = images_at_a_time(hidden.device, hidden.shape[1], head.out_features, hidden.element_size())
     drawn = []
     for first in range(0, len(image_ids), size):
         few = slice(first, first + size)
@@ -182,6 +184,6 @@ def draw_tokens(
     return torch.cat(drawn)
 
 
-def images_at_a_time(tokens: int, vocab: int, element_bytes: int) -> int:
+def images_at_a_time(device: torch.device, tokens: int, vocab: int, element_bytes: int) -> int:
     """Images whose logits, guided and not, fit in LOGITS_BYTES; at least one."""
-    return max(1, LOGITS_BYTES // (2 * tokens * vocab * element_bytes))
+    return max(1, LOGITS_BYTES[device.type] // (2 * tokens * vocab * element_bytes))
