@@ -121,9 +121,7 @@ def test_a_table_has_means_and_spreads(tmp_path, monkeypatch):
     assert "| 32.000 ± 2.000 |" in table
     assert len({line.count("|") for line in table.splitlines()}) == 1
     names = ("strategy", "guidance", "options", "commands")
-    marks = [
-        f"<!-- {name}: written by tests/benchmarks/training.py -->\nold\n<!-- end of {name} -->\n" for name in names
-    ]
+    marks = [f"<!-- {name}: written by tests/benchmarks -->\nold\n<!-- end of {name} -->\n" for name in names]
     (tmp_path / "page.md").write_text("".join(marks))
     monkeypatch.setattr("sys.argv", ["training", "--tables"])
     training.main()

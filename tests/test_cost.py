@@ -119,13 +119,26 @@ def test_the_predicted_peak_is_what_the_code_allocates(depth, device, dtype, bat
 
 @pytest.mark.parametrize(
     ("num_images", "guided", "recorded"),
-    [(1, True, True), (8, True, True), (9, True, False), (64, True, False), (17, False, True), (18, False, False)],
+    [
+        (6, True, "both"),
+        (7, True, "transformer"),
+        (68, True, "transformer"),
+        (69, True, "neither"),
+        (136, False, "transformer"),
+    ],
 )
 def test_what_graphs_hold_is_in_the_predicted_peak(num_images, guided, recorded):
-    """Inputs and results that stay: tokens and f_hat of calls that are recorded; d30's decoder at 256 px never is."""
+    """Inputs and results that stay, and where only one part of d30 is recorded, the memory of the other beside it."""
     model = official(30, torch.bfloat16)
     runtime, schedule = Runtime(torch.device("cuda"), torch.bfloat16), model.schedule("d2@6")
+    without = runtime.eager()
     peak = cost.peak_bytes(model, schedule, num_images, runtime, guided=guided)
-    f_hat, tokens = 32 * 16 * 16 * 4, 680 * 8
-    held = num_images * (f_hat + tokens + 2 * 8) if recorded else 0
-    assert peak - cost.peak_bytes(model, schedule, num_images, runtime.eager(), guided=guided) == held
+    f_hat, image, tokens = 32 * 16 * 16 * 4, 3 * 256 * 256 * 4, 680 * 8
+    held = num_images * (f_hat + tokens + 2 * 8) if recorded != "neither" else 0
+    held += num_images * (f_hat + image) if recorded == "both" else 0
+    if recorded == "transformer":
+        call = generation.Call(schedule, num_images, PUBLISHED, without, guided)
+        scales = (cost._scale_bytes(model, call, scale) for scale in range(10))
+        transformer = max(scales) + cost.cache_bytes(model, schedule, num_images, without, guided=guided)
+        held += min(transformer, cost._decoder_bytes(model, num_images, without))
+    assert peak - cost.peak_bytes(model, schedule, num_images, without, guided=guided) == held

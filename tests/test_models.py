@@ -16,6 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tests.conftest import random_model
 from varcompress.drawing import draw_images
 from varcompress.errors import InputError
+from varcompress.models.autoencoder import widened
+from varcompress.models.tokenizer import by_products, upsample
 from varcompress.models.transformer import VAR
 from varcompress.sampling import Sampling
 from varcompress.schedule import Schedule, equidistant
@@ -366,3 +368,18 @@ def test_logits_that_overflow_spoil_the_image_visibly_and_no_other():
     assert spoilt.isnan().all()
     with pytest.raises(InputError, match=r"schedule d2@2 draws images that are not finite in torch\.float32"):
         draw_images(model, [2, 3], "d2")
+
+
+# -- what a GPU computes in another way -----------------------------------------------------------
+
+
+@given(small=st.integers(1, 16), large=st.integers(1, 20))
+def test_interpolation_as_products_is_torchs(small, large):
+    maps = torch.randn(2, 3, small, small, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(by_products(maps, large), upsample(maps, large), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("outputs", [1, 3, 8, 9])
+def test_added_outputs_change_no_other(outputs):
+    conv, maps = torch.nn.Conv2d(4, outputs, 3, padding=1), torch.randn(2, 4, 5, 5)
+    torch.testing.assert_close(widened(conv, maps), conv(maps))

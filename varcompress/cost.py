@@ -144,14 +144,16 @@ def peak_bytes(
 ) -> int:
     """Weights, plus the larger of the transformer's and the decoder's fullest moment, and what graphs hold beside it.
 
-    Transformer: cache and f_hat and the fullest scale. Decoder: f_hat, images and maps. What a kernel needs inside is
+    Transformer: cache and f_hat and the fullest scale. Decoder: f_hat, images and maps. Where one of the two is
+    recorded as a graph, whose memory is for graphs alone, they stand beside each other. What a kernel needs inside is
     not in it. guided: see `predict`.
     """
     runtime, guided = runtime or model.runtime, model.guided() if guided is None else guided
     call = Call(schedule, num_images, PUBLISHED, runtime, guided)
     cache = cache_bytes(model, schedule, num_images, runtime, guided=guided)
     fullest = max(_scale_bytes(model, call, scale) for scale in range(len(schedule.ends)))
-    running = _f_hat_bytes(model, num_images) + max(cache + fullest, _decoder_bytes(model, num_images, runtime))
+    together = sum if len(set(_graphed(model, call))) == 2 else max
+    running = _f_hat_bytes(model, num_images) + together((cache + fullest, _decoder_bytes(model, num_images, runtime)))
     return weight_bytes(model, schedule, runtime) + running + _graph_bytes(model, call)
 
 
@@ -219,14 +221,21 @@ def _graph_bytes(model: ElasticVAR, call: Call) -> int:
 
     The rest of their pool is what the call would allocate without them.
     """
-    config, runtime, num_images, held = model.var.config, call.runtime, call.num_images, 0
-    f_hat = _f_hat_bytes(model, num_images)
-    if runtime.graphed(call.largest_elements(config.width)):
-        held += f_hat + num_images * (config.tokens + 2) * 8  # tokens, labels and image ids are int64
-    few = min(num_images, model.tokenizer.images_at_a_time)
-    if runtime.graphed(few * model.tokenizer.config.map_elements):
+    num_images, held = call.num_images, 0
+    transformer, decoder = _graphed(model, call)
+    if transformer:  # tokens, labels and image ids are int64
+        held += _f_hat_bytes(model, num_images) + num_images * (model.var.config.tokens + 2) * 8
+    if decoder:
+        few = min(num_images, model.tokenizer.images_at_a_time)
         held += _f_hat_bytes(model, few) + _image_bytes(model, few)
     return held
+
+
+def _graphed(model: ElasticVAR, call: Call) -> tuple[bool, bool]:
+    """Whether the transformer's part of a call is recorded as a graph, and whether the decoder's is."""
+    few = min(call.num_images, model.tokenizer.images_at_a_time)
+    largest = call.largest_elements(model.var.config.width), few * model.tokenizer.config.map_elements
+    return call.runtime.graphed(largest[0]), call.runtime.graphed(largest[1])
 
 
 # -- FLOPs --------------------------------------------------------------------------------------

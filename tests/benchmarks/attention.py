@@ -2,7 +2,8 @@
 
     python -m tests.benchmarks.attention
 
-Ways: a mask (L, L); a call for each scale, which needs none; FlexAttention's block mask.
+Ways: a mask (L, L); a call for each scale, which needs none; FlexAttention's block mask. Writes
+docs/benchmarks/attention/NAME.json, and the table of all such files into docs/training.md.
 """
 
 from __future__ import annotations
@@ -18,9 +19,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import sdpa_kernel
 
+from tests.benchmarks.tables import DOCS, write_section
 from varcompress.hardware import choose_device, device_name, timed
 from varcompress.models.transformer import MASKED_BACKENDS, Layout
 
+FOLDER, PAGE = DOCS / "benchmarks" / "attention", DOCS / "training.md"
 SIDES = {
     "256 px": (1, 2, 3, 4, 5, 6, 8, 10, 13, 16),
     "512 px": (1, 2, 3, 4, 6, 9, 13, 18, 24, 32),
@@ -71,11 +74,12 @@ def main() -> None:
     parser.add_argument("--heads", type=int, default=30)
     parser.add_argument("--runs", type=int, default=10)
     parser.add_argument("--device")
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--name", help="of the JSON file; by default the device's")
     options = parser.parse_args()
     device = choose_device(options.device)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    content = {"device": device_name(device), "torch": torch.__version__, "images": options.images, "results": []}
+    content = {"device": device_name(device), "torch": torch.__version__, "images": options.images,
+               "heads": options.heads, "dtype": str(dtype).removeprefix("torch."), "results": []}  # fmt: skip
     for name, sides in SIDES.items():
         layout = Layout.of(sides, device)
         shape = (options.images, options.heads, len(layout.scale), 64)
@@ -95,11 +99,28 @@ def main() -> None:
             row = {"layout": name, "way": way, "ms": statistics.median(ms for ms, _ in found),
                    "peak_mib": max(peak for _, peak in found) / 2**20, "apart": apart}  # fmt: skip
             content["results"].append(row)
-        for row in content["results"]:
-            if row["layout"] == name:
-                print(row, flush=True)
-    if options.out:
-        options.out.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    (FOLDER / f"{options.name or device.type}.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    text = "\n\n".join(map(table, sorted(FOLDER.glob("*.json"))))
+    print(text)
+    write_section(PAGE, "attention", text)
+
+
+def table(path: Path) -> str:
+    """One file's results."""
+    content = json.loads(path.read_text(encoding="utf-8"))
+    lines = [
+        f"{content['device']}, {content['images']} images, {content['heads']} heads of 64, {content['dtype']}, torch "
+        f"{content['torch']} ([{path.name}](benchmarks/attention/{path.name})).\n",
+        "| image | way | ms | memory beside queries, keys, values, MiB | error beside the mask's |",
+        "|---|---|---|---|---|",
+    ]
+    for row in content["results"]:
+        figures = (
+            [f"{row['ms']:.3g}", f"{row['peak_mib']:,.0f}", f"{row['apart']:.1e}"] if "ms" in row else ["fails"] * 3
+        )
+        lines.append(f"| {' | '.join([row['layout'], row['way'], *figures])} |")
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -2,8 +2,9 @@
 
     python -m tests.benchmarks.step --size d30
 
-Times a pass of every set of depths that a recipe runs, and the optimiser, as one of --devices has them. Writes
-docs/benchmarks/step/NAME.json; averaging gradients over devices is not in it.
+Times a pass of every set of depths that a recipe runs, and the optimiser, as one of --devices has them. Averaging
+gradients over devices is not in it. Writes docs/benchmarks/step/NAME.json, and the table of all such files into
+docs/training.md; with --out another folder, where the page stays as it is.
 """
 
 from __future__ import annotations
@@ -19,7 +20,9 @@ from pathlib import Path
 
 import torch
 
-from tests.benchmarks.generation import FOLDER, _commit, random_weights
+from tests.benchmarks.generation import random_weights
+from tests.benchmarks.tables import DOCS, write_section
+from tests.benchmarks.training import commit
 from varcompress.data.tokens import Samples
 from varcompress.hardware import choose_device, device_name, timed
 from varcompress.memory import LiveTensors
@@ -32,7 +35,9 @@ from varcompress.training.recipe import FULL, MADE_FOR, Recipe, load_recipe
 from varcompress.training.strategy import plan
 from varcompress.training.teacher import Teacher
 
+FOLDER, PAGE = DOCS / "benchmarks" / "step", DOCS / "training.md"
 DRAWS = 6  # steps of a recipe that draws its depths
+GIB = 2**30
 
 
 def sets_of_depths(recipe: Recipe) -> list[tuple]:
@@ -108,7 +113,7 @@ def main() -> None:
     parser.add_argument("--device")
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="of the recipes")
     parser.add_argument("--name")
-    parser.add_argument("--out", type=Path, default=FOLDER / "step")
+    parser.add_argument("--out", type=Path, default=FOLDER)
     options = parser.parse_args()
     device = choose_device(options.device)
     model = random_weights(int(options.size[1:]), device)
@@ -118,7 +123,7 @@ def main() -> None:
         "device": device_name(device),
         "torch": torch.__version__,
         "date": datetime.date.today().isoformat(),
-        "commit": _commit(),
+        "commit": commit(),
         "devices": options.devices,
         "set": options.set,
         "runs": options.runs,
@@ -131,10 +136,38 @@ def main() -> None:
         content["results"].append(measure(model, recipe, options.devices, options.runs))
         model.var.zero_grad()
         path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    print(table(path))
+    if options.out.resolve() == FOLDER:
+        write_section(PAGE, "step", "\n\n".join(map(table, sorted(FOLDER.glob("*.json")))))
+
+
+def table(path: Path) -> str:
+    """One file's results: a step of each recipe, and its passes."""
+    content = json.loads(path.read_text(encoding="utf-8"))
+    lines = [
+        f"VAR-{content['size']}, {content['device']}, one of {content['devices']} that share a batch, torch "
+        f"{content['torch']}, {content['date']} ([{path.name}](benchmarks/step/{path.name})). Medians of "
+        f"{content['runs']} after a warm-up.\n",
+        "| recipe | depths of a pass | layers x tokens, of `full` | images | pass, ms | peak, GiB | optimiser, ms "
+        "| step, s |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
     for result in content["results"]:
-        peak = max(row["peak_bytes"] for row in result["passes"]) / 2**30
-        print(f"{result['recipe']}: {result['images']} images a pass, step {result['step_ms']:,.0f} ms, optimiser "
-              f"{result['optimizer_ms']:,.0f} ms, peak {peak:.1f} GiB")  # fmt: skip
+        passes = {tuple(row["depths"]): row for row in result["passes"]}  # a draw that came again once
+        for depths, row in passes.items():
+            names = " ".join(depth if depth == FULL else f"d{depth}" for depth in depths)
+            cells = [f"`{result['recipe']}`", names, f"{row['layers_x_tokens']:.2f}", str(result["images"])]
+            lines.append("| " + " | ".join([*cells, f"{row['pass_ms']:,.0f}", _gib(row)]) + " | | |")
+        cells = [f"`{result['recipe']}`", "mean of a step", "", f"{result['images']} x {result['accumulation']}", ""]
+        peak = _gib(max(result["passes"], key=lambda row: row["peak_bytes"]))
+        lines.append(
+            f"| {' | '.join(cells)} | {peak} | {result['optimizer_ms']:,.0f} | {result['step_ms'] / 1e3:.2f} |"
+        )
+    return "\n".join(lines)
+
+
+def _gib(row: dict) -> str:
+    return f"{row['peak_bytes'] / GIB:.1f}"
 
 
 if __name__ == "__main__":

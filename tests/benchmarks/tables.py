@@ -9,7 +9,6 @@ import json
 from pathlib import Path
 
 DOCS = Path(__file__).parents[2] / "docs"
-BEGIN, END = "<!-- tables: written by tests/benchmarks/tables.py -->", "<!-- end of tables -->"
 MIB = 2**20
 
 
@@ -21,10 +20,15 @@ def tables() -> str:
 def write_tables() -> str:
     """Write the tables between their marks; return them."""
     text = tables()
-    page = DOCS / "performance.md"
-    before, rest = page.read_text(encoding="utf-8").split(BEGIN)
-    page.write_text(f"{before}{BEGIN}\n\n{text}\n\n{END}{rest.split(END)[1]}", encoding="utf-8")
+    write_section(DOCS / "performance.md", "tables", text)
     return text
+
+
+def write_section(page: Path, name: str, text: str) -> None:
+    """Put a text between its marks in a page."""
+    begin, end = f"<!-- {name}: written by tests/benchmarks -->", f"<!-- end of {name} -->"
+    before, rest = page.read_text(encoding="utf-8").split(begin)
+    page.write_text(f"{before}{begin}\n\n{text}\n\n{end}{rest.split(end)[1]}", encoding="utf-8")
 
 
 def section(path: Path) -> str:

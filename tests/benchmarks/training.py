@@ -23,6 +23,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from tests.benchmarks.tables import write_section
 from varcompress.data.sources import open_source
 from varcompress.data.tokens import TokenStore
 from varcompress.evaluation import evaluate
@@ -76,8 +77,6 @@ ROWS = {
     "progressive": Row("strategy", "progressive, cross-entropy (VARiant)", "variant-digits"),
     "progressive-kl": Row("strategy", "progressive, KL to the teacher", "variant-digits", KL),
     "guided": Row("strategy", "`digits-guided`: several depths a step, KL to the teacher", "digits-guided"),
-    "guided-2x": Row("strategy", "the same, twice as long", "digits-guided", ("epochs=16",)),
-    "guided-4x": Row("strategy", "the same, four times as long", "digits-guided", ("epochs=32",)),
     "ours-short": Row(
         "guidance", "`digits` in 6 epochs: guidance distilled too, at the cost of VARiant's", "digits", ("epochs=6",)
     ),
@@ -237,13 +236,6 @@ def commands() -> str:
     return "\n".join(f"- {row.title}: `{row.command}`" for name, row in ROWS.items() if name != "teacher")
 
 
-def write_section(name: str, text: str) -> None:
-    """Put a text between its marks in the page."""
-    begin, end = f"<!-- {name}: written by tests/benchmarks/training.py -->", f"<!-- end of {name} -->"
-    before, rest = PAGE.read_text(encoding="utf-8").split(begin)
-    PAGE.write_text(f"{before}{begin}\n\n{text}\n\n{end}{rest.split(end)[1]}", encoding="utf-8")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("rows", nargs="*", metavar="ROW", help=", ".join(ROWS))
@@ -265,8 +257,8 @@ def main() -> None:
             print(name, seed, {key: round(value, 1) for key, value in result["fd"].items()}, flush=True)
     if options.tables:
         for group in dict.fromkeys(row.group for row in ROWS.values()):
-            write_section(group, table(group))
-        write_section("commands", commands())
+            write_section(PAGE, group, table(group))
+        write_section(PAGE, "commands", commands())
 
 
 if __name__ == "__main__":

@@ -27,6 +27,11 @@ TOKENS_AT_A_TIME = {"cpu": 1 << 12, "cuda": 1 << 14}
 LOGITS_BYTES = {"cpu": 1 << 25, "cuda": 1 << 27}
 
 
+def _limit(limits: dict[str, int], device: torch.device) -> int:
+    """That of a device; of the meta device, on which a model has shapes alone, a GPU's."""
+    return limits["cpu" if device.type == "cpu" else "cuda"]
+
+
 @dataclass(frozen=True)
 class Call:
     """What a call fixes before it begins: all but labels, the indices of its images, and the seed of its sampling."""
@@ -72,7 +77,7 @@ def parts(call: Call, scale: int) -> list[slice]:
     schedule, runtime = call.schedule, call.runtime
     if runtime.offload and schedule.layers[scale] != schedule.layers[-1]:
         return [slice(0, call.rows)]
-    size = max(1, TOKENS_AT_A_TIME[runtime.device.type] // schedule.patch_nums[scale] ** 2)
+    size = max(1, _limit(TOKENS_AT_A_TIME, runtime.device) // schedule.patch_nums[scale] ** 2)
     return [slice(first, min(first + size, call.rows)) for first in range(0, call.rows, size)]
 
 
@@ -186,4 +191,4 @@ def draw_tokens(
 
 def images_at_a_time(device: torch.device, tokens: int, vocab: int, element_bytes: int) -> int:
     """Images whose logits, guided and not, fit in LOGITS_BYTES; at least one."""
-    return max(1, LOGITS_BYTES[device.type] // (2 * tokens * vocab * element_bytes))
+    return max(1, _limit(LOGITS_BYTES, device) // (2 * tokens * vocab * element_bytes))

@@ -11,9 +11,9 @@ from varcompress.kernels.backend import CHOICES, Kernels, choose
 
 CACHE_DTYPES = {"int8": torch.int8, "float8": torch.float8_e4m3fn}
 OFFLOADS = ("bridge",)
-# Beyond which an operator that only reads and writes its tensor in half precision takes longer (10 us at 3.3 TB/s) than
-# its launch: then a graph saves nothing, and would hold its memory for good. By arithmetic, not measured.
-GRAPHED_ELEMENTS = 1 << 23
+# Of the largest tensor of a call. Beyond, operators take so much longer than their launches that a graph saves less
+# than the memory is worth that it holds for good: here it saves 9 to 17 % of a call of VAR-d30 (docs/performance.md).
+GRAPHED_ELEMENTS = 1 << 26
 
 
 @dataclass(frozen=True)
