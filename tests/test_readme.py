@@ -5,7 +5,9 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from tests.benchmarks.tables import BEGIN, END, tables
+import pytest
+
+from tests.benchmarks import attention, step, tables, training
 from varcompress.cli.app import COMMANDS
 
 ROOT = Path(__file__).parent.parent
@@ -35,6 +37,19 @@ def test_links_to_files_lead_somewhere():
         assert (ROOT / target).exists(), target
 
 
-def test_the_tables_of_the_performance_page_are_those_of_the_results():
-    page = (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
-    assert page.split(BEGIN)[1].split(END)[0].strip() == tables()
+def sections():
+    """The page, name and text of every section of the docs that a benchmark writes."""
+    yield tables.DOCS / "performance.md", "tables", tables.tables()
+    for group in dict.fromkeys(row.group for row in training.ROWS.values()):
+        yield training.PAGE, group, training.table(group)
+    yield training.PAGE, "commands", training.commands()
+    for module, name in ((step, "step"), (attention, "attention")):
+        yield module.PAGE, name, module.tables()
+
+
+@pytest.mark.parametrize(
+    ("page", "name", "text"), sections(), ids=lambda value: value if isinstance(value, str) else ""
+)
+def test_the_tables_of_the_docs_are_those_of_the_results(page, name, text):
+    found = page.read_text(encoding="utf-8").split(tables.begin(name))[1].split(tables.end(name))[0]
+    assert found.strip() == text

@@ -101,9 +101,12 @@ def main() -> None:
             content["results"].append(row)
     FOLDER.mkdir(parents=True, exist_ok=True)
     (FOLDER / f"{options.name or device.type}.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    text = "\n\n".join(map(table, sorted(FOLDER.glob("*.json"))))
-    print(text)
-    write_section(PAGE, "attention", text)
+    print(tables())
+    write_section(PAGE, "attention", tables())
+
+
+def tables() -> str:
+    return "\n\n".join(map(table, sorted(FOLDER.glob("*.json"))))
 
 
 def table(path: Path) -> str:

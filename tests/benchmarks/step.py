@@ -138,7 +138,11 @@ def main() -> None:
         path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     print(table(path))
     if options.out.resolve() == FOLDER:
-        write_section(PAGE, "step", "\n\n".join(map(table, sorted(FOLDER.glob("*.json")))))
+        write_section(PAGE, "step", tables())
+
+
+def tables() -> str:
+    return "\n\n".join(map(table, sorted(FOLDER.glob("*.json"))))
 
 
 def table(path: Path) -> str:

@@ -26,9 +26,17 @@ def write_tables() -> str:
 
 def write_section(page: Path, name: str, text: str) -> None:
     """Put a text between its marks in a page."""
-    begin, end = f"<!-- {name}: written by tests/benchmarks -->", f"<!-- end of {name} -->"
-    before, rest = page.read_text(encoding="utf-8").split(begin)
-    page.write_text(f"{before}{begin}\n\n{text}\n\n{end}{rest.split(end)[1]}", encoding="utf-8")
+    before, rest = page.read_text(encoding="utf-8").split(begin(name))
+    after = rest.split(end(name))[1]
+    page.write_text(f"{before}{begin(name)}\n\n{text}\n\n{end(name)}{after}", encoding="utf-8")
+
+
+def begin(name: str) -> str:
+    return f"<!-- {name}: written by tests/benchmarks -->"
+
+
+def end(name: str) -> str:
+    return f"<!-- end of {name} -->"
 
 
 def section(path: Path) -> str:
