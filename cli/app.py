@@ -14,7 +14,7 @@ from typer.core import TyperGroup
 
 from varcompress import __version__
 from varcompress.cli.output import err, note
-from varcompress.errors import InputError
+from varcompress.errors import InputError, Stopped
 
 # Typer brings click or a copy of its own, by its version: the class behind all usage errors is found through it.
 UsageError = typer.BadParameter.__mro__[2]
@@ -50,6 +50,7 @@ COMMANDS = (
     ("inspect", "inspect", "inspect"),
     ("sample", "sample", "sample"),
     ("distill", "distill", "distill"),
+    ("export", "export", "export"),
     ("profile", "profile", "profile"),
     ("eval", "eval", "evaluate"),
     ("push", "push", "push"),
@@ -103,6 +104,9 @@ def main(arguments: list[str] | None = None) -> NoReturn:
         status = _refuse(str(error))
     except UsageError as error:
         status = _refuse(_usage(error))
+    except Stopped as stopped:
+        note(str(stopped))
+        sys.exit(128 + stopped.signal)
     except OSError as error:  # what no command foresaw
         status = _refuse(f"{error.filename}: {error.strerror}" if error.filename else str(error))
     except (KeyboardInterrupt, typer.Abort):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import shlex
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -9,6 +12,7 @@ import typer
 
 from varcompress.cli.options import Device, Json, Loading, Model, Revision, Vae
 from varcompress.cli.output import note, out, print_json, progress_bar, say
+from varcompress.errors import Stopped
 
 
 def distill(
@@ -52,17 +56,12 @@ def distill(
     if recipe is None and is_rank_zero():
         note(f"recipe {name}, made for {Path(model).stem}" + f" (also: {', '.join(others)})" * bool(others))
     loaded = Loading(vae, str(local_device(device)), revision=revision).open(model)
-    with progress_bar() as progress:
-        distill(
-            loaded,
-            chosen,
-            data=data,
-            out=directory,
-            resume=resume,
-            tokens=tokens,
-            progress=progress,
-            note=note,
-        )
+    options = {"data": data, "out": directory, "resume": resume, "tokens": tokens, "note": note}
+    try:
+        with progress_bar() as progress:
+            distill(loaded, chosen, progress=progress, **options)
+    except Stopped as stopped:
+        raise Stopped(f"{stopped}: go on with {_resuming()}", stopped.signal) from None
     if not is_rank_zero():
         return
     result = {
@@ -81,3 +80,11 @@ def distill(
     reference = "" if own_source(loaded) else " --reference REF"
     for command in ("profile {}", f"eval {{}}{reference}", "push {} REPO"):
         say(f"  varcompress {command.format(directory)}")
+
+
+def _resuming() -> str:
+    """The command that continues what this one began."""
+    arguments = sys.argv[1:] if "--resume" in sys.argv else [*sys.argv[1:], "--resume"]
+    processes = os.environ.get("WORLD_SIZE", "1")
+    launcher = ["varcompress"] if processes == "1" else ["torchrun", "…", "-m", "varcompress"]
+    return shlex.join(launcher + arguments).replace("'…'", "…")

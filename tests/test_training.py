@@ -21,20 +21,21 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from safetensors.torch import load_file
 
 from tests.conftest import random_model
-from varcompress.checkpoint import load_elastic, load_official
+from varcompress.checkpoint import is_elastic, load_elastic, load_official
 from varcompress.data.tokens import Samples
 from varcompress.errors import InputError
 from varcompress.fingerprint import weights_digest
 from varcompress.training import distill
+from varcompress.training.batches import passes
 from varcompress.training.distributed import Ranks
 from varcompress.training.log import read_steps, summary
-from varcompress.training.loop import check_fit, micro_batches
+from varcompress.training.loop import check_fit
 from varcompress.training.objective import Objective
 from varcompress.training.optimizer import optimizer_of
 from varcompress.training.recipe import FULL, Recipe
+from varcompress.training.state import RunDirectory
 from varcompress.training.strategy import plan
 
 SMALL = Recipe(
@@ -53,6 +54,7 @@ SMALL = Recipe(
     views=2,
 )
 STEPS = 20  # of SMALL on `images`
+IN_WORK = ["lock", "run.json", "start", "step-3", "subnets.json", "tokens", "writer"]  # after three steps of it
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
 
@@ -111,7 +113,10 @@ def weights(out) -> bytes:
 
 
 def losses(out) -> list[dict]:
-    return [{k: v for k, v in step.items() if k != "seconds"} for step in read_steps(Path(out) / "steps.jsonl")]
+    return [
+        {k: v for k, v in step.items() if k not in ("seconds", "waited")}
+        for step in read_steps(Path(out) / "steps.jsonl")
+    ]
 
 
 # -- the progressive strategy ---------------------------------------------------------------------
@@ -217,7 +222,7 @@ def test_a_step_that_raises_leaves_nothing_behind(tiny, images, tmp_path):
 def test_passes_and_processes_cover_the_batch_once():
     recipe = changed(batch_size=24, accumulation=3)
     step = plan(recipe, 5)[3]
-    places = [i for rank in range(4) for part in micro_batches(step, recipe, Ranks(rank, 4)) for i in range(100)[part]]
+    places = [i for rank in range(4) for part in passes(step, recipe, Ranks(rank, 4)) for i in range(100)[part]]
     assert sorted(places) == list(range(72, 96))
 
 
@@ -242,6 +247,8 @@ def test_a_run_writes_one_elastic_checkpoint_and_its_steps(undisturbed, tiny):
         "README.md",
         "config.json",
         "model.safetensors",
+        "phase-full",
+        "phase-ramp",
         "recipe.yaml",
         "steps.jsonl",
     ]
@@ -354,12 +361,13 @@ def test_what_the_data_must_be(tiny, images, tmp_path):
         distill(random_model(classes=12), SMALL, data=images, out=tmp_path / "other")
 
 
-def test_a_loss_that_is_not_finite_ends_the_run(images, tmp_path):
+def test_weights_that_are_not_finite_are_refused(images, tmp_path):
     model = random_model()
     with torch.no_grad():
         model.var.head.bias[0] = torch.nan
-    with pytest.raises(InputError, match="step 1: the loss is nan"):
+    with pytest.raises(InputError, match=r"var: var.head.bias holds NaN or infinite weights: get the model again"):
         distill(model, SMALL, data=images, out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_batch_larger_than_the_data_is_refused_before_anything_is_begun(undisturbed, tiny, images, tmp_path):
@@ -372,9 +380,9 @@ def test_a_batch_larger_than_the_data_is_refused_before_anything_is_begun(undist
 
 
 @pytest.mark.parametrize("part", ["forward", "gradient"])
-def test_no_state_is_saved_of_a_model_that_broke(tiny, images, tmp_path, part):
+def test_steps_without_a_finite_gradient_are_skipped_and_end_the_run(tiny, images, tmp_path, part):
     out, model = tmp_path / "out", copy.deepcopy(tiny)
-    recipe = changed(checkpoint_every=1)
+    recipe = changed(checkpoint_every=1, max_bad_steps=3, ema=0.9)
 
     def break_model(done, total, what):
         if what.startswith("distill") and done == 3:
@@ -384,12 +392,28 @@ def test_no_state_is_saved_of_a_model_that_broke(tiny, images, tmp_path, part):
                 model.var.head.weight.register_hook(lambda gradient: gradient * torch.inf)
 
     what = {"forward": "loss", "gradient": "norm of the gradient"}[part]
-    with pytest.raises(InputError, match=f"step 4: the {what} is (nan|inf)"):
+    with pytest.raises(InputError, match=f"step 6: the {what} is (nan|inf), and so it was for 3 steps"):
         distill(model, recipe, data=images, out=out, progress=break_model)
     assert all(parameter.isfinite().all() for parameter in model.var.parameters())
-    state = load_file(out / ".training" / "state.safetensors")
-    assert all(tensor.isfinite().all() for tensor in state.values())
-    assert [step["step"] for step in losses(out)] == [1, 2, 3]
+    before, after = (RunDirectory(out).unfinished(step) for step in (5, 6))
+    assert weights_digest(before) == weights_digest(after)
+    assert all(parameter.isfinite().all() for parameter in after.parameters())
+    assert [step.get("skipped", False) for step in losses(out)] == [False] * 3 + [True] * 3
+    assert [schedule["steps"] for schedule in summary(out)["schedules"]]
+
+
+def test_a_single_bad_step_changes_no_weight_and_training_goes_on(tiny, images, tmp_path):
+    out, model, seen = tmp_path / "out", copy.deepcopy(tiny), []
+
+    def spoil(module, given, logits):
+        seen.append(weights_digest(model.var))
+        return logits * torch.nan if len(seen) == 4 else logits
+
+    model.var.head.register_forward_hook(spoil)
+    distill(model, changed(max_bad_steps=1000), data=images, out=out)
+    assert [step["step"] for step in losses(out) if step.get("skipped")] == [4]
+    assert seen[3] == seen[4] != seen[5]
+    assert is_elastic(out)
 
 
 # -- interruption ---------------------------------------------------------------------------------
@@ -452,13 +476,12 @@ def test_a_killed_save_leaves_nothing_after_the_run_is_continued(undisturbed, ti
     with pytest.raises(Interrupt):
         distill(copy.deepcopy(tiny), SMALL, data=images, out=out, progress=interrupt_at(4))
     work = out / ".training"
-    for name in (".tmpX1y2Z3", "state.safetensors.tmp", "run.json.tmp"):
-        (work / name).write_bytes(b"half")
-    (work / ".state.safetensors.999999999.tmp").mkdir()
-    (work / ".state.safetensors.999999999.tmp" / ".tmpX1y2Z3").write_bytes(b"half")
+    (work / "run.json.tmp").write_bytes(b"half")
+    shutil.copytree(work / "step-3", work / "step-4.tmp")
+    (work / "step-4.tmp" / ".metadata").unlink()
     with pytest.raises(Interrupt):
         distill(copy.deepcopy(tiny), SMALL, data=images, out=out, resume=True, note=str, progress=interrupt_at(4))
-    assert sorted(path.name for path in work.iterdir()) == ["run.json", "state.safetensors", "subnets.json", "tokens"]
+    assert sorted(path.name for path in work.iterdir()) == IN_WORK
     distill(copy.deepcopy(tiny), SMALL, data=images, out=out, resume=True, note=str)
     assert weights(out) == weights(undisturbed)
 
@@ -539,17 +562,13 @@ def test_a_state_that_cannot_be_written_leaves_the_earlier_one(undisturbed, tiny
     out = tmp_path / "out"
     with pytest.raises(Interrupt):
         distill(copy.deepcopy(tiny), SMALL, data=images, out=out, progress=interrupt_at(4))
-    state = out / ".training" / "state.safetensors"
-    before = state.read_bytes()
-    with files_no_larger_than(len(before) // 2), pytest.raises(InputError, match="could not be written"):
+    state = out / ".training" / "step-3"
+    before = {path.name: path.read_bytes() for path in state.iterdir()}
+    largest = max(map(len, before.values()))
+    with files_no_larger_than(largest // 2), pytest.raises(InputError, match="could not be written"):
         distill(copy.deepcopy(tiny), SMALL, data=images, out=out, resume=True, note=str)
-    assert state.read_bytes() == before
-    assert sorted(path.name for path in state.parent.iterdir()) == [
-        "run.json",
-        "state.safetensors",
-        "subnets.json",
-        "tokens",
-    ]
+    assert {path.name: path.read_bytes() for path in state.iterdir()} == before
+    assert sorted(path.name for path in state.parent.iterdir()) == IN_WORK
     distill(copy.deepcopy(tiny), SMALL, data=images, out=out, resume=True, note=str)
     assert weights(out) == weights(undisturbed)
 
@@ -653,6 +672,6 @@ def test_processes_that_see_different_states_do_not_go_on(worker, tiny_files, im
     command = worker(SMALL, tmp_path / "outRANK", *TORCHRUN, tokens=[tmp_path / "tokens"])
     done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=180, check=False)
     assert done.returncode != 0
-    line = "error: the weights of the state to continue from must be the same in all processes, but rank 1 has others"
+    line = "error: the state to continue from must be the same in all processes, but rank 1 has others"
     assert [found.startswith(line) for found in done.stderr.splitlines() if found.startswith("error:")] == [True]
     assert len(losses(tmp_path / "out0")) == 3

@@ -233,23 +233,37 @@ def load_elastic(path: str | Path) -> ElasticVAR:
             f"{path}: not an elastic directory: it lacks {CONFIG} or {WEIGHTS}: give one that distill or save wrote"
         )
     try:
-        config = json.loads((path / CONFIG).read_text())
+        config, state = json.loads((path / CONFIG).read_text()), load_file(path / WEIGHTS)
+        recipe = yaml.safe_load((path / RECIPE).read_text()) if (path / RECIPE).is_file() else None
+    except (SafetensorError, yaml.YAMLError, OSError, ValueError) as error:
+        raise _damaged(path, error) from error
+    parts = {
+        part: {k[len(part) + 1 :]: v for k, v in state.items() if k.startswith(part + ".")}
+        for part in ("var", "tokenizer")
+    }
+    return assembled(config, parts, recipe, path)
+
+
+def _damaged(path: Path, error: Exception) -> InputError:
+    detail = f"lacks {error}" if isinstance(error, KeyError) else " ".join(str(error).split())
+    return InputError(f"{path}: damaged elastic directory ({detail}): save or download it again")
+
+
+def assembled(config: dict, parts: Mapping[str, Mapping[str, Tensor]], recipe: dict | None, path: Path) -> ElasticVAR:
+    """A model from what config.json says and the tensors of its parts, var and tokenizer.
+
+    path: the directory that they are from. Raises InputError where they do not fit each other.
+    """
+    try:
         if config["format"] != FORMAT:
             raise InputError(f"{path / CONFIG}: format {config['format']} is not known: update varcompress")
         patch_nums = tuple(config["var"]["patch_nums"])
         bridge, depths = int(config["bridge"]), tuple(map(int, config["depths"]))
         subnets = {int(count): tuple(layers) for count, layers in dict(config.get("subnets", {})).items()}
-        state = load_file(path / WEIGHTS)
-        recipe = yaml.safe_load((path / RECIPE).read_text()) if (path / RECIPE).is_file() else None
     except InputError:
         raise
-    except (SafetensorError, yaml.YAMLError, OSError, KeyError, TypeError, ValueError) as error:
-        detail = f"lacks {error}" if isinstance(error, KeyError) else " ".join(str(error).split())
-        raise InputError(f"{path}: damaged elastic directory ({detail}): save or download it again") from error
-    parts = {
-        part: {k[len(part) + 1 :]: v for k, v in state.items() if k.startswith(part + ".")}
-        for part in ("var", "tokenizer")
-    }
+    except (KeyError, TypeError, ValueError) as error:
+        raise _damaged(path, error) from error
     var = build_var(parts["var"], patch_nums, where=path / WEIGHTS)
     tokenizer = build_tokenizer(parts["tokenizer"], patch_nums, where=path / WEIGHTS)
     check_fit(var.config, tokenizer.config)

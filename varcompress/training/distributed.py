@@ -15,7 +15,6 @@ from torch import Tensor
 
 from varcompress.errors import InputError
 
-BUCKET_ELEMENTS = 2**24  # gradients are averaged in pieces of 64 MiB: few calls, little memory
 PATIENCE = timedelta(hours=2)  # the others wait while rank 0 writes a checkpoint or the slowest encodes its images
 T = TypeVar("T")
 
@@ -84,17 +83,13 @@ class Ranks:
             dist.all_reduce(tensor)
         return tensor
 
-    @torch.no_grad()
-    def average_(self, tensors: list[Tensor]) -> None:
-        """Replace each tensor by its mean over the processes, many at a time."""
-        if self.count == 1:
-            return
-        for bucket in _buckets(tensors):
-            flat = torch.cat([tensor.reshape(-1) for tensor in bucket])
-            dist.all_reduce(flat)
-            flat /= self.count
-            pieces = flat.split([tensor.numel() for tensor in bucket])
-            torch._foreach_copy_(bucket, [piece.view_as(tensor) for piece, tensor in zip(pieces, bucket, strict=True)])
+    def largest(self, number: int) -> int:
+        """The largest of a number of each process."""
+        if self.count > 1:
+            found = torch.tensor([number])
+            dist.all_reduce(found, dist.ReduceOp.MAX)
+            number = int(found)
+        return number
 
 
 def _check_equal(found: list[str], what: str, remedy: str) -> None:
@@ -102,18 +97,6 @@ def _check_equal(found: list[str], what: str, remedy: str) -> None:
     if others:
         ranks = f"rank {others[0]} has" if len(others) == 1 else f"ranks {', '.join(others)} have"
         raise InputError(f"{what} must be the same in all processes, but {ranks} others than rank 0: {remedy}")
-
-
-def _buckets(tensors: list[Tensor]) -> Iterator[list[Tensor]]:
-    bucket, elements = [], 0
-    for tensor in tensors:
-        bucket.append(tensor)
-        elements += tensor.numel()
-        if elements >= BUCKET_ELEMENTS:
-            yield bucket
-            bucket, elements = [], 0
-    if bucket:
-        yield bucket
 
 
 @contextmanager
@@ -125,7 +108,7 @@ def joined(device: torch.device) -> Iterator[Ranks]:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     try:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
     except ValueError as error:  # of the environment that torchrun sets
         raise InputError(f"{' '.join(str(error).split())}: start the processes with torchrun") from error
     try:

@@ -39,8 +39,10 @@ class WeightMean:
     @torch.no_grad()
     def swap(self) -> None:
         """Give the model the mean, and keep its weights in its place."""
-        for name, parameter in self._parameters.items():
-            parameter.data, self._mean[name] = self._mean[name], parameter.data
+        for name, parameter in self._parameters.items():  # by value: FSDP2 reads weights from where they were at first
+            weight = parameter.clone()
+            parameter.copy_(self._mean[name])
+            self._mean[name].copy_(weight)
 
     @property
     def state(self) -> dict[str, Tensor]:

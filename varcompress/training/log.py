@@ -58,7 +58,7 @@ def summary(out: str | Path) -> dict:
     steps = read_steps(RunDirectory(out).steps_path)
     by_schedule: dict[str, list[tuple[int, float]]] = {}
     for step in steps:
-        for schedule, loss in step["losses"].items():
+        for schedule, loss in step.get("losses", {}).items():  # none of a step that was skipped
             by_schedule.setdefault(schedule, []).append((step["step"], loss))
     return {
         "steps": len(steps),

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
+import shutil
 import time
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -16,8 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from varcompress.data.sources import open_source
-from varcompress.data.tokens import Epoch, Samples, TokenData, TokenStore
-from varcompress.errors import InputError
+from varcompress.data.tokens import Samples, TokenData, TokenStore
+from varcompress.errors import InputError, Stopped
 from varcompress.fingerprint import weights_digest
 from varcompress.images import skipped_note
 from varcompress.models.elastic import ElasticVAR
@@ -25,14 +27,18 @@ from varcompress.models.linear import unpack
 from varcompress.models.transformer import add_cfg_input
 from varcompress.progress import Note, Progress, silent
 from varcompress.schedule import Schedule, is_subnet
+from varcompress.training.batches import Batch, Batches, loader
 from varcompress.training.distributed import Ranks, joined, local_device
 from varcompress.training.ema import WeightMean
 from varcompress.training.log import StepLog
 from varcompress.training.objective import Objective
-from varcompress.training.optimizer import learning_rate_at, optimizer_of
+from varcompress.training.optimizer import learning_rate_at, local_bytes, optimizer_of
+from varcompress.training.parallel import full, gathered, parallelize
 from varcompress.training.recipe import FULL, Recipe, load_recipe
 from varcompress.training.sensitivity import eliminate
 from varcompress.training.state import RunDirectory
+from varcompress.training.states import METADATA, tensors_of
+from varcompress.training.stopping import Stopper
 from varcompress.training.strategy import Step, plan
 from varcompress.training.teacher import StoredTeacher, Teacher
 
@@ -61,12 +67,31 @@ def distill(
 
     Under torchrun every process calls this, and each takes its share of the batch. Returns the
     trained model, in float32. Raises InputError for a recipe that does not fit the model or the
-    data, for an `out` that holds anything else, and for processes that opened different weights.
+    data, for an `out` that holds anything else, and for processes that opened different weights;
+    Stopped where a SIGTERM or Ctrl-C came during training, once the state is saved.
     """
     recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
-    directory = RunDirectory(out)
+    directory = RunDirectory(out, recipe.keep)
+    try:
+        return _distill(model, recipe, directory, data, tokens, resume=resume, progress=progress, note=note)
+    finally:
+        directory.release()
+
+
+def _distill(
+    model: ElasticVAR,
+    recipe: Recipe,
+    directory: RunDirectory,
+    data: str | Path | None,
+    tokens: str | Path | None,
+    *,
+    resume: bool,
+    progress: Progress,
+    note: Note,
+) -> ElasticVAR:
     with joined(local_device(model.device)) as ranks:
         ranks.on_rank_zero(lambda: check_fit(recipe, model, ranks))
+        ranks.on_rank_zero(lambda: check_finite(model))
         if not ranks.is_rank_zero:
             progress = note = silent
         model.to(local_device(model.device)).float()
@@ -75,7 +100,7 @@ def distill(
         unpack(model.var)  # copies of weights that are about to change
         ranks.on_rank_zero(lambda: directory.check(resume=resume))
         if ranks.on_rank_zero(lambda: directory.finished):
-            note(f"{out}: that run is finished already")
+            note(f"{directory.out}: that run is finished already")
             return directory.result(recipe).to(model.device)
 
         source = ranks.on_rank_zero(lambda: open_source(data, model))
@@ -102,15 +127,18 @@ def distill(
         if recipe.teacher_logits == "stored" and teacher:
             objective.teacher = _store_answers(teacher, store, encoded, objective, directory, ranks, progress)
             del teacher  # whose memory nobody needs any more
+        model.distilled_cfg = recipe.cfg
+        model.provenance = replace(model.provenance, recipe=recipe.to_dict())
+        ranks.on_rank_zero(lambda: directory.keep_start(model))
+        parallelize(model.var, recipe.parallel, ranks)
+        objective.parallelize_teacher(recipe.parallel, ranks)
         run = Run(model, recipe, steps, data, heldout, directory, ranks, objective)
         with StepLog(directory.steps_path, done) if ranks.is_rank_zero else nullcontext() as log:
             try:
                 train(run, done, log, progress)
             finally:
                 model.var.zero_grad()  # of a step that was interrupted; they are as large as the weights
-
-        model.distilled_cfg = recipe.cfg
-        model.provenance = replace(model.provenance, recipe=recipe.to_dict())
+        model.var = gathered(model.var)
         ranks.on_rank_zero(lambda: directory.finish(model))
     return model
 
@@ -130,72 +158,130 @@ class Run:
 
 
 def train(run: Run, done: int, log: StepLog | None, progress: Progress = silent) -> None:
-    """Run all steps after `done`, of which the directory holds the state. Rank 0 saves and logs."""
+    """Run all steps after `done`, of which the directory holds the state. Rank 0 logs.
+
+    Raises Stopped where a signal asked to end, and InputError after `max_bad_steps` in a row that gave no finite
+    gradient, in both cases once the state is saved.
+    """
     model, recipe, ranks, last = run.model, run.recipe, run.ranks, len(run.steps)
-    var = model.var
+    var, states = model.var, run.directory.states
     optimizer = optimizer_of(var, recipe)
     mean = WeightMean(var, recipe.ema) if recipe.ema else None
-    run.directory.load(var, optimizer, mean)
-    if 0 < done < last:
-        ranks.check_same(partial(weights_digest, var), "the weights of the state to continue from", SHARE_OUT)
-    epoch, held = None, ""
-    for step in run.steps[done:]:
-        began = time.perf_counter()
-        if epoch is None or step.place == 0:
-            null = var.config.classes
-            epoch = Epoch.draw(run.data, seed=recipe.seed, epoch=step.epoch, label_drop=recipe.label_drop, null=null)
-        schedules = schedules_of(model, step.depths)
-        learning_rate = learning_rate_at(step.number, last, recipe)
-        losses, loss, gradient_norm = gradients(run, step, epoch, list(schedules.values()))
-        optimizer.step(learning_rate)
-        if mean:
-            mean.update(step.number)
+    if done:
+        ranks.check_same(partial(_identity, states.path(done)), "the state to continue from", SHARE_OUT)
+        states.load(done, var, optimizer, mean)
+    state_bytes = local_bytes(var.parameters()) * (1 + bool(mean)) + optimizer.moments_bytes
+    batches = Batches(run.data, recipe, ranks, run.steps[done:], var.config.classes)
+    reading, held, bad = iter(loader(batches, recipe.workers, var.device)), "", 0
+    with states.writing(ranks), Stopper() as stopper:
+        for step in run.steps[done:]:
+            saves = step.number % recipe.checkpoint_every == 0 or step.ends_phase
+            if saves:
+                ranks.on_rank_zero(partial(_check_room, run.directory.out, state_bytes * ranks.count))
+            began = time.perf_counter()
+            batch = next(reading)
+            waited = time.perf_counter() - began
+            schedules = schedules_of(model, step.depths)
+            losses, loss, gradient_norm = gradients(run, step, batch, list(schedules.values()))
+            finite = math.isfinite(loss) and math.isfinite(gradient_norm)
+            bad = 0 if finite else bad + 1
+            learning_rate = learning_rate_at(step.number, last, recipe)
+            if finite:
+                optimizer.step(learning_rate)
+            else:
+                optimizer.drop()
+            if mean and finite:
+                mean.update(step.number)
 
-        line = {
-            "step": step.number,
-            "epoch": step.epoch,
-            **({} if step.phase is None else {"phase": step.phase, "p": round(step.p, 6)}),
-            "loss": loss,
-            **loss_fields(run.objective, losses, schedules),
-            "learning_rate": learning_rate,
-            "gradient_norm": gradient_norm,
-            "seconds": round(time.perf_counter() - began, 4),
-        }
-        if len(run.heldout) and (step.number % recipe.holdout_every == 0 or step.number == last):
-            line["heldout"] = measure_heldout(run, mean)
-            held = f", held out {' '.join(f'{value:.3f}' for value in line['heldout']['losses'].values())}"
-        if ranks.is_rank_zero:
-            log.append(line)
-            if step.number % recipe.checkpoint_every == 0 or step.ends_phase:
-                run.directory.save(var, optimizer, step.number, mean)
-        phase = f"phase {step.phase}, p {step.p:.2f}, " if step.phase else ""
-        names = " ".join("full" if depth == FULL else f"d{depth}" for depth in step.depths)
-        progress(step.number, last, f"distill: {phase}{names}, loss {loss:.3f}{held}")
+            line = {
+                "step": step.number,
+                "epoch": step.epoch,
+                **({} if step.phase is None else {"phase": step.phase, "p": round(step.p, 6)}),
+                **(loss_line(run.objective, losses, loss, gradient_norm, schedules) if finite else {"skipped": True}),
+                "learning_rate": learning_rate,
+                "seconds": round(time.perf_counter() - began, 4),
+                "waited": round(waited, 4),
+            }
+            if len(run.heldout) and (step.number % recipe.holdout_every == 0 or step.number == last):
+                line["heldout"] = measure_heldout(run, mean)
+                held = f", held out {' '.join(f'{value:.3f}' for value in line['heldout']['losses'].values())}"
+            if log:
+                log.append(line)
+            stopped = ranks.largest(stopper.signal)
+            ends = stopped or bad == recipe.max_bad_steps
+            if saves or ends:
+                states.save(step.number, tensors_of(var, optimizer, mean))
+            if ends:
+                states.wait()
+                raise _ended(run, step, stopped, loss, gradient_norm)
+            if step.ends_phase and step.number < last:
+                _finish_phase(run, step, mean)
+            phase = f"phase {step.phase}, p {step.p:.2f}, " if step.phase else ""
+            names = " ".join("full" if depth == FULL else f"d{depth}" for depth in step.depths)
+            skipped = "" if finite else ", skipped"
+            progress(step.number, last, f"distill: {phase}{names}, loss {loss:.3f}{skipped}{held}")
     if mean:
         mean.swap()
 
 
-def gradients(run: Run, step: Step, epoch: Epoch, schedules: list[Schedule]) -> tuple[Tensor, float, float]:
+def _identity(state: Path) -> str:
+    """What tells a state from another: its table of contents, which names every tensor's place."""
+    path = state / METADATA
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "none"
+
+
+def _check_room(out: Path, state_bytes: int) -> None:
+    """Before a step whose state would be lost. Raises InputError where the disk has no room for it."""
+    free = shutil.disk_usage(out).free
+    if free < state_bytes:
+        raise InputError(
+            f"{out}: {free / 2**20:,.0f} MiB are free, and the next state needs {state_bytes / 2**20:,.0f}: free some, "
+            "then continue with --resume"
+        )
+
+
+def _ended(run: Run, step: Step, stopped: int, loss: float, gradient_norm: float) -> Exception:
+    """What ends a run before its last step."""
+    if stopped:
+        return Stopped(f"stopped after step {step.number} of {len(run.steps)}, whose state is saved", stopped)
+    what, value = ("loss", loss) if not math.isfinite(loss) else ("norm of the gradient", gradient_norm)
+    return InputError(
+        f"step {step.number}: the {what} is {value}, and so it was for {run.recipe.max_bad_steps} steps, which were "
+        "skipped; the state is saved: start another run with a lower learning_rate, or raise max_bad_steps and resume"
+    )
+
+
+def _finish_phase(run: Run, step: Step, mean: WeightMean | None) -> None:
+    """Write the checkpoint at the end of a phase."""
+    with mean.in_use() if mean else nullcontext():
+        whole = gathered(run.model.var)
+        var, run.model.var = run.model.var, whole
+        try:
+            run.ranks.on_rank_zero(lambda: run.directory.finish_phase(run.model, step.phase))
+        finally:
+            run.model.var = var
+
+
+def gradients(run: Run, step: Step, batch: Batch, schedules: list[Schedule]) -> tuple[Tensor, float, float]:
     """The clipped gradients of a step, in the parameters, averaged over the processes.
 
     Returns the losses by kind, schedule and token (N, S, L), the one that is minimised, and the norm of the gradient
-    before clipping.
+    before clipping; of a step that is to be skipped they are not finite.
     """
-    var, recipe = run.model.var, run.recipe
-    losses = sum(
-        run.objective.backward(epoch.samples(places), places, step.number, schedules)
-        for places in micro_batches(step, recipe, run.ranks)
-    )
-    parameters = list(var.parameters())
-    # Layers that a step leaves out have no gradient: neither clipping nor AdamW touches them.
-    run.ranks.average_([*(parameter.grad for parameter in parameters if parameter.grad is not None), losses])
-    norm = nn.utils.clip_grad_norm_(parameters, recipe.gradient_clip or math.inf)
+    ranks = run.ranks
+    losses = sum(run.objective.backward(samples, places, step.number, schedules) for places, samples in batch)
+    losses = ranks.sum_(losses) / ranks.count
+    # Layers that a step leaves out have no gradient: neither clipping nor the optimiser touches them.
+    norm = full(nn.utils.clip_grad_norm_(list(run.model.var.parameters()), run.recipe.gradient_clip or math.inf))
     loss, norm = torch.stack((run.objective.total(losses), norm)).tolist()
-    # before the weights move: no state of a spoilt model is saved
-    for what, value in (("loss", loss), ("norm of the gradient", norm)):
-        if not math.isfinite(value):
-            raise InputError(f"step {step.number}: the {what} is {value}; start another run with a lower learning_rate")
     return losses, loss, norm
+
+
+def loss_line(
+    objective: Objective, losses: Tensor, loss: float, gradient_norm: float, schedules: dict[str, Schedule]
+) -> dict:
+    """What the log says of a step's losses."""
+    return {"loss": loss, **loss_fields(objective, losses, schedules), "gradient_norm": gradient_norm}
 
 
 @torch.no_grad()
@@ -208,8 +294,12 @@ def measure_heldout(run: Run, mean: WeightMean | None) -> dict:
     schedules = schedules_of(run.model, (FULL, *recipe.depths))
     losses = run.objective.zeros(len(schedules))
     with mean.in_use() if mean else nullcontext():
-        for samples in in_first_view(run.heldout, recipe.pass_size(ranks.count))[ranks.rank :: ranks.count]:
-            losses += run.objective.evaluate(samples, list(schedules.values())) * len(samples.labels)
+        parts = in_first_view(run.heldout, recipe.pass_size(ranks.count))
+        for first in range(0, len(parts), ranks.count):  # all run equally many passes, in which they gather weights
+            mine = first + ranks.rank
+            samples = parts[min(mine, len(parts) - 1)]
+            images = len(samples.labels) if mine < len(parts) else 0
+            losses += run.objective.evaluate(samples, list(schedules.values())) * images
     losses = ranks.sum_(losses) / len(run.heldout)
     return {"loss": run.objective.total(losses).item(), **loss_fields(run.objective, losses, schedules)}
 
@@ -252,23 +342,19 @@ def in_first_view(data: TokenData, size: int, count: int | None = None) -> list[
     return [data.samples(part, np.zeros_like(part)) for part in np.split(places, range(size, len(places), size))]
 
 
-def micro_batches(step: Step, recipe: Recipe, ranks: Ranks) -> Iterator[slice]:
-    """The places in the epoch of the images that this process runs, one slice per pass.
-
-    All processes together cover the batch.
-    """
-    size = recipe.pass_size(ranks.count)
-    for micro in range(recipe.accumulation):
-        start = step.place * recipe.batch_size + (micro * ranks.count + ranks.rank) * size
-        yield slice(start, start + size)
-
-
 def teacher_of(model: ElasticVAR, recipe: Recipe) -> Teacher | None:
     """The teacher that a recipe asks for: the model as it is now."""
     if recipe.teacher == "none":
         return None
     guided = recipe.cfg is not None
     return Teacher(model.var, model.schedule("full"), dtype=recipe.teacher_dtype, guided=guided)
+
+
+def check_finite(model: ElasticVAR) -> None:
+    """Refuse weights that are not finite, of which nothing can be learnt."""
+    spoilt = [name for name, weight in model.named_parameters() if not weight.isfinite().all()]
+    if spoilt:
+        raise InputError(f"{model.provenance.name}: {spoilt[0]} holds NaN or infinite weights: get the model again")
 
 
 def check_fit(recipe: Recipe, model: ElasticVAR, ranks: Ranks) -> None:

@@ -15,6 +15,7 @@ from varcompress.hardware import fitting_memory
 from varcompress.models.elastic import ElasticVAR
 from varcompress.sampling import cfg_bounds
 from varcompress.schedule import Schedule, Together
+from varcompress.training.distributed import Ranks
 from varcompress.training.losses import LOSSES, Distribution, Targets, scale_weights
 from varcompress.training.recipe import Recipe
 from varcompress.training.teacher import StoredTeacher, Teacher
@@ -69,6 +70,11 @@ class Objective:
         with self._fitting(samples):
             cfg = self._middle_cfg(samples)
             return self.measure(self.given(samples, cfg), schedules, cfg)
+
+    def parallelize_teacher(self, how: str, ranks: Ranks) -> None:
+        """Distribute the teacher's weights too, where those in training are."""
+        if how == "fsdp" and isinstance(self.teacher, Teacher):
+            self.teacher.parallelize(how, ranks)
 
     def loss_of(self, parts: Sequence[Samples]) -> Callable[[Schedule], float]:
         """A function of schedules: their loss on some images, in parts that fit the device. Free of chance."""

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from varcompress.models.transformer import VAR
 from varcompress.training.recipe import Recipe
@@ -25,18 +27,35 @@ class Optimizer:
             for group in part.param_groups:
                 group["lr"] = learning_rate
             part.step()
+        self.drop()
+
+    def drop(self) -> None:
+        """Let go of the gradients."""
+        for part in self._parts:
             part.zero_grad(set_to_none=True)
 
     def state(self, parameter: Tensor) -> dict[str, Tensor]:
-        """Moments of a parameter by their names; empty before its first gradient."""
-        return self._of(parameter).state.get(parameter, {})
+        """Moments of a parameter by their names, to read and to set; empty before its first gradient."""
+        return self._of(parameter).state[parameter]
 
-    def load(self, parameter: Tensor, state: dict[str, Tensor]) -> None:
-        """Go on from the moments of a parameter."""
-        self._of(parameter).state[parameter] = state
+    @property
+    def moments_bytes(self) -> int:
+        """Bytes of all moments on this device, once every parameter has had a gradient."""
+        counts = [1 if isinstance(part, torch.optim.Muon) else 2 for part in self._parts]
+        return sum(count * local_bytes(parameters(part)) for count, part in zip(counts, self._parts, strict=True))
 
     def _of(self, parameter: Tensor) -> torch.optim.Optimizer:
-        return next(p for p in self._parts if any(parameter is q for group in p.param_groups for q in group["params"]))
+        return next(part for part in self._parts if any(parameter is one for one in parameters(part)))
+
+
+def parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    """All that an optimiser moves."""
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def local_bytes(tensors: Iterable[Tensor]) -> int:
+    """Bytes of tensors on this device, of distributed ones those of its part."""
+    return sum((tensor.to_local() if isinstance(tensor, DTensor) else tensor).nbytes for tensor in tensors)
 
 
 def optimizer_of(var: VAR, recipe: Recipe) -> Optimizer:

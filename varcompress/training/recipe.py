@@ -101,6 +101,8 @@ class Recipe:
     drop_path: float = _within(0, BELOW_ONE, default=0.0)  # probability to skip a branch, at the last layer
 
     batch_size: int = _within(1, default=1024)  # images per step, on all devices together
+    parallel: Literal["ddp", "fsdp"] = _plain("ddp", machine=True)  # of several processes, see parallel.py
+    workers: int = _within(0, 64, default=0, machine=True)  # processes of each device that read batches ahead
     accumulation: int = _within(1, default=1, machine=True)  # passes of a device over its share of the batch
     label_drop: float = _within(0, 1, default=0.1)  # probability of the null class, for guidance
     views: int = _within(1, 256, default=1)  # of each image: the centre, then random crops
@@ -111,6 +113,8 @@ class Recipe:
     # recompute activations in the backward pass: slower, far less memory
     activation_checkpointing: bool = _plain(False, machine=True)
     checkpoint_every: int = _within(1, default=1000, machine=True)  # steps between two states to --resume from
+    keep: int = _within(1, default=2, machine=True)  # states that are kept
+    max_bad_steps: int = _within(1, default=10, machine=True)  # skipped in a row, for want of a finite gradient
     seed: int = _within(0, MAX_SEED, default=0)
     # where figures come from: their names under published, embedded (carried over from the embedded model) or guess
     origin: dict[str, tuple[str, ...]] = _plain({}, machine=True)

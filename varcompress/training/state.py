@@ -1,41 +1,45 @@
-"""The directory of a run: what it started from, the state it can continue from, and the finished checkpoint.
+"""The directory of a run: what it started from, the states it can continue from, and the finished checkpoint.
 
-    OUT/steps.jsonl                     one line per step, stays
-    OUT/.training/run.json              recipe, model and data the run was started with
-    OUT/.training/subnets.json          layers of the depths that are not equidistant, as they were chosen
-    OUT/.training/state.safetensors     weights, moments of the optimiser, step: one file, so always one moment
-    OUT/.training/tokens/               the token store, unless it lives elsewhere
+    OUT/steps.jsonl                 one line per step, stays
+    OUT/phase-NAME/                 the checkpoint at the end of a phase before the last, stays
+    OUT/.training/run.json          recipe, model and data the run was started with
+    OUT/.training/subnets.json      layers of the depths that are not equidistant, as they were chosen
+    OUT/.training/start/            what training leaves as it is: config.json and the tokenizer
+    OUT/.training/step-N/           a state to continue from, see states.py
+    OUT/.training/tokens/           the token store, unless it lives elsewhere
+    OUT/.training/lock, writer      held by the process that writes here, and which that is
 
-The last four go when the elastic checkpoint stands in OUT.
+OUT/.training goes when the elastic checkpoint stands in OUT.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import platform
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from filelock import FileLock, Timeout
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 
-from varcompress.checkpoint import check_output, is_elastic, load_elastic
+from varcompress.checkpoint import CONFIG, assembled, check_output, config_text, is_elastic, load_elastic
 from varcompress.errors import InputError
-from varcompress.files import disk_errors, replacing, sweep, write_json
+from varcompress.files import disk_errors, replacing, sweep, write_json, write_text
 from varcompress.models.elastic import ElasticVAR
-from varcompress.models.transformer import VAR
 from varcompress.progress import Note
 from varcompress.publish import save
-from varcompress.training.ema import WeightMean
-from varcompress.training.optimizer import Optimizer
 from varcompress.training.recipe import Recipe, machine_fields
+from varcompress.training.states import MEAN, WEIGHT, States, read
 
 ANEW = "choose another output directory"
-STEPS, WORK = "steps.jsonl", ".training"
-WEIGHT, MEAN = "weight", "mean"  # in a state, beside the moments of the optimiser
+STEPS, WORK, PHASE = "steps.jsonl", ".training", "phase-"
+TOKENIZER = "tokenizer.safetensors"
+LOCK, WRITER = "lock", "writer"  # the second says who holds the first
 
 
 class Store(Protocol):
@@ -49,25 +53,29 @@ class Store(Protocol):
 class RunDirectory:
     """The output directory of one distillation."""
 
-    def __init__(self, out: str | Path) -> None:
+    def __init__(self, out: str | Path, keep: int = 1) -> None:
         self.out = Path(out)
         self.work = self.out / WORK
         self.steps_path = self.out / STEPS
         self.tokens_path = self.work / "tokens"
-        self._run, self._state = self.work / "run.json", self.work / "state.safetensors"
-        self._subnets = self.work / "subnets.json"
+        self.states = States(self.work, keep)
+        self._run, self._subnets = self.work / "run.json", self.work / "subnets.json"
+        self._start, self._lock = self.work / "start", FileLock(self.work / LOCK)
 
     @property
     def finished(self) -> bool:
         """Whether the run that wrote here has come to its end."""
-        return is_elastic(self.out) and not self._state.is_file()
+        return is_elastic(self.out) and not self.work.exists()
 
     def check(self, *, resume: bool) -> None:
         """Refuse to write where something else is: no step that was saved is ever overwritten."""
-        if self.work.is_dir() and not self.finished:
+        if self.work.is_dir():
             if self.step() and not resume:
                 raise InputError(f"{self.out}: holds an unfinished run: continue it with --resume, or choose another")
-            others = sorted({path.name for path in self.out.iterdir()} - {STEPS, WORK})
+            ours = {STEPS, WORK}
+            others = sorted(
+                path.name for path in self.out.iterdir() if path.name not in ours and not path.name.startswith(PHASE)
+            )
             if others and not self.step():
                 raise InputError(f"{self.out}: holds something else already ({others[0]}): choose another directory")
         elif not resume and is_elastic(self.out):
@@ -76,23 +84,38 @@ class RunDirectory:
             check_output(self.out)
 
     def begin(self, identity: dict, *, note: Note, resume: bool) -> int:
-        """Start or continue a run, and return the number of steps that are done already.
+        """Start or continue a run, and return the number of steps that are done already. To be ended by `release`.
 
         identity: {"recipe": {...}, "model": digest, "data": digest, "teacher": digest}, the last where there is one.
         Raises InputError when the run that is there was started with another, and names the difference; what only
-        says how the machine is used may differ.
+        says how the machine is used may differ. And when another process is writing here.
         """
-        done = self.step()
-        if done:
-            _compare(self.out, self._started(), identity)
         with disk_errors(self.out):
             self.work.mkdir(parents=True, exist_ok=True)
+            self._acquire()
+            done = self.step()
+            if done:
+                _compare(self.out, self._started(), identity)
             sweep(self.work)
             if not done:
                 write_json(self._run, identity)
         if resume:
             note(f"continuing after step {done}" if done else "nothing to resume there: starting from the first step")
         return done
+
+    def _acquire(self) -> None:
+        """The system's own lock, which ends with its process, however that ends."""
+        writer = self.work / WRITER
+        try:
+            self._lock.acquire(timeout=0)
+        except Timeout as error:
+            who = writer.read_text(encoding="utf-8") if writer.is_file() else "another process"
+            raise InputError(f"{self.out}: {who} is writing there: wait for it, or {ANEW}") from error
+        write_text(writer, f"process {os.getpid()} on {platform.node()}")
+
+    def release(self) -> None:
+        """Let other processes write here."""
+        self._lock.release()
 
     def _started(self) -> dict:
         """What the run that is there was started with, as `begin` wrote it."""
@@ -131,44 +154,45 @@ class RunDirectory:
             store.create()
 
     def step(self) -> int:
-        """Steps behind the saved state, 0 if there is none."""
-        if not self._state.is_file():
-            return 0
+        """Steps behind the last saved state, 0 if there is none."""
+        return max(self.states.steps, default=0)
+
+    def keep_start(self, model: ElasticVAR) -> None:
+        """Write what a state leaves out and `unfinished` needs."""
+        with disk_errors(self._start):
+            self._start.mkdir(exist_ok=True)
+            with replacing(self._start / TOKENIZER) as temporary:
+                save_file({key: t.cpu().contiguous() for key, t in model.tokenizer.state_dict().items()}, temporary)
+            write_text(self._start / CONFIG, config_text(model))
+
+    def unfinished(self, step: int | None = None) -> ElasticVAR:
+        """The model after a step of which there is a state, the last one by default, on the CPU.
+
+        Its weights are their running mean where the run keeps one. Raises InputError where there is no such state.
+        """
+        steps = self.states.steps
+        if not steps:
+            raise InputError(f"{self.out}: holds no state of an unfinished run: give the --out of a distill")
+        step = steps[-1] if step is None else step
+        if step not in steps:
+            raise InputError(f"{self.out}: has no state of step {step}: there is {', '.join(map(str, steps))}")
+        recipe = self._started()["recipe"]
+        shapes = self.states.shapes(step)
+        kind = MEAN if any(key.startswith(f"{MEAN}.") for key in shapes) else WEIGHT
+        tensors = {key: torch.empty(size) for key, size in shapes.items() if key.startswith(f"{kind}.")}
+        read(self.states.path(step), tensors)
+        parts = {"var": {key.partition(".")[2]: tensor for key, tensor in tensors.items()}}
         try:
-            with safe_open(self._state, framework="pt") as state:
-                return int(state.metadata()["step"])
-        except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
-            raise InputError(f"{self._state}: damaged; delete {self.out} and start again") from error
+            parts["tokenizer"] = load_file(self._start / TOKENIZER)
+            config = json.loads((self._start / CONFIG).read_text(encoding="utf-8"))
+        except (OSError, ValueError, SafetensorError) as error:
+            raise InputError(f"{self._start}: missing or damaged, so no model can be made of the state") from error
+        return assembled(config, parts, recipe, self._start)
 
-    def save(self, var: VAR, optimizer: Optimizer, step: int, mean: WeightMean | None = None) -> None:
-        """Write the state after `step`. The earlier state stays whole until the new one is."""
-        tensors = {}
-        for name, parameter in var.named_parameters():
-            tensors[f"{WEIGHT}.{name}"] = parameter.detach().contiguous()
-            for moment, value in optimizer.state(parameter).items():
-                tensors[f"{moment}.{name}"] = value.contiguous()
-        if mean:
-            tensors |= {f"{MEAN}.{name}": value.contiguous() for name, value in mean.state.items()}
-        with disk_errors(self._state), replacing(self._state) as temporary:
-            save_file(tensors, temporary, metadata={"step": str(step)})
-
-    @torch.no_grad()
-    def load(self, var: VAR, optimizer: Optimizer, mean: WeightMean | None = None) -> None:
-        """Put the saved state, if there is one, into the weights, the optimiser and the mean of the weights."""
-        if not self._state.is_file():
-            return
-        with safe_open(self._state, framework="pt", device=str(var.device)) as state:
-            kinds: dict[str, list[str]] = {}  # what there is of each parameter; one without a gradient has no moments
-            for key in state.keys():  # noqa: SIM118 (it is no dict)
-                kind, _, name = key.partition(".")
-                kinds.setdefault(name, []).append(kind)
-            for name, parameter in var.named_parameters():
-                found = {kind: state.get_tensor(f"{kind}.{name}") for kind in kinds[name]}
-                parameter.copy_(found.pop(WEIGHT))
-                if mean:
-                    mean.state[name].copy_(found.pop(MEAN))
-                if found:
-                    optimizer.load(parameter, found)
+    def finish_phase(self, model: ElasticVAR, phase: str) -> None:
+        """Write the checkpoint at the end of a phase before the last."""
+        with disk_errors(self.out):
+            save(model, self.out / f"{PHASE}{phase}")
 
     def finish(self, model: ElasticVAR) -> None:
         """Put the elastic checkpoint into place, file by file, then drop what only training needed."""
@@ -181,9 +205,13 @@ class RunDirectory:
             self.clear()
 
     def clear(self) -> None:
-        """Drop what only training needed. The state goes first: without it the run counts as finished."""
-        self._state.unlink(missing_ok=True)
-        shutil.rmtree(self.work, ignore_errors=True)
+        """Drop what only training needed, at once: without it the run counts as finished."""
+        if self.work.exists():
+            done = self.work.with_name(f"{WORK}.done.tmp")
+            shutil.rmtree(done, ignore_errors=True)
+            os.replace(self.work, done)
+        for left in self.out.glob(f"{WORK}.*.tmp"):
+            shutil.rmtree(left, ignore_errors=True)
 
     def result(self, recipe: Recipe) -> ElasticVAR:
         """The checkpoint of a finished run, which the same recipe must have made."""

@@ -24,7 +24,9 @@ from varcompress.hardware import to_numpy
 from varcompress.models.transformer import VAR, VARConfig, to_dtype
 from varcompress.progress import Progress
 from varcompress.schedule import Schedule
+from varcompress.training.distributed import Ranks
 from varcompress.training.losses import Distribution
+from varcompress.training.parallel import parallelize
 
 META, STATES, LOG_PROBS, TOKENS = "teacher.json", "states.npy", "log_probs.npy", "tokens.npy"
 
@@ -44,6 +46,10 @@ class Teacher:
     def digest(self) -> str:
         """Of its weights: seconds for a large model."""
         return weights_digest(self._var)
+
+    def parallelize(self, how: str, ranks: Ranks) -> None:
+        """Distribute its weights over the processes, which must all call it equally often from now on."""
+        parallelize(self._var, how, ranks)
 
     @torch.no_grad()
     def __call__(self, samples: Samples, teacher_input: Tensor, cfg: Tensor | None = None) -> Distribution:

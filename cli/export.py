@@ -1,0 +1,31 @@
+"""varcompress export"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from varcompress.cli.options import Json
+from varcompress.cli.output import print_json, say
+
+
+def export(
+    run: Annotated[Path, typer.Argument(help="The --out of a distill that has not come to its end.")],
+    directory: Annotated[Path, typer.Option("--out", help="Directory that becomes the elastic checkpoint.")],
+    step: Annotated[int | None, typer.Option(help="The state to take.", show_default="the last one")] = None,
+    as_json: Json = False,
+) -> None:
+    """Make an elastic checkpoint of the state of an unfinished run, which goes on or stays as it is."""
+    from varcompress.publish import save
+    from varcompress.training.state import RunDirectory
+
+    state = RunDirectory(run)
+    chosen = state.step() if step is None else step
+    model = state.unfinished(step)
+    save(model, directory)
+    if as_json:
+        print_json({"kind": "export", "run": str(run), "step": chosen, "out": str(directory)})
+        return
+    say(f"step {chosen} of {run}; elastic checkpoint: {directory}")

@@ -1,0 +1,268 @@
+"""Runs that can be trusted: several processes, signals, one writer, states, checkpoints of what is not finished."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.test_training import ENVIRONMENT, SMALL, WORKER, Interrupt, changed, interrupt_at, losses, weights
+from tests.test_training import images as images
+from tests.test_training import undisturbed as undisturbed
+from varcompress.checkpoint import load_elastic
+from varcompress.errors import InputError
+from varcompress.fingerprint import weights_digest
+from varcompress.training import distill
+from varcompress.training.log import read_steps
+from varcompress.training.parallel import mesh_shape
+from varcompress.training.state import RunDirectory
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory, tiny_files, images):
+    """Starts a run in processes of its own: start(recipe, out, processes) -> Popen."""
+    folder = tmp_path_factory.mktemp("worker")
+    (folder / "worker.py").write_text(WORKER)
+
+    def run(recipe, out, processes=1, **options):
+        file = folder / f"{Path(out).name}.yaml"
+        file.write_text(json.dumps(recipe.to_dict()))
+        launcher = ["-m", "torch.distributed.run", f"--nproc-per-node={processes}"]
+        launcher += ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]
+        arguments = map(str, (folder / "worker.py", tiny_files, file, images, out))
+        command = [sys.executable, *(launcher if processes > 1 else []), *arguments]
+        pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
+        return subprocess.Popen(command, env=ENVIRONMENT, text=True, **pipes, **options)
+
+    return run
+
+
+def ended(process):
+    _, err = process.communicate(timeout=180)
+    assert process.returncode == 0, err
+
+
+def wait_for_steps(out, count, process):
+    while len(read_steps(Path(out) / "steps.jsonl")) < count:
+        assert process.poll() is None, "the run was over too soon"
+        time.sleep(0.01)
+
+
+def check_close(out, expected, rel=1e-4):
+    """Two runs learnt the same but for rounding."""
+    for one, two in zip(losses(out), losses(expected), strict=True):
+        same = ("step", "epoch", "learning_rate")
+        assert [one[key] for key in same] == [two[key] for key in same]
+        assert one["loss"] == pytest.approx(two["loss"], rel=rel)
+        assert one["gradient_norm"] == pytest.approx(two["gradient_norm"], rel=10 * rel)
+
+
+# -- several processes ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("how", "count", "per_node", "shape"),
+    [
+        ("ddp", 4, 4, (4, 1)),
+        ("ddp", 16, 8, (16, 1)),
+        ("fsdp", 3, 3, (3,)),
+        ("fsdp", 16, 8, (2, 8)),
+        ("fsdp", 10, 4, (10,)),
+    ],
+)
+def test_copies_of_the_weights_and_processes_that_share_one(how, count, per_node, shape):
+    assert mesh_shape(how, count, per_node) == shape
+
+
+WAYS = {
+    "progressive": {},
+    "no bridge": {"bridge": 0},  # a step of a subnet leaves layers out
+    "taught": {
+        **{"epochs_full": 0, "epochs_ramp": 0, "epochs_subnet": 0, "epochs": 4, "teacher": "frozen", "loss": "kl"},
+        **{"depth_probability": {"full": 0.5, "4": 0.7, "2": 1}, "optimizer": "muon", "ema": 0.9, "holdout": 0.2},
+        **{"holdout_every": 4, "learning_rate_end": 0.1, "warmup_steps": 2, "together": False},
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def alone(tiny, images, tmp_path_factory):
+    """A recipe by its name in WAYS, and the run of one process under it."""
+
+    def run(way):
+        recipe, out = changed(**{"batch_size": 12, **WAYS[way]}), folder / way
+        if not out.exists():
+            distill(copy.deepcopy(tiny), recipe, data=images, out=out)
+        return recipe, out
+
+    folder = tmp_path_factory.mktemp("alone")
+    return run
+
+
+@pytest.mark.parametrize(
+    ("way", "how", "processes"),
+    [("progressive", "fsdp", 3), ("no bridge", "ddp", 2), ("taught", "ddp", 3), ("taught", "fsdp", 4)],
+)
+def test_processes_learn_together_what_one_learns(alone, start, tmp_path, way, how, processes):
+    recipe, expected = alone(way)
+    out = tmp_path / "run"
+    ended(start(changed(**{**recipe.to_dict(), "parallel": how}), out, processes))
+    check_close(out, expected)
+    digests = {(out / f"rank{rank}.txt").read_text() for rank in range(processes)}
+    assert digests == {weights_digest(load_elastic(out))}
+    for one, two in zip(losses(out), losses(expected), strict=True):
+        assert ("heldout" in one) == ("heldout" in two)
+        if "heldout" in two:
+            assert one["heldout"]["loss"] == pytest.approx(two["heldout"]["loss"], rel=1e-4)
+
+
+def test_a_killed_run_goes_on_with_other_processes(undisturbed, start, tmp_path):
+    """Four processes that share the weights, killed; two that each hold all of them, killed; then one."""
+    out = tmp_path / "run"
+    for processes, how, steps in ((4, "fsdp", 7), (2, "ddp", 13)):
+        process = start(changed(parallel=how), out, processes)
+        wait_for_steps(out, steps, process)
+        workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        for pid in (process.pid, *map(int, workers)):
+            os.kill(pid, signal.SIGKILL)
+        process.communicate()
+        model = RunDirectory(out).unfinished()
+        assert model.depths == (4, 2)
+        assert model.generate([1, 2], "d2").isfinite().all()
+    ended(start(SMALL, out))
+    check_close(out, undisturbed)
+    assert not (out / ".training").exists()
+
+
+# -- signals --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_ends_a_run_with_its_state_saved(undisturbed, images, tiny_files, tmp_path, number, status):
+    out, recipe = tmp_path / "run", tmp_path / "recipe.yaml"
+    recipe.write_text(json.dumps({**SMALL.to_dict(), "checkpoint_every": 1000}))
+    model = [tiny_files / "var.pth", "--vae", tiny_files / "vae.pth"]
+    command = [sys.executable, "-m", "varcompress", "distill", *model, "--recipe", recipe, "--data", images]
+    command = [*map(str, command), "--out", str(out)]
+    process = subprocess.Popen(command, env=ENVIRONMENT, text=True, stderr=subprocess.PIPE, stdout=subprocess.PIPE)
+    wait_for_steps(out, 6, process)
+    process.send_signal(number)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == status, err
+    done = len(losses(out))
+    line = err.splitlines()[-1]
+    assert f"stopped after step {done} of 20, whose state is saved: go on with varcompress distill" in line
+    assert line.endswith("--resume")
+    assert "Traceback" not in err
+    subprocess.run([*command, "--resume"], env=ENVIRONMENT, check=True, capture_output=True, timeout=120)
+    assert losses(out) == losses(undisturbed)
+
+
+# -- the directory --------------------------------------------------------------------------------
+
+
+def test_a_second_writer_is_refused_by_the_name_of_the_first(start, tiny, images, tmp_path):
+    out, recipe = tmp_path / "run", changed(epochs_ramp=200)
+    process = start(recipe, out)
+    try:
+        wait_for_steps(out, 4, process)
+        with pytest.raises(InputError, match=f"process {process.pid} on .* is writing there"):
+            distill(copy.deepcopy(tiny), recipe, data=images, out=out, resume=True, note=str)
+    finally:
+        process.kill()
+        process.communicate()
+    further = interrupt_at(RunDirectory(out).step() + 2)
+    with pytest.raises(Interrupt):  # the lock of a process that is dead is no obstacle
+        distill(copy.deepcopy(tiny), recipe, data=images, out=out, resume=True, note=str, progress=further)
+
+
+@pytest.mark.parametrize("keep", [1, 3])
+def test_the_last_states_are_kept(tiny, images, tmp_path, keep):
+    with pytest.raises(Interrupt):
+        distill(copy.deepcopy(tiny), changed(keep=keep), data=images, out=tmp_path / "o", progress=interrupt_at(13))
+    assert RunDirectory(tmp_path / "o").states.steps == [5, 6, 9, 12][-keep:]
+
+
+def test_a_disk_without_room_for_the_next_state_is_said_before_the_step(
+    undisturbed, tiny, images, tmp_path, monkeypatch
+):
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        full = type("Usage", (), {"free": 2**18})
+        patch.setattr("varcompress.training.loop.shutil.disk_usage", lambda path: full)
+        with pytest.raises(InputError, match=r"0 MiB are free, and the next state needs \d+: free some"):
+            distill(copy.deepcopy(tiny), SMALL, data=images, out=out)
+    assert len(losses(out)) == 2
+    distill(copy.deepcopy(tiny), SMALL, data=images, out=out)
+    assert weights(out) == weights(undisturbed)
+
+
+def test_a_state_is_what_was_when_it_was_saved(tiny, images, tmp_path):
+    """Writing goes on in the background while the next steps change the weights."""
+    seen = {}
+
+    def progress(done, total, what):
+        if what.startswith("distill"):
+            seen[done] = {name: value.clone() for name, value in model.var.named_parameters()}
+            if done == 7:
+                raise Interrupt
+
+    model = copy.deepcopy(tiny)
+    with pytest.raises(Interrupt):
+        distill(model, changed(checkpoint_every=1, keep=5), data=images, out=tmp_path / "out", progress=progress)
+    for step in (4, 5, 6):
+        found = dict(RunDirectory(tmp_path / "out").unfinished(step).var.named_parameters())
+        assert all(torch.equal(found[name], value) for name, value in seen[step].items())
+
+
+def test_batches_read_ahead_by_processes_are_the_same(undisturbed, tiny, images, tmp_path):
+    distill(copy.deepcopy(tiny), changed(workers=2), data=images, out=tmp_path / "out")
+    assert losses(tmp_path / "out") == losses(undisturbed)
+
+
+# -- checkpoints before the end -------------------------------------------------------------------
+
+
+def test_the_end_of_each_phase_is_a_checkpoint(undisturbed, tiny):
+    digests = [weights_digest(load_elastic(undisturbed / name)) for name in ("phase-full", "phase-ramp", ".")]
+    assert len({weights_digest(tiny), *digests}) == 4
+
+
+def test_export_makes_a_checkpoint_of_an_unfinished_run(tiny, images, tmp_path, run):
+    out = tmp_path / "out"
+    with pytest.raises(Interrupt):
+        distill(copy.deepcopy(tiny), changed(ema=0.5), data=images, out=out, progress=interrupt_at(13))
+    status, printed, _ = run("export", out, "--out", tmp_path / "last")
+    assert (status, "step 12 of" in printed) == (0, True)
+    status, printed, _ = run("export", out, "--out", tmp_path / "nine", "--step", 9, "--json")
+    assert json.loads(printed)["step"] == 9
+    last, nine = load_elastic(tmp_path / "last"), load_elastic(tmp_path / "nine")
+    assert weights_digest(last) != weights_digest(nine)
+    assert weights_digest(last.tokenizer) == weights_digest(tiny.tokenizer)
+    assert (last.bridge, last.depths, last.provenance.recipe["ema"]) == (2, (4, 2), 0.5)
+    for arguments, message in (
+        ((out, "--out", tmp_path / "x", "--step", 5), "has no state of step 5: there is 9, 12"),
+        ((tmp_path / "last", "--out", tmp_path / "x"), "holds no state of an unfinished run"),
+        ((out, "--out", out), "holds something else already"),
+    ):
+        status, _, err = run("export", *arguments)
+        assert (status, message in " ".join(err.split())) == (2, True), err
+    (out / ".training" / "step-12" / ".metadata").write_bytes(b"half")
+    status, _, err = run("export", out, "--out", tmp_path / "x")
+    assert (status, "step-12: damaged; delete it" in " ".join(err.split())) == (2, True)

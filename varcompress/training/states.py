@@ -1,0 +1,154 @@
+"""States of a run that it can continue from: weights, moments of the optimiser and the mean of the weights.
+
+PyTorch's distributed checkpoints (torch.distributed.checkpoint): every process writes its part in the background, and
+any number of processes, sharded in any way, reads them. A state is a folder step-N that is complete or absent.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import warnings
+from collections.abc import Iterator
+from concurrent.futures import Future
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+
+from varcompress.errors import InputError
+from varcompress.files import disk_errors
+from varcompress.models.transformer import VAR
+from varcompress.training.distributed import Ranks
+from varcompress.training.ema import WeightMean
+from varcompress.training.optimizer import Optimizer
+
+# what a run of one process is: no news
+warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
+METADATA = ".metadata"  # which rank 0 writes once all others have written their parts
+WEIGHT, MEAN = "weight", "mean"  # in a state, beside the moments of the optimiser
+
+
+class States:
+    """The states in a folder. The last `keep` of them are kept."""
+
+    def __init__(self, folder: Path, keep: int = 1) -> None:
+        self.folder, self._keep = folder, keep
+        self._ranks, self._group = Ranks(), None
+        self._pending: tuple[int, Future] | None = None
+
+    @property
+    def steps(self) -> list[int]:
+        """The steps that there is a state of, ascending."""
+        found = (re.fullmatch(r"step-(\d+)", path.name) for path in self.folder.glob("step-*"))
+        return sorted(int(match[1]) for match in found if match)
+
+    def path(self, step: int) -> Path:
+        return self.folder / f"step-{step}"
+
+    @contextmanager
+    def writing(self, ranks: Ranks) -> Iterator[States]:
+        """A block in which states are saved; at its end they are all on the disk."""
+        # a group of its own: what is written in the background must not meet the collectives of training
+        self._ranks, self._group = ranks, dist.new_group(backend="gloo") if ranks.count > 1 else None
+        try:
+            yield self
+        finally:
+            self.wait()
+
+    def save(self, step: int, tensors: dict[str, Tensor]) -> None:
+        """Begin to write the state after `step`; returns once the tensors may change. Earlier states stay whole.
+
+        Raises InputError where an earlier one could not be written.
+        """
+        self.wait()
+        aside = self.path(step).with_name(f"step-{step}.tmp")
+        with disk_errors(self.folder), _reasons():
+            if self._ranks.is_rank_zero:
+                shutil.rmtree(aside, ignore_errors=True)
+                aside.mkdir(parents=True)
+            self._ranks.barrier()
+            saving = dcp.async_save(
+                tensors, storage_writer=dcp.FileSystemWriter(aside), process_group=self._group, no_dist=not self._group
+            )
+        self._pending = step, saving
+
+    def wait(self) -> None:
+        """Wait until the state that is being written is in its place. Raises InputError where that failed."""
+        if self._pending is None:
+            return
+        (step, saving), self._pending = self._pending, None
+        aside = self.path(step).with_name(f"step-{step}.tmp")
+        try:
+            with disk_errors(self.folder), _reasons():
+                saving.result()
+                if self._ranks.is_rank_zero:
+                    shutil.rmtree(self.path(step), ignore_errors=True)  # of a run that was taken up before it
+                    os.replace(aside, self.path(step))
+                    for old in self.steps[: -self._keep]:
+                        shutil.rmtree(self.path(old), ignore_errors=True)
+        except InputError:
+            shutil.rmtree(aside, ignore_errors=True)
+            raise
+
+    @torch.no_grad()
+    def load(self, step: int, var: VAR, optimizer: Optimizer, mean: WeightMean | None = None) -> None:
+        """Put a state into the weights, the optimiser and the mean of the weights, each in its own place and shards."""
+        tensors = {}
+        parameters = dict(var.named_parameters())
+        for key, size in self.shapes(step).items():
+            kind, _, name = key.partition(".")
+            parameter = parameters[name]
+            if kind == WEIGHT:
+                tensors[key] = parameter.detach()
+            elif kind == MEAN:
+                if mean:
+                    tensors[key] = mean.state[name]
+            else:  # a parameter that has had no gradient yet has no moments
+                whole = size == parameter.shape
+                moment = torch.zeros_like(parameter) if whole else torch.zeros(size, device=var.device)
+                tensors[key] = optimizer.state(parameter)[kind] = moment
+        read(self.path(step), tensors)
+
+    def shapes(self, step: int) -> dict[str, torch.Size]:
+        """The shape of each tensor in a state. Raises InputError for one that is damaged."""
+        with _readable(self.path(step)):
+            found = dcp.FileSystemReader(self.path(step)).read_metadata().state_dict_metadata
+            return {key: tensor.size for key, tensor in found.items()}
+
+
+def tensors_of(var: VAR, optimizer: Optimizer, mean: WeightMean | None = None) -> dict[str, Tensor]:
+    """What a state holds, by KIND.PARAMETER."""
+    tensors = {}
+    for name, parameter in var.named_parameters():
+        tensors[f"{WEIGHT}.{name}"] = parameter.detach()
+        tensors |= {f"{moment}.{name}": value for moment, value in optimizer.state(parameter).items()}
+    return tensors | ({f"{MEAN}.{name}": value for name, value in mean.state.items()} if mean else {})
+
+
+def read(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Fill tensors, whole or distributed, from the state in a folder. Raises InputError for one that is damaged."""
+    with _readable(path):
+        dcp.load(tensors, checkpoint_id=path, no_dist=not dist.is_initialized())
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (Exception, CheckpointException) as error:  # torch raises what unpickling and its planner do
+        raise InputError(f"{path}: damaged; delete it to continue from an earlier state, or to begin anew") from error
+
+
+@contextmanager
+def _reasons() -> Iterator[None]:
+    """The reason of the first process where torch tells of several failures."""
+    try:
+        yield
+    except CheckpointException as error:
+        raise next(iter(error.failures.values()))[0] from error
