@@ -125,19 +125,14 @@ def _samples(path: Path) -> Iterator[tuple[str, Place, int]]:
     images: dict[str, Place] = {}
     labels: dict[str, int] = {}
     keys: dict[str, None] = {}
-    for member, tar in _members(path):
-        folder, slash, base = member.name.rpartition("/")
-        stem, _, suffix = base.partition(".")
-        key, kind = f"{folder}{slash}{stem}", suffix.lower()
-        if not stem or kind not in (LABEL, *IMAGES):
-            continue
-        if key in (labels if kind == LABEL else images):
+    for key, place, content in _members(path):
+        if key in (images if content is None else labels):
             raise InputError(f"{path}: sample {key} is there twice: give each sample a key of its own")
         keys[key] = None
-        if kind == LABEL:
-            labels[key] = _label(tar.extractfile(member).read(), path, key)
+        if content is None:
+            images[key] = place
         else:
-            images[key] = Place(member.name, member.offset_data, member.size)
+            labels[key] = _label(content, path, key)
     for key in keys:
         if key not in labels:
             raise InputError(f"{path}: sample {key} has no {LABEL}: add {key}.{LABEL} with the number of its class")
@@ -148,14 +143,17 @@ def _samples(path: Path) -> Iterator[tuple[str, Place, int]]:
         yield key, images[key], labels[key]
 
 
-def _members(path: Path) -> Iterator[tuple[tarfile.TarInfo, tarfile.TarFile]]:
-    """The files in a tar file, and what reads them."""
+def _members(path: Path) -> Iterator[tuple[str, Place, bytes | None]]:
+    """Key and place of each image and each label in a tar file, and the content of a label."""
     try:
         with tarfile.open(path, "r:") as tar:
             while (member := tar.next()) is not None:
                 tar.members.clear()  # or it keeps all of them
-                if member.isreg():
-                    yield member, tar
+                folder, slash, base = member.name.rpartition("/")
+                stem, _, kind = base.partition(".")
+                if member.isreg() and stem and kind.lower() in (LABEL, *IMAGES):
+                    content = tar.extractfile(member).read() if kind.lower() == LABEL else None
+                    yield f"{folder}{slash}{stem}", Place(member.name, member.offset_data, member.size), content
             tar.fileobj.seek(tar.offset)
             if tar.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):  # which tarfile takes for the end
                 raise InputError(f"{path}: is cut off or damaged at byte {tar.offset:,}: fetch it anew")

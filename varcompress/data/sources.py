@@ -9,7 +9,7 @@ from varcompress.data.folder import scan
 from varcompress.data.hub_dataset import PREFIX, open_hub
 from varcompress.data.interface import NamedSource, Source, check_labels
 from varcompress.data.shards import index_shards, is_shards
-from varcompress.data.tokens import StoredTokens, finished_store, is_store
+from varcompress.data.tokens import finished_store, is_store
 from varcompress.errors import InputError
 from varcompress.models.elastic import ElasticVAR
 
