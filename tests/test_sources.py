@@ -93,6 +93,13 @@ def test_shards_by_pattern(shards, pattern, count, tiny):
     assert len(open_source(shards / pattern, tiny)) == count
 
 
+def test_a_folder_of_classes_is_one_though_a_tar_lies_in_it(shards, tiny):
+    for label in range(CLASSES):
+        (shards / str(label)).mkdir()
+        (shards / str(label) / "a.png").write_bytes(encoded(label))
+    assert open_source(shards, tiny).item(3) == "3/a.png"
+
+
 def test_the_digest_is_of_names_sizes_and_labels(shards, tmp_path):
     before = index_shards(shards, CLASSES).digest
     shards.rename(tmp_path / "elsewhere")

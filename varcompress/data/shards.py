@@ -66,9 +66,12 @@ class TarShards:
 
 
 def is_shards(data: str | Path) -> bool:
-    """Whether this is a tar file, a pattern of tar files, or a folder that holds some."""
+    """Whether this is a tar file, a pattern of tar files, or a folder that holds some and no other folders."""
     path = Path(data)
-    return any(path.glob(f"*{SUFFIX}")) if path.is_dir() else path.suffix == SUFFIX
+    if not path.is_dir():
+        return path.suffix == SUFFIX
+    inside = [entry for entry in path.iterdir() if not entry.name.startswith(".")]
+    return any(entry.suffix == SUFFIX for entry in inside) and not any(entry.is_dir() for entry in inside)
 
 
 def index_shards(data: str | Path, classes: int) -> TarShards:

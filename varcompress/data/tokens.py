@@ -259,7 +259,9 @@ def store_of(source: Source, model: ElasticVAR, views: int, *, path: str | Path 
     if not isinstance(source, StoredTokens):
         return TokenStore(path or work, source, model, views)
     if path is not None:
-        raise InputError(f"{source.name}: is a token store itself, so that there is none to keep: leave out {path}")
+        raise InputError(
+            f"{source.name}: is a token store itself, which has its own place: leave out tokens (--tokens)"
+        )
     return TokenStore(source.path, source, model, views, aside=work)
 
 
