@@ -145,7 +145,7 @@ def test_encoding_may_stop_anywhere_and_be_shared(tiny, images, tmp_path):
 def test_a_store_of_something_else_is_refused(tiny, images, tmp_path):
     path = tmp_path / "store"
     filled(path, images, tiny)
-    with pytest.raises(InputError, match="holds 2 views of each image, and 3 are asked for: ask for 2"):
+    with pytest.raises(InputError, match="holds tokens with views 2, not 3: ask for 2"):
         filled(path, images, tiny, views=3)
     with pytest.raises(InputError, match="made with another tokenizer"):
         filled(path, images, random_model(seed=1))

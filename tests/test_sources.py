@@ -337,7 +337,7 @@ def test_a_store_of_another_model_or_of_other_views_is_refused(store, tiny):
     other = random_model(seed=1)
     with pytest.raises(InputError, match="made with another tokenizer: encode the images anew with this model"):
         TokenStore(store.path, open_source(store.path, other), other, 2).create()
-    with pytest.raises(InputError, match="holds 2 views of each image, and 1 are asked for: ask for 2"):
+    with pytest.raises(InputError, match="holds tokens with views 2, not 1: ask for 2"):
         TokenStore(store.path, open_source(store.path, tiny), tiny, 1).create()
     fewer = random_model(classes=4)
     with pytest.raises(InputError, match="image 4 has label 4, but the model has classes 0 to 3"):

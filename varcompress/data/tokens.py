@@ -123,8 +123,8 @@ class TokenStore:
         other = [key for key, value in meta.items() if found.get(key) != value]
         if other == ["views"]:
             raise InputError(
-                f"{self.path}: holds {found['views']} views of each image, and {self.views} are asked for: ask for "
-                f"{found['views']} (views in a recipe, --views of tokenize), or encode the images anew"
+                f"{self.path}: holds tokens with views {found['views']}, not {self.views}: ask for {found['views']} "
+                "(views in a recipe, --views of tokenize), or encode the images anew"
             )
         if other:
             remedy = "encode the images anew with this model" if stored else "choose another directory for the tokens"
