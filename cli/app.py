@@ -49,13 +49,14 @@ COMMANDS = (
     ("demo", "demo", "demo"),
     ("inspect", "inspect", "inspect"),
     ("sample", "sample", "sample"),
+    ("tokenize", "tokenize", "tokenize"),
     ("distill", "distill", "distill"),
     ("export", "export", "export"),
     ("profile", "profile", "profile"),
     ("eval", "eval", "evaluate"),
     ("push", "push", "push"),
 )
-SHARED = ("distill",)  # the commands whose processes, started by torchrun, share the work
+SHARED = ("distill", "tokenize")  # the commands whose processes, started by torchrun, share the work
 
 
 def _version(show: bool) -> None:

@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from varcompress.cli.options import Device, Json, Loading, Model, Revision, Vae
+from varcompress.cli.options import DATA, Device, Json, Loading, Model, Revision, Vae
 from varcompress.cli.output import note, out, print_json, progress_bar, say
 from varcompress.errors import Stopped
 
@@ -25,7 +25,7 @@ def distill(
         ),
     ] = None,
     data: Annotated[
-        Path | None, typer.Option(help="Images, one subfolder per class, or digits. The embedded model needs none.")
+        Path | None, typer.Option(help=f"{DATA}, a token store, or digits. The embedded model needs none.")
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue a run that was interrupted.")] = False,
     settings: Annotated[

@@ -24,6 +24,7 @@ Model = Annotated[
         help="A .pth file, an elastic directory, a Hub id, var-d16 … var-d36, or digits (the embedded model).",
     ),
 ]
+DATA = "A folder with one subfolder per class, tar shards (a folder or a pattern of them), hf:OWNER/NAME[:SPLIT]"
 Vae = Annotated[Path | None, typer.Option(help="Tokenizer file that goes with a transformer .pth.")]
 Device = Annotated[str | None, typer.Option(help="cuda, cuda:1 or cpu.", show_default="cuda when there is one")]
 Dtype = Annotated[

@@ -38,6 +38,7 @@ def push(
     """Publish a model on the Hub: weights, recipe, measured results and a model card that says how to use it.
 
     A picture samples.png in MODEL's directory comes along too.
+    A token store in place of MODEL is published as a data set, which distill --data hf:REPO takes back.
     Needs `hf auth login`. Everything appears in one commit, or not at all.
     """
     from varcompress.publish import push as publish

@@ -1,4 +1,4 @@
-"""A loopback server that speaks the Hub's HTTP protocol, as far as creating, uploading and downloading models needs.
+"""A loopback server that speaks the Hub's HTTP protocol, as far as models and data sets come and go over it.
 
 Routes and answers follow https://huggingface.co/docs/hub/api and the git-lfs batch API. It checks what the
 Hub checks: tokens, the card's metadata, hashes and sizes of uploads, that a commit names only objects it has.
@@ -13,9 +13,11 @@ import re
 import threading
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import PurePosixPath
 from urllib.parse import parse_qs, unquote, urlsplit
 
-import huggingface_hub
+import huggingface_hub.constants
+import huggingface_hub.file_download
 import pytest
 import yaml
 
@@ -88,21 +90,26 @@ class Refused(Exception):
 NO_REPO = {"X_Error_Code": "RepoNotFound", "X_Error_Message": "Repository not found"}
 
 
+NAME = r"((?:datasets/)?[^/]+/[^/]+)"  # of a repository: data sets have a place of their own
+API = rf"/api/(?:models/)?{NAME}"
+
+
 class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     hub: HubServer
     ROUTES = (
         ("POST", r"/api/repos/create", "create"),
         ("POST", r"/api/validate-yaml", "validate"),
-        ("GET", r"/api/models/([^/]+/[^/]+)(?:/revision/([^/]+))?", "info"),
-        ("GET", r"/api/models/([^/]+/[^/]+)/tree/([^/]+)", "tree"),
-        ("POST", r"/api/models/([^/]+/[^/]+)/preupload/([^/]+)", "preupload"),
-        ("POST", r"/([^/]+/[^/]+)\.git/info/lfs/objects/batch", "batch"),
+        ("GET", rf"{API}(?:/revision/([^/]+))?", "info"),
+        ("GET", rf"{API}/tree/([^/]+)(?:/(.*))?", "tree"),
+        ("POST", rf"{API}/paths-info/([^/]+)", "paths"),
+        ("POST", rf"{API}/preupload/([^/]+)", "preupload"),
+        ("POST", rf"/{NAME}\.git/info/lfs/objects/batch", "batch"),
         ("PUT", r"/storage/([0-9a-f]{64})", "store"),
         ("POST", r"/storage/verify", "verify"),
         ("GET", r"/storage/([0-9a-f]{64})", "fetch"),
-        ("POST", r"/api/models/([^/]+/[^/]+)/commit/([^/]+)", "commit"),
-        ("HEAD|GET", r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", "resolve"),
+        ("POST", rf"{API}/commit/([^/]+)", "commit"),
+        ("HEAD|GET", rf"/{NAME}/resolve/([^/]+)/(.+)", "resolve"),
     )
 
     # -- plumbing -------------------------------------------------------------------------------
@@ -173,13 +180,13 @@ class Handler(BaseHTTPRequestHandler):
 
     def readable(self, name: str) -> Repo:
         repo, mine = self.hub.repos.get(name), self.namespaces()
-        if repo is None or (repo.private and name.split("/")[0] not in mine):
+        if repo is None or (repo.private and name.split("/")[-2] not in mine):
             raise Refused(404 if mine else 401, **NO_REPO)
         return repo
 
     def writable(self, name: str) -> Repo:
         repo, mine = self.readable(name), self.namespaces()
-        if name.split("/")[0] not in mine:
+        if name.split("/")[-2] not in mine:
             raise Refused(403 if mine else 401, X_Error_Message="You don't have the rights to write here")
         return repo
 
@@ -198,8 +205,8 @@ class Handler(BaseHTTPRequestHandler):
         owner = wish.get("organization") or sorted(mine)[0]
         if owner not in mine:
             raise Refused(403, X_Error_Message=f"You don't have the rights to create a model under {owner}")
-        name = f"{owner}/{wish['name']}"
-        answer = {"url": f"{self.hub.endpoint}/{name}", "name": name}
+        name = f"{'datasets/' * (wish.get('type') == 'dataset')}{owner}/{wish['name']}"
+        answer = {"url": f"{self.hub.endpoint}/{name}", "name": name.removeprefix("datasets/")}
         if name in self.hub.repos:
             self.send(409, json.dumps({"error": "You already created this model repo", **answer}).encode())
             return
@@ -213,7 +220,7 @@ class Handler(BaseHTTPRequestHandler):
         self.json(
             {
                 "_id": "0",
-                "id": name,
+                "id": name.removeprefix("datasets/"),
                 "modelId": name,
                 "sha": commit,
                 "private": repo.private,
@@ -226,10 +233,25 @@ class Handler(BaseHTTPRequestHandler):
             }
         )
 
-    def tree(self, name: str, revision: str) -> None:
+    def tree(self, name: str, revision: str, folder: str | None = None) -> None:
         repo = self.readable(name)
         files = repo.commits[self.revision(repo, revision)]
-        self.json([self.entry(path, content) for path, content in sorted(files.items())])
+        inside = f"{folder}/" if folder else ""
+        below = [path for path in sorted(files) if path.startswith(inside)]
+        if not below:
+            raise Refused(404, X_Error_Code="EntryNotFound", X_Error_Message=f"{folder} does not exist")
+        folders = dict.fromkeys(str(parent) for path in below for parent in PurePosixPath(path).parents[:-1])
+        found = [{"type": "directory", "path": path, "oid": "0" * 40} for path in folders if path.startswith(inside)]
+        found += [self.entry(path, files[path]) for path in below]
+        if self.query.get("recursive", ["false"])[0].lower() != "true":
+            found = [entry for entry in found if "/" not in entry["path"].removeprefix(inside)]
+        self.json(found)
+
+    def paths(self, name: str, revision: str) -> None:
+        repo = self.readable(name)
+        files = repo.commits[self.revision(repo, revision)]
+        wish = json.loads(self.body) if "json" in self.headers["Content-Type"] else parse_qs(self.body.decode())
+        self.json([self.entry(path, files[path]) for path in wish["paths"] if path in files])
 
     def entry(self, path: str, content: bytes) -> dict:
         entry = {"type": "file", "path": path, "size": len(content), "oid": git_hash(content)}
@@ -305,7 +327,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def resolve(self, name: str, revision: str, path: str) -> None:
         repo = self.readable(name)
-        if repo.gated and name.split("/")[0] not in self.namespaces():
+        if repo.gated and name.split("/")[-2] not in self.namespaces():
             raise Refused(403, X_Error_Code="GatedRepo", X_Error_Message=f"Access to model {name} is restricted")
         commit = self.revision(repo, revision)
         content = repo.commits[commit].get(path)

@@ -133,7 +133,7 @@ def test_what_does_not_share_its_work_is_refused_under_torchrun(run, arguments, 
     assert (code, out) == (2, "")
     assert err == (
         f"error: {arguments[0]} runs in one process, and WORLD_SIZE is 2: start it without torchrun, "
-        "which only distill can share work under\n"
+        "which only distill and tokenize can share work under\n"
     )
     monkeypatch.setenv("RANK", "1")
     assert run(*arguments) == (2, "", "")

@@ -145,7 +145,7 @@ def test_encoding_may_stop_anywhere_and_be_shared(tiny, images, tmp_path):
 def test_a_store_of_something_else_is_refused(tiny, images, tmp_path):
     path = tmp_path / "store"
     filled(path, images, tiny)
-    with pytest.raises(InputError, match="made with another views"):
+    with pytest.raises(InputError, match="holds tokens with views 2, not 3: ask for 2"):
         filled(path, images, tiny, views=3)
     with pytest.raises(InputError, match="made with another tokenizer"):
         filled(path, images, random_model(seed=1))
@@ -295,7 +295,7 @@ def test_tokens_of_other_crops_are_refused(tiny, images, tmp_path):
     meta = json.loads((tmp_path / "store" / "store.json").read_text())
     del meta["preprocessing"]  # as it was before crops were torchvision's
     (tmp_path / "store" / "store.json").write_text(json.dumps(meta))
-    with pytest.raises(InputError, match="made with another preprocessing; choose another directory"):
+    with pytest.raises(InputError, match="made with another preprocessing: choose another directory"):
         filled(tmp_path / "store", images, tiny)
 
 

@@ -15,9 +15,11 @@ from safetensors.torch import save_file
 from tests.conftest import random_model
 from varcompress import files
 from varcompress.checkpoint import load_elastic
+from varcompress.training.distributed import Ranks
 from varcompress.training.optimizer import optimizer_of
 from varcompress.training.recipe import Recipe
 from varcompress.training.state import RunDirectory
+from varcompress.training.states import tensors_of
 
 RECIPE = Recipe("small", (4, 2), 2, epochs_full=1)
 # the kernel kills whoever writes beyond this size, in the middle of the write
@@ -59,11 +61,11 @@ def umask():
 def test_what_a_killed_save_left_goes_when_the_run_is_continued(tmp_path):
     directory = RunDirectory(tmp_path)
     directory.begin({}, note=print, resume=False)
-    killed_writing(tmp_path / ".training" / "state.safetensors")
+    killed_writing(tmp_path / ".training" / "subnets.json")
     (left,) = (tmp_path / ".training").glob(".*")
     assert list(left.iterdir())
     directory.begin({}, note=print, resume=False)
-    assert [path.name for path in (tmp_path / ".training").iterdir()] == ["run.json"]
+    assert sorted(path.name for path in (tmp_path / ".training").iterdir()) == ["lock", "run.json", "writer"]
 
 
 def test_what_a_killed_save_left_goes_with_the_next_one(tmp_path):
@@ -96,8 +98,10 @@ def test_checkpoints_and_states_have_the_mode_of_any_new_file(tmp_path, umask, m
     umask(mask)
     model, directory = random_model(), RunDirectory(tmp_path)
     directory.begin({}, note=print, resume=False)
-    directory.save(model.var, optimizer_of(model.var, RECIPE), 1)
-    assert (tmp_path / ".training" / "state.safetensors").stat().st_mode & 0o777 == mode
+    with directory.states.writing(Ranks()) as states:
+        states.save(1, tensors_of(model.var, optimizer_of(model.var, RECIPE)))
+    state = list((tmp_path / ".training" / "step-1").iterdir())
+    assert {file.stat().st_mode & 0o777 for file in state} == {mode}
     directory.finish(model)
     assert {file.stat().st_mode & 0o777 for file in tmp_path.iterdir()} == {mode}
     load_elastic(tmp_path)

@@ -24,7 +24,7 @@ LAYERS = (
     {"loading", "profiling", "evaluation"},
     {"publish"},
     {"training"},
-    {"demo"},
+    {"demo", "tokenizing"},
     {"recipes"},
     {"cli"},
 )

@@ -48,7 +48,7 @@ def sections():
 
 
 @pytest.mark.parametrize(
-    ("page", "name", "text"), sections(), ids=lambda value: value if isinstance(value, str) else ""
+    ("page", "name", "text"), list(sections()), ids=lambda value: value if isinstance(value, str) else ""
 )
 def test_the_tables_of_the_docs_are_those_of_the_results(page, name, text):
     found = page.read_text(encoding="utf-8").split(tables.begin(name))[1].split(tables.end(name))[0]

@@ -88,6 +88,7 @@ def test_a_loss_by_name_is_a_weight_of_one():
 
 def test_what_says_only_how_the_machine_is_used_is_named_once():
     names = {"accumulation", "activation_checkpointing", "checkpoint_every", "holdout_every", "together", "origin"}
+    names |= {"parallel", "workers", "keep", "max_bad_steps"}
     assert machine_fields() == names
 
 
@@ -128,6 +129,10 @@ def test_settings_override_the_file():
         ({"zzz": 1}, "unknown key 'zzz'"),
         ({3: 1}, "unknown key 3"),
         ({"bridge": "two"}, "bridge must be a whole number, not 'two'"),
+        ({"views": "many"}, "views must be a whole number, or epochs: one for each epoch, not 'many'"),
+        ({"views": 1.5}, "views must be a whole number, or epochs: one for each epoch, not 1.5"),
+        ({"views": 300}, "views must be from 1 to 256, not 300"),
+        ({"views": "epochs", "epochs_full": 300}, "views: epochs of"),
         ({"bridge": True}, "bridge must be a whole number, not True"),
         ({"bridge": 2.5}, "bridge must be a whole number, not 2.5"),
         ({"learning_rate": "fast"}, "learning_rate must be a number, not 'fast'"),
@@ -261,6 +266,12 @@ def test_files_that_cannot_be_read(tmp_path):
 def test_an_unknown_name_suggests_the_nearest():
     with pytest.raises(InputError, match=r"no recipe is named 'digit' .*: did you mean digits\?"):
         load_recipe("digit")
+
+
+def test_views_may_be_as_many_as_epochs():
+    assert load_recipe("variant-d30", ["views=epochs"]).num_views == 30
+    assert load_recipe("digits", ["views=epochs", "epochs=6"]).num_views == 6
+    assert load_recipe("digits", ["views=4"]).num_views == 4
 
 
 @pytest.mark.parametrize("setting", ["learning_rate", "=3", "depths=[1"])

@@ -17,6 +17,7 @@ __all__ = [
     "profile",
     "push",
     "save",
+    "tokenize",
 ]
 
 # Names are looked up on first use, so that `varcompress --help` does not wait for torch.
@@ -30,6 +31,7 @@ _HOMES = {
     "profile": "varcompress.profiling",
     "push": "varcompress.publish",
     "save": "varcompress.publish",
+    "tokenize": "varcompress.tokenizing",
 }
 
 if TYPE_CHECKING:
@@ -40,6 +42,7 @@ if TYPE_CHECKING:
     from varcompress.publish import push, save
     from varcompress.sampling import Sampling
     from varcompress.schedule import Schedule
+    from varcompress.tokenizing import tokenize
     from varcompress.training import distill
 
 

@@ -69,7 +69,7 @@ def _reason(error: Exception, revision: str | None) -> str:
     if any(getattr(link, "errno", None) in NO_ROOM for link in chain):
         return "no room left on the disk: free some, or set HF_HOME to a folder on another disk"
     if find(errors.GatedRepoError):
-        return "access is restricted: ask for it on the model's page, then run `hf auth login`"
+        return "access is restricted: ask for it on its page, then run `hf auth login`"
     if find(errors.RevisionNotFoundError):
         return f"it has no revision {revision!r}: check the branch, tag or commit"
     if find(errors.RepositoryNotFoundError):

@@ -6,6 +6,7 @@ import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -53,10 +54,10 @@ def image_files(folder: Path) -> list[Path]:
     return sorted(path for path in folder.rglob("*") if path.suffix.lower() in EXTENSIONS and path.is_file())
 
 
-def open_rgb(path: Path) -> Image.Image | None:
+def open_rgb(file: Path | BinaryIO) -> Image.Image | None:
     """An image file in RGB, None if it cannot be read."""
     try:
-        with Image.open(path) as image:
+        with Image.open(file) as image:
             return image.convert("RGB")
     except Exception:  # Pillow's decoders raise whatever they trip over: OSError, struct.error, TypeError, MemoryError
         return None

@@ -5,10 +5,12 @@ from __future__ import annotations
 import contextlib
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from varcompress.checkpoint import CONFIG, RECIPE, WEIGHTS, config_text, is_elastic, load_elastic, save_elastic
+from varcompress.data.tokens import FILES, is_store, store_facts
 from varcompress.errors import InputError
 from varcompress.files import disk_errors, scratch_folder, write_text
 from varcompress.fingerprint import fingerprint, values_digest
@@ -18,6 +20,7 @@ from varcompress.models.elastic import ElasticVAR
 from varcompress.progress import Progress, silent
 from varcompress.report.card import CARD, is_generated, model_card
 from varcompress.report.plots import PLOTS
+from varcompress.report.store_card import store_card
 from varcompress.results import (
     MEASURED,
     check_result,
@@ -119,9 +122,10 @@ def push(
 ) -> dict:
     """Publish a model on the Hub: weights, config, recipe, card, results and their plots in one commit.
 
-    model: an elastic directory, a loaded model, or whatever `load` opens with `vae` and `revision`; branch: the one
-    to commit to. results: of `profile` and `evaluate`, as dicts or JSON files; those that lie in the model's
-    directory, here or on the Hub, come along unasked, and so does a picture samples.png.
+    model: an elastic directory, a loaded model, or whatever `load` opens with `vae` and `revision`; or the directory of
+    a finished token store, which becomes a data set; branch: the one to commit to. results: of `profile` and
+    `evaluate`, as dicts or JSON files; those that lie in the model's directory, here or on the Hub, come along unasked,
+    and so does a picture samples.png.
     base_model, license: the Hub's ids of what the model was made from, where the model does not know them.
     Results, samples and recipe of an earlier push that have no successor are removed.
     A README.md in the directory that is not the generated card is published as it is.
@@ -129,6 +133,12 @@ def push(
     Raises InputError when something is not readable, a result is of other weights, or the Hub refuses; nothing local
     is changed, and nothing is published before the one commit.
     """
+    if not isinstance(model, ElasticVAR) and is_store(Path(model).expanduser()):
+        options = {"vae": vae, "revision": revision, "base_model": base_model, "results": next(iter(results), None)}
+        for name, value in options.items():
+            if value is not None:
+                raise InputError(f"{model}: is a token store, which has no {name.replace('_', ' ')}: leave it out")
+        return _push_store(Path(model).expanduser(), repo, branch, private, license, progress)
     with scratch_folder() as scratch:
         progress(0, 3, "read the model and its results")
         folder = _elastic_folder(model, vae, revision, scratch / "model")
@@ -140,16 +150,49 @@ def push(
         weights = {fingerprint(each) for each in (loaded, model) if isinstance(each, ElasticVAR)}
         measured = _measured(loaded, _results(folder, results), weights, scratch)
         files |= {name: scratch / name for stem in measured for name in (f"{stem}.json", f"{stem}.png")}
-        progress(1, 3, f"create {repo}")
-        repo, is_private = _create(repo, private)
-        own = _has_own_card(folder)
         samples = SAMPLES if SAMPLES in files else None
-        card = "" if own else _card(loaded, measured, plots=measured, samples=samples, repo=repo)
-        files[CARD] = folder / CARD if own else _write(scratch / CARD, card)
-        size = sum(path.stat().st_size for path in files.values())
-        progress(2, 3, f"upload {len(files)} files, {size / 2**20:,.1f} MiB")
-        commit, url = _commit(repo, files, branch)
-        progress(3, 3, f"published {repo}")
+
+        def card(repo: str) -> str:
+            return _card(loaded, measured, plots=measured, samples=samples, repo=repo)
+
+        return _publish(Target(repo, "model", branch, private), folder, files, card, scratch, progress)
+
+
+def _push_store(
+    folder: Path, repo: str, branch: str | None, private: bool, license: str | None, progress: Progress
+) -> dict:
+    """Publish a finished token store as a data set, with a card. Returns and raises as `push` does."""
+    progress(0, 3, "read the token store")
+    facts = store_facts(folder)
+    files = {name: folder / name for name in FILES}
+    with scratch_folder() as scratch:
+        target = Target(repo, "dataset", branch, private)
+        return _publish(target, folder, files, lambda name: store_card(facts, name, license), scratch, progress)
+
+
+@dataclass(frozen=True)
+class Target:
+    """Where on the Hub a push goes. kind: as the Hub has it, model or dataset."""
+
+    repo: str
+    kind: str
+    branch: str | None
+    private: bool
+
+
+def _publish(
+    target: Target, folder: Path, files: dict[str, Path], card: Callable[[str], str], scratch: Path, progress: Progress
+) -> dict:
+    """Commit files under their names, and a card: that of `folder` where a person wrote it, else what `card` makes."""
+    progress(1, 3, f"create {target.repo}")
+    repo, is_private = _create(target)
+    target = replace(target, repo=repo)
+    own = _has_own_card(folder)
+    files = {**files, CARD: folder / CARD if own else _write(scratch / CARD, card(repo))}
+    size = sum(path.stat().st_size for path in files.values())
+    progress(2, 3, f"upload {len(files)} files, {size / 2**20:,.1f} MiB")
+    commit, url = _commit(target, files)
+    progress(3, 3, f"published {repo}")
     return {
         "kind": "push",
         "repo": repo,
@@ -230,30 +273,33 @@ def _measured(model: ElasticVAR, results: dict[str, dict], weights: set[str], fo
     return measured
 
 
-def _create(repo: str, private: bool) -> tuple[str, bool]:
+def _create(target: Target) -> tuple[str, bool]:
     """Create the repository unless it is there. Returns its full name, and whether it is private.
 
     A private push never goes to a public repository.
     """
     from huggingface_hub import HfApi
 
-    with hub_client(f"cannot create {repo} on the Hub"):
+    with hub_client(f"cannot create {target.repo} on the Hub"):
         api = HfApi()
-        repo = api.create_repo(repo, private=private or None, exist_ok=True).repo_id
-        is_private = bool(api.model_info(repo).private)
-    if private and not is_private:
+        options = {"repo_type": target.kind, "private": target.private or None, "exist_ok": True}
+        repo = api.create_repo(target.repo, **options).repo_id
+        is_private = bool(api.repo_info(repo, repo_type=target.kind).private)
+    if target.private and not is_private:
         raise InputError(f"{repo}: exists on the Hub and is public: make it private there, or leave out --private")
     return repo, is_private
 
 
-def _commit(repo: str, files: dict[str, Path], branch: str | None) -> tuple[str, str]:
+def _commit(target: Target, files: dict[str, Path]) -> tuple[str, str]:
     """Upload all files in one commit, without what an earlier push left and this one has not. Returns commit, URL."""
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
-    with hub_client(f"cannot upload to {repo}; nothing was published", branch):
+    repo, where = target.repo, {"repo_type": target.kind, "revision": target.branch}
+    with hub_client(f"cannot upload to {repo}; nothing was published", target.branch):
         api = HfApi()
-        present = api.list_repo_files(repo, revision=branch)
-        stale = [name for name in present if name not in files and OURS.fullmatch(name)]
+        present = api.list_repo_files(repo, **where)
+        ours = OURS if target.kind == "model" else None  # a token store has the same files always
+        stale = [name for name in present if ours and name not in files and ours.fullmatch(name)]
         done = api.create_commit(
             repo,
             [
@@ -261,6 +307,6 @@ def _commit(repo: str, files: dict[str, Path], branch: str | None) -> tuple[str,
                 *(CommitOperationDelete(path_in_repo=name) for name in stale),
             ],
             commit_message="Publish with varcompress",
-            revision=branch,
+            **where,
         )
-        return done.oid, f"{api.endpoint}/{repo}"
+        return done.oid, f"{api.endpoint}/{'datasets/' * (target.kind == 'dataset')}{repo}"

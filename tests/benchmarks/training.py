@@ -175,7 +175,7 @@ def units(recipe: Recipe) -> float:
     halves = 2 if recipe.guidance == "none" else 1  # of the teacher's pass, conditional and not
     asked = len(steps) * recipe.batch_size
     if recipe.teacher_logits == "stored":  # each image once in each view, and for the null class
-        asked = images * recipe.views * (2 if recipe.label_drop else 1)
+        asked = images * recipe.num_views * (2 if recipe.label_drop else 1)
     taught = asked * halves / 3 if recipe.teacher != "none" else 0
     return (rows / whole * recipe.batch_size + taught) / 64
 

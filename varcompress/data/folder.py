@@ -7,14 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
-from varcompress.data.streams import CROP, fractions, words
+from varcompress.data.crops import CROPS, crops
 from varcompress.errors import InputError
-from varcompress.images import centre, open_rgb
-
-MARGIN = 1.125  # an image's shorter side before cropping, in units of the model's image size (VAR's training)
-MAX_ASPECT = 16  # longer images lose their ends before resizing, which would make millions of pixels of a thin line
+from varcompress.images import open_rgb
 
 
 @dataclass(frozen=True)
@@ -25,7 +21,7 @@ class ImageFolder:
     files: tuple[str, ...]  # below root, in order of class and name
     labels: np.ndarray  # (N,) int64
     digest: str  # of the names and sizes of all files
-    preprocessing = "crops 2"  # crops 1 rounded the longer side, and the centre's offset, otherwise than torchvision
+    preprocessing = CROPS
 
     @property
     def name(self) -> str:
@@ -38,25 +34,8 @@ class ImageFolder:
         return self.files[index]
 
     def read(self, index: int, size: int, views: int) -> np.ndarray | None:
-        """Views of one image, (views, 3, size, size) uint8: the centre, then random crops. None if it is unreadable.
-
-        The pixels are those of VAR's training code: torchvision's Resize(round(1.125 size), LANCZOS), then CenterCrop
-        for the first view and a RandomCrop for every other. Of an image more than 16 times as long as it is wide,
-        only the middle 16 are used. A crop depends on (index, view) alone, so that runs of any seed can share tokens.
-        """
-        image = open_rgb(self.root / self.files[index])
-        if image is None:
-            return None
-        pixels = _resized(image, round(MARGIN * size))
-        height, width = pixels.shape[:2]
-        rows, columns = (fractions(word).tolist() for word in words(0, CROP, index, views)[:2])
-        corners = [
-            (int(row * (height - size + 1)), int(column * (width - size + 1)))
-            for row, column in zip(rows, columns, strict=True)
-        ]
-        corners[0] = centre(height, size), centre(width, size)
-        crops = [pixels[top : top + size, left : left + size] for top, left in corners]
-        return np.stack(crops).transpose(0, 3, 1, 2)
+        """Views of one image, as `crops` makes them."""
+        return crops(open_rgb(self.root / self.files[index]), index, size, views)
 
 
 def scan(root: str | Path, classes: int) -> ImageFolder:
@@ -80,13 +59,3 @@ def scan(root: str | Path, classes: int) -> ImageFolder:
             digest.update(f"{files[-1]}\0{path.stat().st_size}\0".encode())
         labels += [label] * len(found)
     return ImageFolder(root, tuple(files), np.array(labels, dtype=np.int64), digest.hexdigest())
-
-
-def _resized(image: Image.Image, side: int) -> np.ndarray:
-    """The image with its shorter side resized to `side`: (H, W, 3) uint8, at most MAX_ASPECT times as long as wide."""
-    shorter = min(image.size)
-    used = [min(length, MAX_ASPECT * shorter) for length in image.size]
-    left, top = ((length - part) // 2 for length, part in zip(image.size, used, strict=True))
-    size = tuple(int(side * part / shorter) for part in used)  # torchvision's arithmetic, to its last rounding
-    box = (left, top, left + used[0], top + used[1])
-    return np.asarray(image.resize(size, Image.Resampling.LANCZOS, box=box))

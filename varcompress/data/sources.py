@@ -1,53 +1,20 @@
-"""Where training images come from: one interface, its kinds, and the choice between them."""
+"""Where training images come from: the kinds of sources, and the choice between them."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Protocol
-
-import numpy as np
 
 from varcompress.data.digits import Digits
 from varcompress.data.folder import scan
+from varcompress.data.hub_dataset import PREFIX, open_hub
+from varcompress.data.interface import NamedSource, Source, check_labels
+from varcompress.data.shards import index_shards, is_shards
+from varcompress.data.tokens import finished_store, is_store
 from varcompress.errors import InputError
 from varcompress.models.elastic import ElasticVAR
 
-
-class Source(Protocol):
-    """Labelled images that are read one by one, by several threads at a time.
-
-    name: as messages print it; digest: of the images, as far as it can be had without reading all of them;
-    preprocessing: how an image becomes views, another text wherever other pixels come out; labels: (N,) int64.
-    """
-
-    name: str
-    digest: str
-    preprocessing: str
-    labels: np.ndarray
-
-    def __len__(self) -> int: ...
-
-    def read(self, index: int, size: int, views: int) -> np.ndarray | None:
-        """Views of image `index`, (views, 3, size, size), uint8 or float32 in [0, 1]; None if it is unreadable."""
-
-    def item(self, index: int) -> str:
-        """What to call image `index` in a note to a person."""
-
-
-class NamedSource(Source, Protocol):
-    """A source that comes with the package: opened by its name, and chosen by itself for the model made with it.
-
-    model: that model's name; image_size, classes: of its images.
-    """
-
-    model: str
-    image_size: int
-    classes: int
-
-    def __init__(self) -> None: ...
-
-
 NAMED: dict[str, type[NamedSource]] = {"digits": Digits}
+KINDS = "a folder with one subfolder per class, tar shards, a token store, or hf:OWNER/NAME"
 
 
 def own_source(model: ElasticVAR) -> type[NamedSource] | None:
@@ -57,24 +24,33 @@ def own_source(model: ElasticVAR) -> type[NamedSource] | None:
 
 
 def open_source(data: str | Path | None, model: ElasticVAR) -> Source:
-    """The images to train a model on. data: an image folder, or a name of NAMED; None for the model's own source.
+    """The images to train a model on, or their tokens.
 
+    data: a folder of images, one subfolder per class; tar shards in webdataset's layout (a folder of them, or a
+    pattern such as train-{0000..0146}.tar); the directory of a finished token store; a data set on the Hub, of images
+    or of tokens, as hf:OWNER/NAME[/CONFIG][@REVISION][:SPLIT]; or a name of NAMED. None: the model's own source.
     Raises InputError where there is none, and for images that do not fit the model.
     """
     classes, size = model.var.config.classes, model.tokenizer.config.image_size
-    if data is None:
-        kind = own_source(model)
-        if kind is None:
+    kind = own_source(model) if data is None else None if Path(data).is_dir() else NAMED.get(str(data))
+    if kind is not None:  # by its name, unless something lies here under it
+        if (kind.image_size, kind.classes) != (size, classes):
             raise InputError(
-                f"{model.provenance.name} needs images: give a folder with one subfolder per class as --data"
+                f"{kind.name}: {kind.classes} classes in {kind.image_size} pixels, "
+                f"but the model has {classes} in {size}: give images that fit as --data"
             )
-    else:
-        kind = None if Path(data).is_dir() else NAMED.get(str(data))  # what lies here goes first
-    if kind is None:
-        return scan(data, classes)
-    if (kind.image_size, kind.classes) != (size, classes):
-        raise InputError(
-            f"{kind.name}: {kind.classes} classes in {kind.image_size} pixels, "
-            f"but the model has {classes} in {size}: give images that fit as --data"
-        )
-    return kind()
+        return kind()
+    if data is None:
+        raise InputError(f"{model.provenance.name} needs images: give {KINDS} as --data")
+    if str(data).startswith(PREFIX):
+        return _checked(open_hub(str(data)), classes)
+    if is_store(data):
+        return _checked(finished_store(data), classes)
+    if is_shards(data):
+        return index_shards(data, classes)
+    return scan(data, classes)
+
+
+def _checked(source: Source, classes: int) -> Source:
+    check_labels(source, classes)
+    return source

@@ -14,9 +14,9 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from varcompress.data.sources import Source
+from varcompress.data.interface import Source
 from varcompress.data.streams import HOLDOUT, SAMPLE, fractions, words
 from varcompress.errors import InputError
 from varcompress.files import disk_errors, write_json
@@ -27,7 +27,8 @@ from varcompress.progress import Progress, silent
 
 CHUNK = 32  # images encoded at a time
 AHEAD = 2  # chunks that are read while one is encoded
-META, TOKENS, STATES = "store.json", "tokens.npy", "states.npy"
+FORMAT = 2  # 1 held no labels
+META, TOKENS, STATES, LABELS = FILES = "store.json", "tokens.npy", "states.npy", "labels.npy"
 PENDING, DONE, UNREADABLE = 0, 1, 2
 
 
@@ -74,13 +75,17 @@ class TokenData:
 class TokenStore:
     """The tokens of a source's images, in a directory that several runs may share.
 
-    store.json says what was encoded by which tokenizer, states.npy which images are done, tokens.npy
-    holds (images, views, L). Encoding may stop at any moment and goes on where it stopped; several
-    processes may encode their shares of one store at a time.
+    store.json says what was encoded by which tokenizer, states.npy which images are done, labels.npy their classes;
+    tokens.npy holds (images, views, L). Encoding may stop at any moment and goes on where it stopped; several
+    processes may encode their shares of one store at a time. A finished store needs its images no more: it is a
+    source itself, `StoredTokens`. What is computed from the tokens has its place in `aside`.
     """
 
-    def __init__(self, path: str | Path, source: Source, model: ElasticVAR, views: int) -> None:
+    def __init__(
+        self, path: str | Path, source: Source, model: ElasticVAR, views: int, *, aside: Path | None = None
+    ) -> None:
         self.path, self.source, self.model, self.views = Path(path), source, model, views
+        self.aside = aside or self.path
 
     def create(self) -> None:
         """Make an empty store, or find the one that is there.
@@ -88,25 +93,18 @@ class TokenStore:
         Raises InputError when the directory holds something else, or the tokens of other images,
         another preprocessing, another tokenizer or other views.
         """
+        config = self.model.tokenizer.config
         meta = {
-            "format": 1,
+            "format": FORMAT,
             "images": self.source.digest,
             "preprocessing": self.source.preprocessing,
-            "tokenizer": weights_digest(self.model.tokenizer),
-            "image_size": self.model.tokenizer.config.image_size,
+            "tokenizer": tokenizer_digest(self.model),
+            "image_size": config.image_size,
+            "patch_nums": list(config.patch_nums),
             "views": self.views,
         }
-        if (self.path / META).is_file():
-            try:
-                found = json.loads((self.path / META).read_text())
-            except ValueError as error:
-                raise InputError(f"{self.path / META}: damaged; delete {self.path} to encode anew") from error
-            other = [key for key, value in meta.items() if found.get(key) != value]
-            if other:
-                raise InputError(
-                    f"{self.path}: holds tokens made with another {' and another '.join(other)}; "
-                    "choose another directory for the tokens"
-                )
+        if is_store(self.path):
+            self._compare(meta)
             return
         if self.path.exists() and not (self.path.is_dir() and self._is_ours()):
             raise InputError(f"{self.path}: holds something else already: choose another directory for the tokens")
@@ -114,19 +112,35 @@ class TokenStore:
         with disk_errors(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
             np.save(self.path / STATES, np.full(count, PENDING, dtype=np.uint8))
+            np.save(self.path / LABELS, self.source.labels)
             shape = (count, self.views, length)
             np.lib.format.open_memmap(self.path / TOKENS, mode="w+", dtype=_token_type(self.model), shape=shape)
             write_json(self.path / META, meta)
 
+    def _compare(self, meta: dict) -> None:
+        """Refuse a store that holds anything else than these tokens, and say what is other."""
+        found, stored = read_meta(self.path), isinstance(self.source, StoredTokens)
+        other = [key for key, value in meta.items() if found.get(key) != value]
+        if other == ["views"]:
+            raise InputError(
+                f"{self.path}: holds tokens with views {found['views']}, not {self.views}: ask for {found['views']} "
+                "(views in a recipe, --views of tokenize), or encode the images anew"
+            )
+        if other:
+            remedy = "encode the images anew with this model" if stored else "choose another directory for the tokens"
+            raise InputError(f"{self.path}: holds tokens made with another {' and another '.join(other)}: {remedy}")
+
     def _is_ours(self) -> bool:
         """Whether the directory is empty, but for what a killed process leaves before it writes store.json."""
-        return all(file.name in (TOKENS, STATES) or file.suffix == ".tmp" for file in self.path.iterdir())
+        return all(file.name in FILES or file.suffix == ".tmp" for file in self.path.iterdir())
 
-    def encode(self, rank: int = 0, ranks: int = 1, progress: Progress = silent) -> None:
-        """Encode this process's share of the images that are not done yet."""
-        states = np.load(self.path / STATES)
+    def encode(self, rank: int = 0, ranks: int = 1, progress: Progress = silent) -> int:
+        """Encode this process's share of the images that are not done yet. Returns how many they were."""
+        states = _array(self.path, STATES)
         chunks = [range(i, min(i + CHUNK, len(states))) for i in range(0, len(states), CHUNK)]
         todo = [chunk for chunk in chunks[rank::ranks] if (states[chunk.start : chunk.stop] == PENDING).any()]
+        if not todo:  # of a store that may lie where nothing can be written
+            return 0
         size = self.model.tokenizer.config.image_size
         done = len(chunks[rank::ranks]) - len(todo)
         with disk_errors(self.path), Rows(self.path / TOKENS) as tokens, Rows(self.path / STATES) as marks:
@@ -143,10 +157,16 @@ class TokenStore:
                 marks.write(chunk.start, np.array(state, dtype=np.uint8))
                 done += 1
                 progress(min(done * CHUNK * ranks, len(states)), len(states), "encode: images to tokens")
+        return sum(map(len, todo))
+
+    @property
+    def size(self) -> int:
+        """Bytes of all its files."""
+        return _size(self.path)
 
     def read(self) -> TokenData:
-        """The finished store, memory-mapped. Raises InputError when no image could be read."""
-        states = np.load(self.path / STATES)
+        """The finished store, memory-mapped. Raises InputError when no image could be read, or a file is damaged."""
+        states, labels, tokens = _arrays(self.path)
         rows = np.flatnonzero(states == DONE)
         if not len(rows):
             raise InputError(
@@ -154,7 +174,116 @@ class TokenStore:
                 "check that the folder is the right one"
             )
         skipped = tuple(self.source.item(i) for i in np.flatnonzero(states == UNREADABLE))
-        return TokenData(np.load(self.path / TOKENS, mmap_mode="r"), rows, self.source.labels[rows], skipped)
+        return TokenData(tokens, rows, labels[rows], skipped)
+
+
+@dataclass(frozen=True)
+class StoredTokens:
+    """A finished token store as a `Source`: its tokens are all that is left of the images."""
+
+    name: str
+    path: Path
+    digest: str
+    preprocessing: str
+    labels: np.ndarray  # (N,) int64, of unreadable images too
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def item(self, index: int) -> str:
+        return f"image {index}"
+
+    def read(self, index: int, size: int, views: int) -> np.ndarray | None:
+        """Raises InputError: of the images there is nothing but tokens."""
+        raise InputError(f"{self.name}: holds the tokens of its images, not the images")
+
+
+def is_store(path: str | Path) -> bool:
+    """Whether a directory is a token store, finished or not."""
+    return (Path(path) / META).is_file()
+
+
+def read_meta(path: Path) -> dict:
+    """What store.json says. Raises InputError for a file that is damaged or of another version."""
+    try:
+        meta = dict(json.loads((path / META).read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise InputError(f"{path / META}: damaged; delete {path} to encode anew") from error
+    if meta.get("format") != FORMAT:
+        raise InputError(
+            f"{path}: holds tokens in format {meta.get('format')}, and this version of varcompress reads {FORMAT}: "
+            "delete it, or choose another directory, and encode the images anew"
+        )
+    return meta
+
+
+def finished_store(path: str | Path, name: str | None = None) -> StoredTokens:
+    """A finished store as a source, under the name that messages are to use.
+
+    Raises InputError for one that is damaged, of another version, or not finished.
+    """
+    path = Path(path)
+    meta, (states, labels, _) = read_meta(path), _arrays(path)
+    if missing := int((states == PENDING).sum()):
+        raise InputError(
+            f"{name or path}: {missing:,} of its {len(states):,} images are not encoded yet: finish it with "
+            "varcompress tokenize and the images, or give these"
+        )
+    return StoredTokens(name or str(path), path, meta["images"], meta["preprocessing"], labels)
+
+
+def store_facts(path: Path) -> dict:
+    """What there is to say of a finished store: all of store.json, and "num_images", "skipped", "labels", "length" (of
+    a view, in tokens), "bytes". Raises InputError as `finished_store` does."""
+    finished_store(path)
+    states, labels, tokens = _arrays(path)
+    return {
+        **read_meta(path),
+        "num_images": int((states == DONE).sum()),
+        "skipped": int((states == UNREADABLE).sum()),
+        "labels": len(np.unique(labels)),
+        "length": tokens.shape[-1],
+        "bytes": _size(path),
+    }
+
+
+def _size(path: Path) -> int:
+    return sum((path / name).stat().st_size for name in FILES)
+
+
+def store_of(source: Source, model: ElasticVAR, views: int, *, path: str | Path | None, work: Path) -> TokenStore:
+    """The store of a source's tokens: at `path`, else in the directory `work`.
+
+    A source that is a store keeps its own: an InputError where `path` names another.
+    """
+    if not isinstance(source, StoredTokens):
+        return TokenStore(path or work, source, model, views)
+    if path is not None:
+        raise InputError(
+            f"{source.name}: is a token store itself, which has its own place: leave out tokens (--tokens)"
+        )
+    return TokenStore(source.path, source, model, views, aside=work)
+
+
+def tokenizer_digest(model: ElasticVAR) -> str:
+    """SHA-256 of what makes tokens of images: encoder and quantiser, whatever dtype the decoder runs in."""
+    tokenizer = model.tokenizer
+    return weights_digest(nn.ModuleList([tokenizer.encoder, tokenizer.quant_conv, tokenizer.quantize]))
+
+
+def _arrays(path: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """States (N,), labels (N,) and tokens (N, views, L) of a store, the last memory-mapped. InputError if damaged."""
+    states, labels, tokens = (_array(path, name) for name in (STATES, LABELS, TOKENS))
+    if states.ndim != 1 or labels.shape != states.shape or tokens.ndim != 3 or len(tokens) != len(states):
+        raise InputError(f"{path}: damaged: its files are of different numbers of images; encode the images anew")
+    return states, labels, tokens
+
+
+def _array(path: Path, name: str) -> np.ndarray:
+    try:
+        return np.load(path / name, mmap_mode="r" if name == TOKENS else None)
+    except (OSError, EOFError, ValueError) as error:
+        raise InputError(f"{path / name}: damaged; delete {path} to encode anew") from error
 
 
 class Rows:
@@ -205,12 +334,17 @@ class Epoch:
     labels: np.ndarray  # (N,) int64, dropped ones replaced by the null class
 
     @classmethod
-    def draw(cls, data: TokenData, *, seed: int, epoch: int, label_drop: float, null: int) -> Epoch:
-        """The pass that belongs to (seed, epoch). An image's view and dropped label do not depend on the others."""
+    def draw(
+        cls, data: TokenData, *, seed: int, epoch: int, label_drop: float, null: int, own_view: bool = False
+    ) -> Epoch:
+        """The pass that belongs to (seed, epoch). An image's view and dropped label do not depend on the others.
+
+        own_view: every image is seen in the view whose number is the epoch's, not in one of all that is drawn.
+        """
         order, view, drop, _ = words(seed, SAMPLE, epoch, len(data))
         order = order.argsort(stable=True).numpy()
         labels = np.where((fractions(drop) < label_drop).numpy(), null, data.labels)
-        views = (fractions(view) * data.tokens.shape[1]).long().numpy()
+        views = np.full(len(data), epoch) if own_view else (fractions(view) * data.tokens.shape[1]).long().numpy()
         return cls(data, order, views[order], labels[order])
 
     def samples(self, places: slice) -> Samples:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from varcompress.data.sources import NamedSource
+from varcompress.data.interface import NamedSource
 
 
 @dataclass(frozen=True)

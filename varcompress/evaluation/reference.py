@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch_fidelity.metric_fid import fid_features_to_statistics
 
-from varcompress.data.sources import Source
+from varcompress.data.interface import Source
 from varcompress.errors import InputError
 from varcompress.evaluation.features import Extractor, Features
 from varcompress.hardware import to_numpy

@@ -154,6 +154,21 @@ def distill_table(result: dict) -> RenderableType:
     return _table(title, columns, result["schedules"])
 
 
+def tokenize_table(result: dict) -> RenderableType:
+    """What `tokenize` made of which images, and how fast."""
+    facts = {
+        "images": f"{result['images']:,} of {result['data']}",
+        "skipped": f"{len(result['skipped']):,} that could not be read" if result["skipped"] else None,
+        "views": str(result["views"]),
+        "tokens": f"{result['tokens']:,}",
+        "bytes": f"{result['bytes']:,}",
+        "encoded now": f"{count(result['encoded'], 'image')}"
+        + f" in {number(result['seconds'])} s, {number(result['images_per_s'])} images/s" * bool(result["encoded"]),
+        "store": result["out"],
+    }
+    return _grid(facts)
+
+
 def inspect_table(result: dict) -> RenderableType:
     """What `describe` says of a model: its shape, its schedules' layers, and their cost by arithmetic."""
     rows, image = result["schedules"], f"image in {result['dtype']}, by arithmetic"
@@ -187,6 +202,11 @@ def _facts(result: dict) -> Table:
         "licence": result["license"],
         "recipe": recipe and "; ".join(f"{key} {_value(value)}" for key, value in recipe.items() if _said(key, value)),
     }
+    return _grid(facts)
+
+
+def _grid(facts: dict[str, str | None]) -> Table:
+    """What there is to say, a line each; of None nothing is said."""
     table = Table.grid(padding=(0, 2))
     table.add_column(style="bold")
     table.add_column(overflow="fold")

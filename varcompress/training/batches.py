@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from varcompress.data.tokens import Epoch, Samples, TokenData
 from varcompress.training.distributed import Ranks
-from varcompress.training.recipe import Recipe
+from varcompress.training.recipe import EPOCHS, Recipe
 from varcompress.training.strategy import Step
 
 Batch = list[tuple[slice, Samples]]  # of each pass of this process: its places in the epoch, and the samples there
@@ -30,6 +30,7 @@ class Batches(Dataset):
         step, recipe = self._steps[index], self._recipe
         if self._epoch is None or self._epoch[0] != step.epoch:
             options = {"seed": recipe.seed, "label_drop": recipe.label_drop, "null": self._null}
+            options |= {"own_view": recipe.views == EPOCHS}
             self._epoch = step.epoch, Epoch.draw(self._data, epoch=step.epoch, **options)
         epoch = self._epoch[1]
         return [(places, epoch.samples(places)) for places in passes(step, recipe, self._ranks)]

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from varcompress.data.sources import open_source
-from varcompress.data.tokens import Samples, TokenData, TokenStore
+from varcompress.data.tokens import Samples, TokenData, TokenStore, store_of
 from varcompress.errors import InputError, Stopped
 from varcompress.fingerprint import weights_digest
 from varcompress.images import skipped_note
@@ -60,8 +60,8 @@ def distill(
 ) -> ElasticVAR:
     """Make a model elastic in depth: train it, in place, as the recipe says (VARiant, arXiv 2511.16546).
 
-    recipe: a Recipe, a recipe's name or a YAML file; data: an image folder, one subfolder per class, or
-    "digits" (the embedded model needs none); out: the directory that becomes the elastic checkpoint;
+    recipe: a Recipe, a recipe's name or a YAML file; data: images or a finished token store, as `open_source` takes
+    them (the embedded model needs none); out: the directory that becomes the elastic checkpoint;
     resume: continue the run that is there, to the weights it would have reached undisturbed;
     tokens: a directory that keeps the encoded images for further runs; note: called with remarks.
 
@@ -113,7 +113,7 @@ def _distill(
         if isinstance(recipe.cfg, tuple):
             add_cfg_input(model.var)
 
-        store = TokenStore(tokens or directory.tokens_path, source, model, recipe.views)
+        store = store_of(source, model, recipe.num_views, path=tokens, work=directory.tokens_path)
         ranks.on_rank_zero(lambda: directory.begin_store(store))
         encoded = _encode(store, ranks, progress, note)
         data, heldout = encoded.split(recipe.held_out(len(encoded)))
@@ -424,7 +424,7 @@ def _store_answers(
     recipe, config = objective.recipe, objective.model.var.config
     settings = {"dtype": recipe.dtype, "label_drop": recipe.label_drop > 0, "cfg": recipe.cfg}
     options = {"top": recipe.teacher_top, "digest": teacher.digest, "settings": settings}
-    stored = StoredTeacher(store.path / "teacher", data, config, **options)
+    stored = StoredTeacher(store.aside / "teacher", data, config, **options)
     ranks.on_rank_zero(lambda: directory.begin_store(stored))
     stored.compute(objective.teacher_says, ranks.rank, ranks.count, progress, at_a_time=recipe.pass_size(ranks.count))
     ranks.barrier()

@@ -19,6 +19,8 @@ from varcompress.sampling import MAX_SEED, checked_cfg
 from varcompress.training.losses import LOSSES
 
 FULL = "full"  # the full network's place among the depths
+EPOCHS = "epochs"  # as many views as epochs
+MAX_VIEWS = 256
 ORIGINS = ("published", "embedded", "guess")  # a paper's figure, carried over from the embedded model, run by nobody
 BELOW_ONE = 1 - 1e-9
 LAYERS = ("equidistant", "sensitivity")  # ways to choose the layers of a depth
@@ -105,7 +107,8 @@ class Recipe:
     workers: int = _within(0, 64, default=0, machine=True)  # processes of each device that read batches ahead
     accumulation: int = _within(1, default=1, machine=True)  # passes of a device over its share of the batch
     label_drop: float = _within(0, 1, default=0.1)  # probability of the null class, for guidance
-    views: int = _within(1, 256, default=1)  # of each image: the centre, then random crops
+    # of each image: the centre, then random crops; epochs: one for each epoch, as when images are cropped anew
+    views: int | str = _within(1, MAX_VIEWS, default=1, accepts=f"a whole number, or {EPOCHS}: one for each epoch")
     holdout: float = _within(0, 0.5, default=0.0)  # share of the images that are never trained on, to measure on
     holdout_every: int = _within(1, default=500, machine=True)  # steps between two measurements
 
@@ -125,6 +128,7 @@ class Recipe:
         if not self.depths or list(self.depths) != sorted(set(self.depths), reverse=True):
             raise InputError(f"recipe: depths must run from large to small, each once, not {list(self.depths)}")
         self._check_strategy()
+        self._check_views()
         self._check_layers()
         self._check_losses()
         self._check_guidance()
@@ -139,7 +143,7 @@ class Recipe:
 
     def _check_bounds(self, item: Field) -> None:
         value, low = getattr(self, item.name), item.metadata.get("low")
-        if low is None or value is None:
+        if low is None or value is None or isinstance(value, str):
             return
         high = item.metadata["high"]
         for number in value.values() if isinstance(value, dict) else value if isinstance(value, tuple) else (value,):
@@ -174,6 +178,12 @@ class Recipe:
                 f"recipe: depth_probability leaves out {untrained[0]}, which is one of the depths: give it more "
                 "than 0, or take it out of depths"
             )
+
+    def _check_views(self) -> None:
+        if isinstance(self.views, str) and self.views != EPOCHS:
+            raise InputError(f"recipe: views must be {_accepts('views')}, not {self.views!r}")
+        if self.num_views > MAX_VIEWS:
+            raise InputError(f"recipe: views: {EPOCHS} of {self.num_views} epochs are too many: at most {MAX_VIEWS}")
 
     def _check_layers(self) -> None:
         if isinstance(self.layers, str):
@@ -224,6 +234,13 @@ class Recipe:
                 raise InputError(f"recipe: origin must be {', '.join(ORIGINS)}, not {origin!r}")
             if unknown := sorted(set(keys) - names):
                 raise InputError(f"recipe: origin names {unknown[0]!r}, which is no key of a recipe")
+
+    @property
+    def num_views(self) -> int:
+        """How many views of each image are encoded."""
+        if self.views != EPOCHS:
+            return self.views
+        return self.epochs or self.epochs_full + self.epochs_ramp + self.epochs_subnet
 
     def pass_size(self, processes: int = 1) -> int:
         """Images of one pass of a process."""
