@@ -52,6 +52,7 @@ COMMANDS = (
     ("tokenize", "tokenize", "tokenize"),
     ("distill", "distill", "distill"),
     ("export", "export", "export"),
+    ("plot", "plot", "plot"),
     ("profile", "profile", "profile"),
     ("eval", "eval", "evaluate"),
     ("push", "push", "push"),
@@ -106,7 +107,8 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     except UsageError as error:
         status = _refuse(_usage(error))
     except Stopped as stopped:
-        note(str(stopped))
+        if os.environ.get("RANK", "0") == "0":
+            note(str(stopped))
         sys.exit(128 + stopped.signal)
     except OSError as error:  # what no command foresaw
         status = _refuse(f"{error.filename}: {error.strerror}" if error.filename else str(error))

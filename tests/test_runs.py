@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from tests.test_training import ENVIRONMENT, SMALL, WORKER, Interrupt, changed, interrupt_at, losses, weights
 from tests.test_training import images as images
@@ -234,6 +235,18 @@ def test_a_state_is_what_was_when_it_was_saved(tiny, images, tmp_path):
 def test_batches_read_ahead_by_processes_are_the_same(undisturbed, tiny, images, tmp_path):
     distill(copy.deepcopy(tiny), changed(workers=2), data=images, out=tmp_path / "out")
     assert losses(tmp_path / "out") == losses(undisturbed)
+
+
+# -- pictures -------------------------------------------------------------------------------------
+
+
+def test_a_run_is_drawn(undisturbed, tmp_path, run):
+    status, printed, _ = run("plot", undisturbed, "--out", tmp_path / "run.png")
+    assert (status, printed.split()) == (0, [str(tmp_path / "run.png")])
+    with Image.open(tmp_path / "run.png") as picture:
+        assert picture.width > 400
+    status, _, err = run("plot", tmp_path)
+    assert (status, "holds no step of a run" in " ".join(err.split())) == (2, True)
 
 
 # -- checkpoints before the end -------------------------------------------------------------------

@@ -22,6 +22,7 @@ COLOURS = {"transformer": "#33658a", "sampling": "#f6ae2d", "decoder": "#86bbd8"
 MEMORY_COLOURS = {"peak": "#8a7ca8", "cache": "#55a630"}
 PER_LINE = 10  # samples
 SPEED_COLOUR = "#33658a"
+RUN_COLOURS = ("#33658a", "#55a630", "#f6ae2d", "#d1495b", "#8a7ca8", "#5c6b73")
 PREDICTED = {"marker": "|", "color": "black", "markersize": 14, "markeredgewidth": 2, "linestyle": "none", "zorder": 3}
 
 
@@ -83,6 +84,41 @@ def plot_samples(samples: dict[str, dict[str, np.ndarray]], result: DemoResult, 
         label = f"{number(row['speedup'])}× speed\n{percent(cache)} cache"
         axis.set_ylabel(label, rotation=0, ha="left", va="center", fontsize=10)
     return _save(figure, path)
+
+
+def plot_run(steps: Sequence[dict], title: str, path: str | Path) -> Path:
+    """A PNG of a training run's losses, by the lines of its log: those of the steps, smoothed, and of held-out images."""
+    trained: dict[str, list[tuple[int, float]]] = {}
+    heldout: dict[str, list[tuple[int, float]]] = {}
+    for step in steps:
+        for found, losses in ((trained, step.get("losses")), (heldout, step.get("heldout", {}).get("losses"))):
+            for schedule, loss in (losses or {}).items():
+                found.setdefault(schedule, []).append((step["step"], loss))
+    figure, (axes,) = _figure(width=13 if heldout else 7, height=4.5, columns=1 + bool(heldout))
+    colours = dict(zip({**trained, **heldout}, RUN_COLOURS * 100, strict=False))
+    for axis, name, curves in zip(axes, ("steps, smoothed", "images held out"), (trained, heldout), strict=False):
+        for schedule, points in curves.items():
+            numbers, losses = np.array(points).T
+            smooth = _smoothed(losses) if curves is trained else losses
+            axis.plot(
+                numbers, smooth, color=colours[schedule], label=folded(schedule), marker="." * (curves is heldout)
+            )
+        axis.set_xlabel("step")
+        axis.set_ylabel("loss, nats per token")
+        axis.set_title(name, fontsize=10, loc="left")
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=9)
+    figure.suptitle(title, fontsize=11)
+    return _save(figure, path)
+
+
+def _smoothed(values: np.ndarray) -> np.ndarray:
+    """The mean of each value and those before it, a fiftieth of all at most."""
+    width = max(1, len(values) // 50)
+    sums = np.cumsum(np.concatenate(([0.0], values)))
+    ends = np.arange(1, len(values) + 1)
+    starts = np.maximum(0, ends - width)
+    return (sums[ends] - sums[starts]) / (ends - starts)
 
 
 def _lines(images: np.ndarray) -> np.ndarray:

@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader, Dataset
 from varcompress.data.tokens import Epoch, Samples, TokenData
 from varcompress.training.distributed import Ranks
 from varcompress.training.recipe import EPOCHS, Recipe
+from varcompress.training.stopping import leave_interrupts
 from varcompress.training.strategy import Step
 
 Batch = list[tuple[slice, Samples]]  # of each pass of this process: its places in the epoch, and the samples there
@@ -59,4 +60,5 @@ def loader(batches: Batches, workers: int, device: torch.device) -> DataLoader:
         num_workers=workers,
         pin_memory=device.type == "cuda",
         multiprocessing_context="fork" if forks else None,
+        worker_init_fn=leave_interrupts,
     )

@@ -4,34 +4,40 @@ from __future__ import annotations
 
 import signal
 import threading
+import time
 from types import FrameType
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT)
+AGAIN_S = 1.0  # a launcher may pass on a signal that a process has had already
 
 
 class Stopper:
-    """A block in which a first signal is only noted. A second one ends the process at once.
+    """A block in which SIGTERM and Ctrl-C are only noted, in `signal`; a second Ctrl-C ends the process at once.
 
     Outside the main thread, where no handler can be set, signals do what they did.
     """
 
     def __init__(self) -> None:
-        self.signal = 0  # that was received
+        self.signal = 0
+        self._received_s = 0.0
         self._before: dict = {}
 
     def __enter__(self) -> Stopper:
         if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._receive) for number in SIGNALS}
+            numbers = (signal.SIGTERM, signal.SIGINT)
+            self._before = {number: signal.signal(number, self._receive) for number in numbers}
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._restore()
-
-    def _receive(self, number: int, frame: FrameType | None) -> None:
-        self.signal = number
-        self._restore()
-
-    def _restore(self) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
-        self._before = {}
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        now_s = time.monotonic()
+        if number == self.signal == signal.SIGINT and now_s - self._received_s > AGAIN_S:
+            raise KeyboardInterrupt
+        self.signal, self._received_s = self.signal or number, now_s
+
+
+def leave_interrupts(worker: int) -> None:
+    """For a process that reads batches: Ctrl-C, which reaches it too, is for the run to handle."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
