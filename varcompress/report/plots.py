@@ -87,7 +87,7 @@ def plot_samples(samples: dict[str, dict[str, np.ndarray]], result: DemoResult, 
 
 
 def plot_run(steps: Sequence[dict], title: str, path: str | Path) -> Path:
-    """A PNG of a training run's losses, by the lines of its log: those of the steps, smoothed, and of held-out images."""
+    """A PNG of a training run's losses by the lines of its log: of its steps, smoothed, and of held-out images."""
     trained: dict[str, list[tuple[int, float]]] = {}
     heldout: dict[str, list[tuple[int, float]]] = {}
     for step in steps:
@@ -95,19 +95,20 @@ def plot_run(steps: Sequence[dict], title: str, path: str | Path) -> Path:
             for schedule, loss in (losses or {}).items():
                 found.setdefault(schedule, []).append((step["step"], loss))
     figure, (axes,) = _figure(width=13 if heldout else 7, height=4.5, columns=1 + bool(heldout))
-    colours = dict(zip({**trained, **heldout}, RUN_COLOURS * 100, strict=False))
+    colours = dict(zip({**heldout, **trained}, RUN_COLOURS * 100, strict=False))
     for axis, name, curves in zip(axes, ("steps, smoothed", "images held out"), (trained, heldout), strict=False):
-        for schedule, points in curves.items():
-            numbers, losses = np.array(points).T
-            smooth = _smoothed(losses) if curves is trained else losses
-            axis.plot(
-                numbers, smooth, color=colours[schedule], label=folded(schedule), marker="." * (curves is heldout)
-            )
+        for schedule in (schedule for schedule in colours if schedule in curves):
+            numbers, losses = np.array(curves[schedule]).T
+            style = {"color": colours[schedule], "label": folded(schedule)}
+            if curves is trained:
+                axis.plot(numbers, _smoothed(losses), **style)
+            else:
+                axis.plot(numbers, losses, marker=".", **style)
         axis.set_xlabel("step")
-        axis.set_ylabel("loss, nats per token")
         axis.set_title(name, fontsize=10, loc="left")
         axis.grid(alpha=0.3)
         axis.legend(fontsize=9)
+    axes[0].set_ylabel("loss, nats per token")
     figure.suptitle(title, fontsize=11)
     return _save(figure, path)
 
