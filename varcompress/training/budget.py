@@ -7,18 +7,22 @@ passes keep or make; what a kernel needs inside is not in it. tests/test_budget.
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import combinations
 
+import torch
+
+from varcompress.data.tokens import CHUNK
 from varcompress.errors import InputError
+from varcompress.hardware import free_bytes
+from varcompress.memory import held_bytes
 from varcompress.models.elastic import ElasticVAR
 from varcompress.models.transformer import VARConfig
 from varcompress.schedule import Schedule, Together
 from varcompress.training.optimizer import muon_matrices
-from varcompress.training.recipe import FULL, Machine, Recipe
+from varcompress.training.recipe import FULL, Machine, Recipe, machine_fields
 from varcompress.training.strategy import Step, plan
 
 FLOAT32, BFLOAT16, INT64 = 4, 2, 8
@@ -69,10 +73,8 @@ def forward_flops(config: VARConfig, together: Together, images: int) -> tuple[i
 
 def step_flops(model: ElasticVAR, recipe: Recipe, depths: tuple[str | int, ...]) -> Counter:
     """FLOPs of a step that trains these depths, on all devices together, by what they are for."""
-    config, schedules = model.var.config, schedules_of(model, recipe, depths)
-    passes = [Together(tuple(schedules))] if recipe.together else [Together((schedule,)) for schedule in schedules]
-    found = Counter()
-    for together in passes:
+    config, found = model.var.config, Counter()
+    for together in _passes(model, recipe, depths):
         layers, rest = forward_flops(config, together, recipe.batch_size)
         found["forward and backward"] += 3 * (layers + rest)
         found["recomputed"] += layers if recipe.activation_checkpointing else 0
@@ -121,18 +123,33 @@ def schedules_of(model: ElasticVAR, recipe: Recipe, depths: tuple[str | int, ...
 # -- memory -------------------------------------------------------------------------------------
 
 
-def memory(model: ElasticVAR, recipe: Recipe, *, devices: int = 1, sharded: bool = False, first: bool = False) -> Bytes:
+def memory(
+    model: ElasticVAR,
+    recipe: Recipe,
+    *,
+    devices: int = 1,
+    sharded: bool = False,
+    depths: tuple[str | int, ...] | None = None,
+    first: bool = False,
+) -> Bytes:
     """Bytes on one device at the fullest moment of a run, by part.
 
-    sharded: whether weights, gradients, moments and teacher are divided among the devices; first: of the first pass of
-    a step alone, before which there are no gradients.
+    sharded: whether weights, gradients, moments and teacher are divided among the devices; depths: of a step that
+    trains these, by default of any step; first: of its first pass, before which there are no gradients.
     """
     held = _held(model, recipe, devices if sharded else 1)
-    fullest: Bytes = {}
-    for together in _largest_passes(model, recipe):
-        for moment in _Pass(model, recipe, together, devices, sharded, first).moments():
-            fullest = max(fullest, moment, key=lambda parts: sum(parts.values()))
-    return {part: size for part, size in (held | fullest).items() if size}
+    moments = [{**held, **_encoding(model)}]
+    for together in _passes(model, recipe, depths):
+        running = _Pass(model, recipe, together, devices, sharded, accumulated=recipe.accumulation > 1 and not first)
+        moments += [held | moment for moment in running.moments()]
+    return {part: size for part, size in max(moments, key=lambda m: sum(m.values())).items() if size}
+
+
+def _encoding(model: ElasticVAR) -> Bytes:
+    """Images that become tokens, before the first step: four maps of the encoder at full resolution."""
+    config = model.tokenizer.config
+    pixels = 2 * 3 * config.image_size**2
+    return {"moments": 0, "mean of the weights": 0, "encoder": FLOAT32 * CHUNK * (4 * config.map_elements + pixels)}
 
 
 def _held(model: ElasticVAR, recipe: Recipe, shards: int) -> Bytes:
@@ -163,14 +180,15 @@ def moment_count(model: ElasticVAR, recipe: Recipe) -> int:
     return 2 * parameter_count(model, recipe) - sum(matrix.numel() for matrix in muon)
 
 
-def _largest_passes(model: ElasticVAR, recipe: Recipe) -> list[Together]:
-    """The passes that can be the fullest: all depths that may meet in one, or each of them by itself."""
-    if recipe.depth_probability is None:
-        depths: tuple[str | int, ...] = (FULL, *recipe.depths)
-    else:
-        depths = tuple(d for d in (FULL, *recipe.depths) if recipe.depth_probability.get(str(d)))
-    schedules = schedules_of(model, recipe, depths)
-    if recipe.depth_probability and recipe.together:
+def _passes(model: ElasticVAR, recipe: Recipe, depths: tuple[str | int, ...] | None) -> list[Together]:
+    """The passes of a step that trains these depths; by default those that can be the fullest of all.
+
+    Where depths are drawn, all of them may meet in one.
+    """
+    drawn = recipe.depth_probability
+    every = [depth for depth in (FULL, *recipe.depths) if drawn is None or drawn.get(str(depth))]
+    schedules = schedules_of(model, recipe, depths or tuple(every))
+    if recipe.together and (depths or drawn):
         return [Together(tuple(schedules))]
     return [Together((schedule,)) for schedule in schedules]
 
@@ -179,13 +197,13 @@ class _Pass:
     """What one pass of a device holds beyond `_held`, at each moment that can be the fullest."""
 
     def __init__(
-        self, model: ElasticVAR, recipe: Recipe, together: Together, devices: int, sharded: bool, first: bool
+        self, model: ElasticVAR, recipe: Recipe, together: Together, devices: int, sharded: bool, *, accumulated: bool
     ) -> None:
         self.model, self.recipe, self.together, self.config = model, recipe, together, model.var.config
         self.images, self.shards = recipe.pass_size(devices), devices if sharded else 1
         self.sharded, self.devices = sharded, devices
         self.element = BFLOAT16 if recipe.dtype == "bfloat16" else FLOAT32
-        self.accumulated = recipe.accumulation > 1 and not first
+        self.accumulated = accumulated
         self.logits = self.images * sum(together.lengths)  # tokens whose logits are computed
         self.largest = self.images * max(together.lengths)  # of one piece
         config = self.config
@@ -335,3 +353,188 @@ class _Pass:
         muon = muon_matrices(self.model.var).values() if self.recipe.optimizer == "muon" else ()
         largest = max((matrix.numel() for matrix in muon), default=0)
         return largest * (FLOAT32 + 3 * BFLOAT16)
+
+
+# -- disk ---------------------------------------------------------------------------------------
+
+
+def disk(model: ElasticVAR, recipe: Recipe, images: int) -> Bytes:
+    """Bytes that a run writes, by part, at their most: of states there are two while one is written."""
+    config, views = model.var.config, images * recipe.views
+    narrow = 2 if config.vocab <= 2**16 else 4  # of a token
+    top = min(recipe.teacher_top or 0, config.vocab)
+    weights = FLOAT32 * parameter_count(model, recipe)
+    answers = images * stored_answers(recipe) * config.tokens * (2 * (top + 1) + narrow * top) if top else 0
+    parts = {
+        "tokens": views * config.tokens * narrow,
+        "teacher's logits": answers,
+        "states": 2 * (weights * (2 if recipe.ema else 1) + FLOAT32 * moment_count(model, recipe)),
+        "checkpoint": weights + FLOAT32 * sum(p.numel() for p in model.tokenizer.parameters()),
+    }
+    return {part: size for part, size in parts.items() if size}
+
+
+def stored_answers(recipe: Recipe) -> int:
+    """How often a teacher whose logits are stored answers for an image: for each view, and with the label dropped."""
+    return recipe.views * (2 if recipe.label_drop else 1)
+
+
+# -- what fits, and what would ------------------------------------------------------------------
+
+# Changes that spare memory. Which of them is the cheapest is found by trying.
+CHANGES: tuple[dict[str, object], ...] = (
+    {"activation_checkpointing": True},
+    {"together": False},
+    {"teacher_dtype": "bfloat16"},
+    {"teacher_logits": "stored", "teacher_top": 64},
+    {"optimizer": "muon"},
+    {"ema": 0.0},
+)
+
+
+def cheapest_change(
+    model: ElasticVAR, recipe: Recipe, memory_bytes: int, *, devices: int = 1, sharded: bool = False
+) -> dict[str, object] | None:
+    """What to change of a recipe so that it fits so much memory on each device; empty where it does, None if nothing.
+
+    The cheapest is what leaves most of what is learned as it is, then what adds the least work, then what changes the
+    fewest keys; more passes (accumulation), each of fewer images, cost nothing by this count.
+    """
+    possible = [change for change in CHANGES if _applies(recipe, change)]
+    tries = [chosen for count in range(len(possible) + 1) for chosen in combinations(possible, count)]
+    ways = []
+    for chosen in tries:
+        change = {key: value for one in chosen for key, value in one.items()}
+        ways.append((_learned(change), _work(model, replace(recipe, **change)), len(change), change))
+    for *_, change in sorted(ways, key=lambda way: way[:3]):
+        for accumulation in _accumulations(recipe, devices):
+            changed = replace(recipe, **change, accumulation=accumulation)
+            if sum(memory(model, changed, devices=devices, sharded=sharded).values()) <= memory_bytes:
+                more = {"accumulation": accumulation} if accumulation != recipe.accumulation else {}
+                return more | change
+    return None
+
+
+def _applies(recipe: Recipe, change: dict[str, object]) -> bool:
+    """Whether a change changes a recipe, and leaves it one."""
+    if all(getattr(recipe, key) == value for key, value in change.items()):
+        return False
+    if "together" in change and recipe.depth_probability is None:
+        return False
+    if recipe.teacher == "none" and any(key.startswith("teacher") for key in change):
+        return False
+    return not (change.get("teacher_logits") and isinstance(recipe.cfg, tuple))  # a range cannot be stored
+
+
+def _learned(change: dict[str, object]) -> int:
+    """How many changes are of what is learned, not of how the machine is used alone."""
+    return len(change.keys() - machine_fields())
+
+
+def _work(model: ElasticVAR, recipe: Recipe) -> int:
+    """FLOPs of a step that trains all depths."""
+    return sum(step_flops(model, recipe, (FULL, *recipe.depths)).values())
+
+
+def _accumulations(recipe: Recipe, devices: int) -> list[int]:
+    """Numbers of passes that a device's share of the batch divides into, from the recipe's own on."""
+    share = recipe.batch_size // devices
+    return [count for count in range(recipe.accumulation, share + 1) if share % count == 0]
+
+
+def in_settings(change: dict[str, object]) -> str:
+    """A change as options of the command."""
+    written = {key: str(value).lower() if isinstance(value, bool) else value for key, value in change.items()}
+    return " ".join(f"--set {key}={value}" for key, value in written.items())
+
+
+def check_memory(
+    model: ElasticVAR, recipe: Recipe, device: torch.device, devices: int = 1, *, sharded: bool = False
+) -> None:
+    """Raises InputError for a run that by arithmetic needs more than is free on its device, saying what would fit.
+
+    devices: processes that train together; those on CPUs are taken to share the memory of one machine.
+    """
+    if device.type == "cuda":
+        free = torch.cuda.mem_get_info(device)[0]
+    elif (free := free_bytes()) is not None:
+        free //= devices
+    if free is None:  # nobody can tell
+        return
+    available = free + (held_bytes(model) if model.device == device else 0)  # the model is in what is needed
+    parts = memory(model, recipe, devices=devices, sharded=sharded)
+    needed = sum(parts.values())
+    if needed <= available:
+        return
+    change = cheapest_change(model, recipe, available, devices=devices, sharded=sharded)
+    remedy = in_settings(change) if change else "use a device with more memory, or a smaller model"
+    most = ", ".join(f"{part} {size / GB:.3g}" for part, size in sorted(parts.items(), key=lambda item: -item[1])[:3])
+    raise InputError(
+        f"recipe {recipe.name} needs {needed / GB:.3g} GB on a device, by arithmetic ({most}, ...), and "
+        f"{available / GB:.3g} are to be had: {remedy}"
+    )
+
+
+# -- all of it ----------------------------------------------------------------------------------
+
+
+# Of a GPU's FLOP/s in bfloat16. Measured on an H200 (docs/benchmarks/step, of 990 TFLOP/s): 28 % for `full` of VAR-d30,
+# 16 % for d2 alone, 24 to 25 % over a recipe's passes. The round figure is below these: averaging gradients over
+# devices, and reading images, are not in them.
+UTILISATION = 0.2
+IMAGENET = 1_281_167
+
+
+def budget(
+    model: ElasticVAR,
+    recipe: Recipe,
+    *,
+    images: int = IMAGENET,
+    devices: int | None = None,
+    memory_bytes: int | None = None,
+    flops_per_second: float | None = None,
+    utilisation: float = UTILISATION,
+    sharded: bool = False,
+) -> dict:
+    """What a run of a recipe costs: a dict that JSON can hold, of kind "plan".
+
+    model: it may be without weights (`loading.outline`), and the recipe fits it (`loop.check_fit`); images: of the
+    data, those held out included; devices, memory_bytes (of each): by default as the recipe says; flops_per_second: of
+    each device, None for no estimate of time; utilisation: the share of it that training reaches, by FLOPs that are
+    computed, recomputed ones included. "fits" and "change" (see `cheapest_change`) are None where no memory is named.
+    Raises InputError for fewer images than a batch.
+    """
+    machine = Machine.parse(recipe.machine)
+    devices, memory_bytes = devices or machine.devices, memory_bytes or machine.memory_bytes
+    trained = images - recipe.held_out(images)
+    steps = plan(recipe, trained // recipe.batch_size)
+    if not steps:
+        raise InputError(f"recipe: batch_size {recipe.batch_size} is more than the {trained} images there are: lower it")
+    flops = run_flops(model, recipe, steps, images, devices)
+    needed = memory(model, recipe, devices=devices, sharded=sharded)
+    fits, change = None, None
+    if memory_bytes:
+        fits = sum(needed.values()) <= memory_bytes
+        change = {} if fits else cheapest_change(model, recipe, memory_bytes, devices=devices, sharded=sharded)
+    seconds = sum(flops.values()) / (devices * flops_per_second * utilisation) if flops_per_second else None
+    return {
+        "kind": "plan",
+        "model": model.provenance.name,
+        "recipe": recipe.to_dict(),
+        "images": images,
+        "devices": devices,
+        "images_per_pass": recipe.pass_size(devices),
+        "steps": len(steps),
+        "tokens": len(steps) * recipe.batch_size * model.var.config.tokens,
+        "flops": dict(flops),
+        "memory": needed,
+        "memory_bytes": sum(needed.values()),
+        "device_memory_bytes": memory_bytes,
+        "fits": fits,
+        "change": change,
+        "disk": (written := disk(model, recipe, images)),
+        "disk_bytes": sum(written.values()),
+        "flops_per_second": flops_per_second,
+        "utilisation": utilisation if flops_per_second else None,
+        "seconds": seconds,
+    }

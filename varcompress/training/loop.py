@@ -25,6 +25,7 @@ from varcompress.models.linear import unpack
 from varcompress.models.transformer import add_cfg_input
 from varcompress.progress import Note, Progress, silent
 from varcompress.schedule import Schedule, is_subnet
+from varcompress.training.budget import check_memory
 from varcompress.training.distributed import Ranks, joined, local_device
 from varcompress.training.ema import WeightMean
 from varcompress.training.log import StepLog
@@ -67,6 +68,7 @@ def distill(
     directory = RunDirectory(out)
     with joined(local_device(model.device)) as ranks:
         ranks.on_rank_zero(lambda: check_fit(recipe, model, ranks))
+        ranks.on_rank_zero(lambda: check_memory(model, recipe, local_device(model.device), ranks.count))
         if not ranks.is_rank_zero:
             progress = note = silent
         model.to(local_device(model.device)).float()

@@ -26,7 +26,8 @@ LAYERS = ("equidistant", "sensitivity")  # ways to choose the layers of a depth
 EXAMPLES = {float: "[0.9, 0.95]", int: "[16, 8, 4, 2]", str: "[depths, bridge]"}  # of a list, by what it holds
 # the recipes made for a model that has a name; the first is taken where none is asked for
 MADE_FOR = {
-    "var-d30": ("variant-d30", "distil-d30", "distil-d30-unguided"),
+    "var-d36": ("variant-d36-512",),
+    "var-d30": ("variant-d30", "variant-d30-1gpu", "distil-d30", "distil-d30-unguided"),
     "var-d16": ("variant-d16",),
     "digits": ("digits", "digits-long", "digits-guided", "variant-digits"),
 }
