@@ -94,7 +94,15 @@ def distill(
         note(f"recipe {name}, made for {Path(model).stem}" + f" (also: {', '.join(others)})" * bool(others))
     if show_plan:
         result = planned(
-            Loading(vae, "cpu", revision=revision), model, chosen, data, gpu, device_memory, devices, images, utilisation
+            Loading(vae, "cpu", revision=revision),
+            model,
+            chosen,
+            data,
+            gpu,
+            device_memory,
+            devices,
+            images,
+            utilisation,
         )
         print_json(result) if as_json else out.print(plan_table(result))
         return

@@ -157,7 +157,7 @@ def distill_table(result: dict) -> RenderableType:
 def plan_table(result: dict) -> RenderableType:
     """What a run would cost, as `training.budget.budget` says: work, time, memory by part, disk by part."""
     recipe, flops = result["recipe"], result["flops"]
-    work = joined(f"{what} {number(value / sum(flops.values()) * 100)} %" for what, value in flops.items())
+    work = joined(f"{what} {number(value / sum(flops.values()) * 100)} %" for what, value in flops.items() if value)
     facts = {
         "run": f"{result['model']}, recipe {recipe['name']}, {count(result['images'], 'image')}",
         "devices": f"{result['devices']}; passes of each in a step: {recipe['accumulation']}, of "
@@ -174,7 +174,7 @@ def plan_table(result: dict) -> RenderableType:
         table.add_row(name, Text(fact))
     return Group(
         table,
-        _parts("Memory of a device at its fullest, GB", result["memory"], result["memory_bytes"]),
+        _parts("Memory, GB", result["memory"], result["memory_bytes"]),
         _parts("Disk, GB", result["disk"], result["disk_bytes"]),
     )
 
@@ -197,7 +197,10 @@ def _fits(result: dict) -> str:
     if result["fits"]:
         return f"yes, in {memory}"
     settings = " ".join(f"--set {key}={_setting(value)}" for key, value in (change or {}).items())
-    return f"not in {memory}: " + (f"it does with {settings}" if change else "no recipe key makes it")
+    if change:
+        return f"not in {memory}: it does with {settings}"
+    kept = sum(result["memory"].get(part, 0) for part in ("parameters", "gradients", "moments", "teacher", "tokenizer"))
+    return f"not in {memory}, whatever the recipe's keys: what is kept beside a pass takes {number(kept / 1e9)}"
 
 
 def _setting(value: object) -> str:

@@ -509,7 +509,9 @@ def budget(
     trained = images - recipe.held_out(images)
     steps = plan(recipe, trained // recipe.batch_size)
     if not steps:
-        raise InputError(f"recipe: batch_size {recipe.batch_size} is more than the {trained} images there are: lower it")
+        raise InputError(
+            f"recipe: batch_size {recipe.batch_size} is more than the {trained} images there are: lower it"
+        )
     flops = run_flops(model, recipe, steps, images, devices)
     needed = memory(model, recipe, devices=devices, sharded=sharded)
     fits, change = None, None
