@@ -93,17 +93,8 @@ def distill(
     if recipe is None and is_rank_zero():
         note(f"recipe {name}, made for {Path(model).stem}" + f" (also: {', '.join(others)})" * bool(others))
     if show_plan:
-        result = planned(
-            Loading(vae, "cpu", revision=revision),
-            model,
-            chosen,
-            data,
-            gpu,
-            device_memory,
-            devices,
-            images,
-            utilisation,
-        )
+        loading = Loading(vae, "cpu", revision=revision)
+        result = planned(loading, model, chosen, data, gpu, device_memory, devices, images, utilisation)
         print_json(result) if as_json else out.print(plan_table(result))
         return
     loaded = Loading(vae, str(local_device(device)), revision=revision).open(model)

@@ -46,7 +46,7 @@ class Machine:
         if text == "cpu":
             return cls()
         devices, x, size = text.rpartition("x")
-        if x and not devices.strip().isdecimal() or devices.strip() == "0":
+        if (x and not devices.strip().isdecimal()) or devices.strip() == "0":
             raise InputError(f"machine {text!r} is not understood: write 8 x 80GB, 80GB or cpu")
         return cls(int(devices or 1), parse_bytes(size))
 
