@@ -6,18 +6,29 @@ import os
 import shlex
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from varcompress.cli.options import DATA, Device, Json, Loading, Model, Revision, Vae
 from varcompress.cli.output import note, out, print_json, progress_bar, say
-from varcompress.errors import Stopped
+from varcompress.errors import InputError, Stopped
+
+if TYPE_CHECKING:
+    from varcompress.training.recipe import Recipe
+
+GPU_NAMES = ("rtx3090", "rtx4090", "l40s", "a100-40", "a100", "h100", "h200", "b200")
+USUAL_GPU = "h100"
 
 
 def distill(
     model: Model,
-    directory: Annotated[Path, typer.Option("--out", help="Directory that becomes the elastic checkpoint.")],
+    directory: Annotated[
+        Path | None,
+        typer.Option(
+            "--out", help="Directory that becomes the elastic checkpoint.", show_default="needed, but for --plan"
+        ),
+    ] = None,
     recipe: Annotated[
         str | None,
         typer.Option(
@@ -35,6 +46,29 @@ def distill(
     tokens: Annotated[
         Path | None, typer.Option(help="Keep the encoded images here, for further runs.", show_default="drop them")
     ] = None,
+    show_plan: Annotated[
+        bool, typer.Option("--plan", help="Train nothing: print steps, work, memory, disk and time, by arithmetic.")
+    ] = False,
+    gpu: Annotated[
+        str | None,
+        typer.Option(help=f"Of --plan: the device, one of {', '.join(GPU_NAMES)}.", show_default="h100 but for a CPU"),
+    ] = None,
+    device_memory: Annotated[
+        str | None,
+        typer.Option(help="Of --plan: memory of a device, such as 24GB.", show_default="as --gpu, or the recipe, says"),
+    ] = None,
+    devices: Annotated[
+        int | None,
+        typer.Option(min=1, help="Of --plan: devices that share the batch.", show_default="as the recipe says"),
+    ] = None,
+    images: Annotated[
+        int | None,
+        typer.Option(min=1, help="Of --plan: images of the data.", show_default="those of --data, or ImageNet's"),
+    ] = None,
+    utilisation: Annotated[
+        float | None,
+        typer.Option(min=0.001, max=1, help="Of --plan: the share of its FLOP/s a device reaches.", show_default="0.2"),
+    ] = None,
     vae: Vae = None,
     device: Device = None,
     revision: Revision = None,
@@ -45,16 +79,27 @@ def distill(
     On several GPUs: torchrun --nproc-per-node 8 -m varcompress distill …
     """
     from varcompress.data.sources import own_source
-    from varcompress.report.tables import distill_table
+    from varcompress.report.tables import distill_table, plan_table
     from varcompress.training import distill
     from varcompress.training.distributed import is_rank_zero, local_device
     from varcompress.training.log import summary
     from varcompress.training.recipe import load_recipe, recipes_for
 
+    asked = {"gpu": gpu, "device-memory": device_memory, "devices": devices, "images": images}
+    asked["utilisation"] = utilisation
+    if given := [name for name, value in asked.items() if value is not None and not show_plan]:
+        raise InputError(f"--{given[0]} goes with --plan: leave it out")
+    if directory is None and not show_plan:
+        raise InputError("name the directory that becomes the elastic checkpoint: --out DIR (or ask for a --plan)")
     name, *others = [recipe] if recipe else recipes_for(Path(model).stem)  # before a download, not after
     chosen = load_recipe(name, settings or ())
     if recipe is None and is_rank_zero():
         note(f"recipe {name}, made for {Path(model).stem}" + f" (also: {', '.join(others)})" * bool(others))
+    if show_plan:
+        loading = Loading(vae, "cpu", revision=revision)
+        result = planned(loading, model, chosen, data, gpu, device_memory, devices, images, utilisation)
+        print_json(result) if as_json else out.print(plan_table(result))
+        return
     loaded = Loading(vae, str(local_device(device)), revision=revision).open(model)
     options = {"data": data, "out": directory, "resume": resume, "tokens": tokens, "note": note}
     try:
@@ -80,6 +125,46 @@ def distill(
     reference = "" if own_source(loaded) else " --reference REF"
     for command in ("profile {}", f"eval {{}}{reference}", "push {} REPO"):
         say(f"  varcompress {command.format(directory)}")
+
+
+def planned(
+    loading: Loading,
+    model: str,
+    recipe: Recipe,
+    data: Path | None,
+    gpu: str | None,
+    device_memory: str | None,
+    devices: int | None,
+    images: int | None,
+    utilisation: float | None,
+) -> dict:
+    """What a run would cost. A model whose name says what shape it has is not fetched."""
+    from varcompress.data.sources import open_source, own_source
+    from varcompress.loading import outline
+    from varcompress.training.budget import GPUS, IMAGENET, UTILISATION, budget
+    from varcompress.training.distributed import Ranks
+    from varcompress.training.loop import check_fit
+    from varcompress.training.recipe import Machine, parse_bytes
+
+    if gpu is not None and gpu not in GPUS:
+        raise InputError(f"gpu {gpu!r} is unknown: use {', '.join(GPUS)}")
+    machine = Machine.parse(recipe.machine)
+    chosen = GPUS[gpu or USUAL_GPU] if gpu or device_memory or machine.memory_bytes else None
+    described = outline(model) or loading.open(model)
+    check_fit(recipe, described, Ranks(count=devices or machine.devices))
+    if images is None:
+        named = data is not None or own_source(described)
+        images = len(open_source(data, described)) if named else IMAGENET
+    memory_bytes = parse_bytes(device_memory) if device_memory else GPUS[gpu].memory_bytes if gpu else None
+    return budget(
+        described,
+        recipe,
+        images=images,
+        devices=devices,
+        memory_bytes=memory_bytes,
+        flops_per_second=chosen and chosen.flops_per_second,
+        utilisation=utilisation or UTILISATION,
+    )
 
 
 def _resuming() -> str:

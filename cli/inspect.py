@@ -16,9 +16,11 @@ def inspect(
 ) -> None:
     """Say what a model is, which layers its schedules run, and their cost by arithmetic."""
     from varcompress.cost import describe
+    from varcompress.loading import outline
     from varcompress.report.tables import inspect_table
 
-    result = describe(Loading(vae, "cpu", dtype, revision).open(model), schedules)
+    named = None if vae or revision else outline(model, dtype)  # whose shape is known without a download
+    result = describe(named or Loading(vae, "cpu", dtype, revision).open(model), schedules)
     if as_json:
         print_json(result)
     else:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.benchmarks import attention, step, tables, training
+from tests.benchmarks import attention, plans, step, tables, training
 from varcompress.cli.app import COMMANDS
 
 ROOT = Path(__file__).parent.parent
@@ -43,6 +43,7 @@ def sections():
     for group in dict.fromkeys(row.group for row in training.ROWS.values()):
         yield training.PAGE, group, training.table(group)
     yield training.PAGE, "commands", training.commands()
+    yield plans.PAGE, "plans", plans.table()
     for module, name in ((step, "step"), (attention, "attention")):
         yield module.PAGE, name, module.tables()
 

@@ -87,7 +87,15 @@ def test_a_loss_by_name_is_a_weight_of_one():
 
 
 def test_what_says_only_how_the_machine_is_used_is_named_once():
-    names = {"accumulation", "activation_checkpointing", "checkpoint_every", "holdout_every", "together", "origin"}
+    names = {
+        "accumulation",
+        "activation_checkpointing",
+        "checkpoint_every",
+        "holdout_every",
+        "together",
+        "origin",
+        "machine",
+    }
     names |= {"parallel", "workers", "keep", "max_bad_steps"}
     assert machine_fields() == names
 

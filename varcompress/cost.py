@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
+
 from varcompress.kernels import draw
 from varcompress.kernels.backend import TRITON
 from varcompress.models import strips
@@ -95,8 +97,10 @@ def _segments(schedule: Schedule) -> dict:
 
 def _costs(model: ElasticVAR, schedules: Sequence[Schedule], *, guided: bool) -> list[dict]:
     """What each schedule costs for one image, beside a guided `full`."""
-    full = predict(model, model.schedule("full"), guided=True)
-    costs = [predict(model, schedule, guided=guided) for schedule in schedules]
+    # of a model without weights as on a CPU, where one is loaded to be described
+    runtime = Runtime(torch.device("cpu"), model.dtype) if model.device.type == "meta" else model.runtime
+    full = predict(model, model.schedule("full"), runtime=runtime, guided=True)
+    costs = [predict(model, schedule, runtime=runtime, guided=guided) for schedule in schedules]
     names = map(str, schedules)
     return [{"schedule": name, **cost, **ratios(cost, full)} for name, cost in zip(names, costs, strict=True)]
 

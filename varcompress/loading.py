@@ -15,8 +15,11 @@ from varcompress.data.digits import FOLDER as DIGITS_FOLDER
 from varcompress.errors import InputError
 from varcompress.hardware import bfloat16_wins, choose_device
 from varcompress.hub import HUB_ID, hub_client, reachable
-from varcompress.models.elastic import ElasticVAR
+from varcompress.models.autoencoder import TokenizerConfig
+from varcompress.models.elastic import ElasticVAR, Provenance
 from varcompress.models.runtime import Runtime
+from varcompress.models.tokenizer import VQVAE
+from varcompress.models.transformer import VAR, VARConfig
 from varcompress.report.card import CARD
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -26,19 +29,39 @@ CHECKPOINT_SUFFIXES = {".pth", ".pt", ".safetensors"}
 
 @dataclass(frozen=True)
 class Named:
-    """A model that has a name: its two official files, in a folder here or in a repository of the Hub."""
+    """A model that has a name: its two official files, in a folder here or in a repository of the Hub.
+
+    shape: of its transformer, where it is known without them.
+    """
 
     weights: str
     tokenizer: str
     folder: Path | None = None
     repo: str | None = None
     license: str | None = None
+    shape: VARConfig | None = None
 
 
 OFFICIAL_REPO, OFFICIAL_VAE = "FoundationVision/var", "vae_ch160v4096z32.pth"
+AT_256, AT_512 = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16), (1, 2, 3, 4, 6, 9, 13, 18, 24, 32)
+
+
+def official_config(depth: int) -> VARConfig:
+    """The shape of an official transformer: all for 256 px, but for d36, which is for 512 and shares its AdaLN."""
+    width, large = 64 * depth, depth == 36
+    return VARConfig(depth, width, depth, AT_512 if large else AT_256, 4096, 32, 1000, large, 4 * width)
+
+
+def official_tokenizer(patch_nums: tuple[int, ...]) -> TokenizerConfig:
+    """The shape of the official tokenizer, which is the same for both sizes of images."""
+    return TokenizerConfig(160, (1, 1, 2, 2, 4), 2, 32, 4096, 4, 3, patch_nums)
+
+
 NAMED = {
     **{
-        f"var-d{depth}": Named(f"var_d{depth}.pth", OFFICIAL_VAE, repo=OFFICIAL_REPO, license="mit")
+        f"var-d{depth}": Named(
+            f"var_d{depth}.pth", OFFICIAL_VAE, repo=OFFICIAL_REPO, license="mit", shape=official_config(depth)
+        )
         for depth in (16, 20, 24, 30, 36)
     },
     "digits": Named("var_digits.pth", "vae_digits.pth", folder=DIGITS_FOLDER, license="mit"),
@@ -92,6 +115,17 @@ def open_model(source: str, vae: str | Path | None, revision: str | None) -> Ela
     if is_hub_id(source):
         return load_elastic(download_elastic(source, revision))
     raise InputError(_unknown(source))
+
+
+def outline(source: str, dtype: str = "float32") -> ElasticVAR | None:
+    """A model without weights (on torch's device "meta"), where its name alone says what shape it has; else None."""
+    kind = _dtype(dtype, torch.device("cpu"))
+    named = NAMED.get(source)
+    if named is None or named.shape is None or Path(source).expanduser().exists():
+        return None
+    with torch.device("meta"):
+        var, tokenizer = VAR(named.shape), VQVAE(official_tokenizer(named.shape.patch_nums))
+    return ElasticVAR(var, tokenizer, provenance=Provenance(source, named.repo, named.license)).cast(kind)
 
 
 def is_hub_id(source: str) -> bool:

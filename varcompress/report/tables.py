@@ -169,6 +169,68 @@ def tokenize_table(result: dict) -> RenderableType:
     return _grid(facts)
 
 
+def plan_table(result: dict) -> RenderableType:
+    """What a run would cost, as `training.budget.budget` says: work, time, memory by part, disk by part."""
+    recipe, flops = result["recipe"], result["flops"]
+    work = joined(f"{what} {number(value / sum(flops.values()) * 100)} %" for what, value in flops.items() if value)
+    facts = {
+        "run": f"{result['model']}, recipe {recipe['name']}, {count(result['images'], 'image')}",
+        "devices": f"{result['devices']}; passes of each in a step: {recipe['accumulation']}, of "
+        + count(result["images_per_pass"], "image"),
+        "steps": f"{result['steps']:,} of {count(recipe['batch_size'], 'image')}, {result['tokens']:,} tokens",
+        "work": f"{sum(flops.values()):.3g} FLOPs: {work}",
+        "time": _time_estimate(result),
+        "fits": _fits(result),
+    }
+    table = Table.grid(padding=(0, 2))
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+    for name, fact in facts.items():
+        table.add_row(name, Text(fact))
+    return Group(
+        table,
+        _parts("Memory, GB", result["memory"], result["memory_bytes"]),
+        _parts("Disk, GB", result["disk"], result["disk_bytes"]),
+    )
+
+
+def _time_estimate(result: dict) -> str:
+    if result["seconds"] is None:
+        return "not estimated: name a --gpu"
+    hours = result["seconds"] / 3600
+    spent = f"{number(hours)} hours" if hours < 48 else f"{number(hours / 24)} days"
+    return (
+        f"{spent} at {percent(result['utilisation'])} of {number(result['flops_per_second'] / 1e12)} TFLOP/s a device, "
+        "reading and encoding images not included"
+    )
+
+
+def _fits(result: dict) -> str:
+    if result["fits"] is None:
+        return "no memory named: --device-memory"
+    memory, change = f"{number(result['device_memory_bytes'] / 1e9)} GB", result["change"]
+    if result["fits"]:
+        return f"yes, in {memory}"
+    settings = " ".join(f"--set {key}={_setting(value)}" for key, value in (change or {}).items())
+    if change:
+        return f"not in {memory}: it does with {settings}"
+    kept = sum(result["memory"].get(part, 0) for part in ("parameters", "gradients", "moments", "teacher", "tokenizer"))
+    return f"not in {memory}, whatever the recipe's keys: what is kept beside a pass takes {number(kept / 1e9)}"
+
+
+def _setting(value: object) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _parts(title: str, parts: dict[str, int], total: int) -> Table:
+    table = Table(title=title, title_justify="left", box=box.SIMPLE, pad_edge=False, show_header=False)
+    table.add_column(no_wrap=True)
+    table.add_column(justify="right")
+    for part, size in {**parts, "together": total}.items():
+        table.add_row(part, number(size / 1e9))
+    return table
+
+
 def inspect_table(result: dict) -> RenderableType:
     """What `describe` says of a model: its shape, its schedules' layers, and their cost by arithmetic."""
     rows, image = result["schedules"], f"image in {result['dtype']}, by arithmetic"

@@ -28,6 +28,7 @@ from varcompress.models.transformer import add_cfg_input
 from varcompress.progress import Note, Progress, silent
 from varcompress.schedule import Schedule, is_subnet
 from varcompress.training.batches import Batch, Batches, loader
+from varcompress.training.budget import check_memory
 from varcompress.training.distributed import Ranks, joined, local_device
 from varcompress.training.ema import WeightMean
 from varcompress.training.log import StepLog
@@ -92,6 +93,7 @@ def _distill(
     with joined(local_device(model.device)) as ranks:
         ranks.on_rank_zero(lambda: check_fit(recipe, model, ranks))
         ranks.on_rank_zero(lambda: check_finite(model))
+        ranks.on_rank_zero(lambda: check_memory(model, recipe, local_device(model.device), ranks.count))
         if not ranks.is_rank_zero:
             progress = note = silent
         model.to(local_device(model.device)).float()

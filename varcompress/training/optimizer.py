@@ -66,10 +66,8 @@ def optimizer_of(var: VAR, recipe: Recipe) -> Optimizer:
     serves both.
     """
     betas, decay = recipe.betas, recipe.weight_decay
-    matrices = {name: module.weight for name, module in var.named_modules() if isinstance(module, nn.Linear)}
-    muons = {}
-    if recipe.optimizer == "muon":
-        muons = {name: w for name, w in matrices.items() if name.startswith("blocks.") and "ada_lin" not in name}
+    matrices = linear_matrices(var)
+    muons = muon_matrices(var) if recipe.optimizer == "muon" else {}
     decaying = [weight for name, weight in matrices.items() if name not in muons]
     known = set(map(id, matrices.values()))
     rest = [parameter for parameter in var.parameters() if id(parameter) not in known]
@@ -79,6 +77,16 @@ def optimizer_of(var: VAR, recipe: Recipe) -> Optimizer:
         return Optimizer(adamw)
     options = {"weight_decay": decay, "momentum": MUON_MOMENTUM, "adjust_lr_fn": "match_rms_adamw"}
     return Optimizer(torch.optim.Muon(list(muons.values()), lr=recipe.learning_rate, **options), adamw)
+
+
+def linear_matrices(var: VAR) -> dict[str, Tensor]:
+    """The weights of the linear layers, by the names of these."""
+    return {name: module.weight for name, module in var.named_modules() if isinstance(module, nn.Linear)}
+
+
+def muon_matrices(var: VAR) -> dict[str, Tensor]:
+    """Those that Muon takes: of the layers, AdaLN's aside."""
+    return {name: w for name, w in linear_matrices(var).items() if name.startswith("blocks.") and "ada_lin" not in name}
 
 
 def learning_rate_at(number: int, steps: int, recipe: Recipe) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import re
 from collections.abc import Iterable
 from dataclasses import MISSING, Field, asdict, dataclass, field, fields, replace
 from importlib import resources
@@ -27,10 +28,37 @@ LAYERS = ("equidistant", "sensitivity")  # ways to choose the layers of a depth
 EXAMPLES = {float: "[0.9, 0.95]", int: "[16, 8, 4, 2]", str: "[depths, bridge]"}  # of a list, by what it holds
 # the recipes made for a model that has a name; the first is taken where none is asked for
 MADE_FOR = {
-    "var-d30": ("variant-d30", "distil-d30", "distil-d30-unguided"),
+    "var-d36": ("variant-d36-512",),
+    "var-d30": ("variant-d30", "variant-d30-1gpu", "distil-d30", "distil-d30-unguided"),
     "var-d16": ("variant-d16",),
     "digits": ("digits", "digits-long", "digits-guided", "variant-digits"),
 }
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What a recipe is sized for: so many GPUs of that memory, or, with None, a CPU."""
+
+    devices: int = 1
+    memory_bytes: int | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> Machine:
+        """Read `8 x 80GB`, `80GB` or `cpu`. Raises InputError for what is none of these."""
+        if text == "cpu":
+            return cls()
+        devices, x, size = text.rpartition("x")
+        if (x and not devices.strip().isdecimal()) or devices.strip() == "0":
+            raise InputError(f"machine {text!r} is not understood: write 8 x 80GB, 80GB or cpu")
+        return cls(int(devices or 1), parse_bytes(size))
+
+
+def parse_bytes(text: str) -> int:
+    """A size such as 24GB, in bytes: of 10^9, as cards are sold, which have a little more; GiB of 2^30."""
+    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?) ?(GB|GiB)", text.strip())
+    if not match or not float(match[1]):
+        raise InputError(f"a memory of {text.strip()!r} is not understood: write 24GB or 24GiB")
+    return int(float(match[1]) * {"GB": 10**9, "GiB": 2**30}[match[2]])
 
 
 def _within(low: float, high: float = math.inf, default: object = MISSING, **metadata: object) -> object:
@@ -119,6 +147,7 @@ class Recipe:
     keep: int = _within(1, default=2, machine=True)  # states that are kept
     max_bad_steps: int = _within(1, default=10, machine=True)  # skipped in a row, for want of a finite gradient
     seed: int = _within(0, MAX_SEED, default=0)
+    machine: str = _plain("cpu", machine=True)  # what the sizes above are made for, such as 8 x 80GB
     # where figures come from: their names under published, embedded (carried over from the embedded model) or guess
     origin: dict[str, tuple[str, ...]] = _plain({}, machine=True)
 
@@ -133,6 +162,7 @@ class Recipe:
         self._check_losses()
         self._check_guidance()
         self._check_origin()
+        Machine.parse(self.machine)
         if not self.learning_rate:
             raise InputError("recipe: learning_rate must be more than 0")
         if self.batch_size % self.accumulation:

@@ -1,0 +1,545 @@
+"""What a run costs, by arithmetic, before anything is fetched or started: work, memory, disk and time.
+
+Memory is that of one device at its fullest moment. What is held all the time (weights, moments, teacher, tokenizer) is
+exact. Of a pass the tensors are counted that the operators of `Block.forward`, `Objective.measure` and their backward
+passes keep or make; what a kernel needs inside is not in it. tests/test_budget.py holds it against what they allocate.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from itertools import combinations
+
+import torch
+
+from varcompress.data.tokens import CHUNK
+from varcompress.errors import InputError
+from varcompress.hardware import free_bytes
+from varcompress.memory import held_bytes
+from varcompress.models.elastic import ElasticVAR
+from varcompress.models.transformer import VARConfig
+from varcompress.schedule import Schedule, Together
+from varcompress.training.optimizer import muon_matrices
+from varcompress.training.recipe import FULL, Machine, Recipe, machine_fields
+from varcompress.training.strategy import Step, plan
+
+FLOAT32, BFLOAT16, INT64 = 4, 2, 8
+NODE = 8  # devices of a node, as they are usually built
+NEWTON_SCHULZ_STEPS = 5  # torch.optim.Muon's
+GB = 10**9
+Bytes = dict[str, int]
+
+
+@dataclass(frozen=True)
+class GPU:
+    """A device that is sold under a name: its memory, and the bfloat16 FLOP/s of its data sheet, without sparsity."""
+
+    memory_bytes: int
+    flops_per_second: float
+
+
+GPUS = {
+    "rtx3090": GPU(24 * GB, 71e12),
+    "rtx4090": GPU(24 * GB, 165e12),
+    "l40s": GPU(48 * GB, 362e12),
+    "a100-40": GPU(40 * GB, 312e12),
+    "a100": GPU(80 * GB, 312e12),
+    "h100": GPU(80 * GB, 989e12),
+    "h200": GPU(141 * GB, 989e12),
+    "b200": GPU(180 * GB, 2250e12),
+}
+
+
+# -- work ---------------------------------------------------------------------------------------
+
+
+def forward_flops(config: VARConfig, together: Together, images: int) -> tuple[int, int]:
+    """FLOPs of a teacher-forced pass: of the layers, and of all else. Two per multiply-add.
+
+    Attention under a mask computes every product of two tokens of the pass, and leaves out none that the mask hides.
+    """
+    width, condition = config.width, 6 * config.width**2
+    layers = 0
+    for layer in together.layers:
+        tokens = sum(together.seen(layer))
+        layers += 2 * tokens * (4 * width + 2 * config.hidden) * width + 4 * tokens**2 * width
+        layers += 0 if config.shared_aln else 2 * condition
+    rest = 2 * (config.tokens - config.patch_nums[0] ** 2) * config.z_channels * width
+    rest += 2 * 2 * width**2 + (2 * condition if config.shared_aln else 0)
+    rest += 2 * sum(together.lengths) * width * config.vocab
+    return images * layers, images * rest
+
+
+def step_flops(model: ElasticVAR, recipe: Recipe, depths: tuple[str | int, ...]) -> Counter:
+    """FLOPs of a step that trains these depths, on all devices together, by what they are for."""
+    config, found = model.var.config, Counter()
+    for together in _passes(model, recipe, depths):
+        layers, rest = forward_flops(config, together, recipe.batch_size)
+        found["forward and backward"] += 3 * (layers + rest)
+        found["recomputed"] += layers if recipe.activation_checkpointing else 0
+    if recipe.teacher_logits == "live":
+        found["teacher"] += teacher_flops(model, recipe, recipe.batch_size)
+    return found
+
+
+def teacher_flops(model: ElasticVAR, recipe: Recipe, images: int) -> int:
+    """FLOPs of what the teacher says of so many images."""
+    if recipe.teacher == "none":
+        return 0
+    full = Together((model.schedule(FULL),))
+    return (1 + (recipe.cfg is not None)) * sum(forward_flops(model.var.config, full, images))
+
+
+def muon_flops(model: ElasticVAR) -> int:
+    """FLOPs of a step of Muon on one device: three products of each iteration of each matrix."""
+    total = 0
+    for matrix in muon_matrices(model.var).values():
+        small, large = sorted(matrix.shape)
+        total += NEWTON_SCHULZ_STEPS * 2 * (2 * small**2 * large + small**3)
+    return total
+
+
+def run_flops(model: ElasticVAR, recipe: Recipe, steps: list[Step], images: int, devices: int) -> Counter:
+    """FLOPs of all steps on all devices together, by what they are for."""
+    total = Counter()
+    for depths, count in Counter(step.depths for step in steps).items():
+        total.update({what: count * flops for what, flops in step_flops(model, recipe, depths).items()})
+    if recipe.teacher_logits == "stored":
+        total["teacher"] += teacher_flops(model, recipe, images * stored_answers(recipe))
+    if recipe.optimizer == "muon":
+        total["optimiser"] += len(steps) * devices * muon_flops(model)
+    return total
+
+
+def schedules_of(model: ElasticVAR, recipe: Recipe, depths: tuple[str | int, ...]) -> list[Schedule]:
+    """The schedules of these depths, as the recipe will have them; equidistant where it chooses layers by a trial."""
+    config = model.var.config
+    subnets = {} if isinstance(recipe.layers, str) else dict(zip(recipe.depths, recipe.layers, strict=True))
+    shape = {"depth": config.depth, "patch_nums": config.patch_nums, "bridge": recipe.bridge, "subnets": subnets}
+    return [Schedule.parse(depth if depth == FULL else f"d{depth}", **shape) for depth in depths]
+
+
+# -- memory -------------------------------------------------------------------------------------
+
+
+def memory(
+    model: ElasticVAR,
+    recipe: Recipe,
+    *,
+    devices: int = 1,
+    depths: tuple[str | int, ...] | None = None,
+    first: bool = False,
+) -> Bytes:
+    """Bytes on one device at the fullest moment of a run, by part.
+
+    depths: of a step that trains these, by default of any step; first: of its first pass, before which there are no
+    gradients.
+    """
+    held = _held(model, recipe, shards_of(recipe, devices))
+    moments = [{**held, **_encoding(model)}]
+    for together in _passes(model, recipe, depths):
+        running = _Pass(model, recipe, together, devices, accumulated=recipe.accumulation > 1 and not first)
+        moments += [held | moment for moment in running.moments()]
+    return {part: size for part, size in max(moments, key=lambda m: sum(m.values())).items() if size}
+
+
+def shards_of(recipe: Recipe, devices: int) -> int:
+    """Devices that share one copy of the weights, gradients, moments and the teacher: those of a node."""
+    return min(devices, NODE) if recipe.parallel == "fsdp" else 1
+
+
+def _encoding(model: ElasticVAR) -> Bytes:
+    """Images that become tokens, before the first step: four maps of the encoder at full resolution."""
+    config = model.tokenizer.config
+    pixels = 2 * 3 * config.image_size**2
+    return {"moments": 0, "mean of the weights": 0, "encoder": FLOAT32 * CHUNK * (4 * config.map_elements + pixels)}
+
+
+def _held(model: ElasticVAR, recipe: Recipe, shards: int) -> Bytes:
+    """What stays where it is between the steps."""
+    weights = parameter_count(model, recipe)
+    tokenizer = (*model.tokenizer.parameters(), *model.tokenizer.buffers())
+    live = recipe.teacher == "frozen" and recipe.teacher_logits == "live"
+    element = {"float32": FLOAT32, "bfloat16": BFLOAT16}[recipe.teacher_dtype]
+    return {
+        "parameters": FLOAT32 * weights // shards,
+        "moments": FLOAT32 * moment_count(model, recipe) // shards,
+        "mean of the weights": FLOAT32 * weights // shards if recipe.ema else 0,
+        "teacher": element * sum(p.numel() for p in model.var.parameters()) // shards if live else 0,
+        "tokenizer": FLOAT32 * sum(t.numel() for t in tokenizer),
+    }
+
+
+def parameter_count(model: ElasticVAR, recipe: Recipe) -> int:
+    """Weights that are trained, those of the input for a range of cfg included."""
+    width = model.var.config.width
+    added = width**2 + 3 * width if isinstance(recipe.cfg, tuple) and not model.var.config.cfg_input else 0
+    return sum(p.numel() for p in model.var.parameters()) + added
+
+
+def moment_count(model: ElasticVAR, recipe: Recipe) -> int:
+    """Numbers that the optimiser keeps: AdamW two of each weight, Muon one."""
+    muon = muon_matrices(model.var).values() if recipe.optimizer == "muon" else ()
+    return 2 * parameter_count(model, recipe) - sum(matrix.numel() for matrix in muon)
+
+
+def _passes(model: ElasticVAR, recipe: Recipe, depths: tuple[str | int, ...] | None) -> list[Together]:
+    """The passes of a step that trains these depths; by default those that can be the fullest of all.
+
+    Where depths are drawn, all of them may meet in one.
+    """
+    drawn = recipe.depth_probability
+    every = [depth for depth in (FULL, *recipe.depths) if drawn is None or drawn.get(str(depth))]
+    schedules = schedules_of(model, recipe, depths or tuple(every))
+    if recipe.together and (depths or drawn):
+        return [Together(tuple(schedules))]
+    return [Together((schedule,)) for schedule in schedules]
+
+
+class _Pass:
+    """What one pass of a device holds beyond `_held`, at each moment that can be the fullest."""
+
+    def __init__(
+        self, model: ElasticVAR, recipe: Recipe, together: Together, devices: int, *, accumulated: bool
+    ) -> None:
+        self.model, self.recipe, self.together, self.config = model, recipe, together, model.var.config
+        self.images, self.shards = recipe.pass_size(devices), shards_of(recipe, devices)
+        self.devices = devices
+        self.element = BFLOAT16 if recipe.dtype == "bfloat16" else FLOAT32
+        self.accumulated = accumulated
+        self.logits = self.images * sum(together.lengths)  # tokens whose logits are computed
+        self.largest = self.images * max(together.lengths)  # of one piece
+        config = self.config
+        self.block = sum(p.numel() for p in model.var.blocks[0].parameters())
+        self.rest = parameter_count(model, recipe) - config.depth * self.block
+
+    # Everything below is bytes. A residual is float32 whatever the arithmetic is in, because the embeddings are.
+
+    def residual(self, tokens: int) -> int:
+        return FLOAT32 * tokens * self.config.width
+
+    def tokens(self, layer: int) -> int:
+        return self.images * sum(self.together.seen(layer))
+
+    def block_saved(self, layer: int) -> int:
+        """What a layer keeps for its backward pass, its input included."""
+        tokens, e = self.tokens(layer), self.element
+        cast = 2 * FLOAT32 if e != FLOAT32 else 0  # queries and keys in float32, which are normalised so
+        # input, normalised, modulated, the three projections, normalised queries before their temperature, queries and
+        # keys after, what attention read, the branch
+        attention = FLOAT32 * 2 + e + 3 * e + cast + FLOAT32 + 2 * e + e + e
+        feed_forward = FLOAT32 * 2 + e + e  # the same of the MLP, but for its hidden layer
+        per_head = 4 * FLOAT32 + FLOAT32  # norms of queries and keys, twice, and attention's normaliser
+        per_token = (attention + feed_forward) * self.config.width + 2 * e * self.config.hidden
+        per_token += per_head * self.config.heads + 4 * FLOAT32  # mean and deviation of two LayerNorms
+        return tokens * per_token + self.mask(layer) + 12 * self.images * self.config.width * e + self.copies(1)
+
+    def mask(self, layer: int) -> int:
+        """The mask as attention adds it."""
+        return sum(self.together.seen(layer)) ** 2 * self.element
+
+    def copies(self, blocks: int) -> int:
+        """Weights in the dtype of the arithmetic, where that is not their own."""
+        return blocks * self.block * BFLOAT16 if self.element == BFLOAT16 else 0
+
+    def block_kept(self, layer: int) -> int:
+        """What stays of a layer from its forward pass to its backward pass."""
+        return self.residual(self.tokens(layer)) if self.recipe.activation_checkpointing else self.block_saved(layer)
+
+    def block_backward(self, layer: int) -> int:
+        """What the backward pass of a layer makes beside what was kept: where the MLP's output weight has its turn.
+
+        The gradients of the residual, of the branch (whose values are gone by then), of the hidden layer, and of the
+        weight, in both dtypes.
+        """
+        tokens, e, config = self.tokens(layer), self.element, self.config
+        weight = config.width * config.hidden * (FLOAT32 + (e if e != FLOAT32 else 0))
+        return self.residual(max(tokens, self.logits)) + tokens * e * config.hidden + weight
+
+    def gradients(self, done: list[int] | None = None) -> int:
+        """Gradients when the layers of `done` have theirs; all of them in a pass that is not the step's first."""
+        layers = self.together.layers if done is None else done
+        everything = self.accumulated or done is None
+        return FLOAT32 * (self.block * len(layers) + (self.rest if everything else self.head)) // self.shards
+
+    @property
+    def head(self) -> int:
+        return self.config.vocab * (self.config.width + 1) + 2 * self.config.width * (self.config.width + 1)
+
+    def buffers(self) -> int:
+        """Masks of a pass, what it is given, and of several devices the gathered weights of two layers and the rest."""
+        config, images = self.config, self.images
+        longest = max(sum(self.together.seen(layer)) for layer in self.together.layers)
+        held = config.tokens**2 + (longest**2 if len(self.together.lengths) > 1 else 0)
+        given = images * config.tokens * (config.z_channels * FLOAT32 + 2 * INT64)
+        gathered = (2 * self.block + self.rest) * FLOAT32 if self.devices > 1 else 0
+        return held + given + gathered
+
+    # -- moments --
+
+    def moments(self) -> Iterator[Bytes]:
+        """Parts at each moment."""
+        layers, before = self.together.layers, self.gradients() if self.accumulated else 0
+        kept = {layer: self.block_kept(layer) for layer in layers}
+        answer = self.answer()
+        if self.teacher_rows:
+            yield self._moment(before, self.teacher_activations(), self.teacher_logits())
+        # The last layer is through: of those that keep their inputs alone the cast weights are still there.
+        residuals = 2 * self.residual(self.logits) + self.residual(self.images * self.config.tokens)
+        cast = self.copies(len(layers)) if self.recipe.activation_checkpointing else 0
+        unit = self.logits * self.config.vocab
+        whole = sum(kept.values()) + self.head_saved()
+        in_half = self.element * unit if self.element != FLOAT32 else 0
+        yield self._moment(before, whole + residuals + cast, answer + in_half + FLOAT32 * unit)
+        yield self._moment(before, whole, answer + self.loss_forward())
+        yield self._moment(before, whole, answer + self.loss_backward())
+        done: list[int] = []
+        for layer in reversed(layers):
+            earlier = sum(kept[other] for other in layers if other < layer)
+            now = self.block_saved(layer) + self.block_backward(layer)
+            gradients = before or self.gradients(done)
+            yield self._moment(gradients, earlier + now, answer)
+            done.append(layer)
+        yield self._moment(self.gradients(), 0, 0, buffers=self.optimizer_buffers())
+
+    def _moment(self, gradients: int, activations: int, logits: int, buffers: int | None = None) -> Bytes:
+        buffers = self.buffers() if buffers is None else buffers
+        return {"gradients": gradients, "activations": activations, "logits and loss": logits, "buffers": buffers}
+
+    def head_saved(self) -> int:
+        """The head's input, normalised, modulated."""
+        per_token = 2 * FLOAT32 + self.element
+        cast = self.rest * BFLOAT16 if self.element == BFLOAT16 else 0
+        return self.logits * (per_token * self.config.width + 2 * FLOAT32) + cast
+
+    def answer(self) -> int:
+        """What the teacher has said, for the whole pass."""
+        tokens, recipe = self.images * self.config.tokens, self.recipe
+        if recipe.teacher == "none":
+            return 0
+        if recipe.teacher_logits == "stored":
+            top = min(recipe.teacher_top, self.config.vocab)
+            return tokens * (FLOAT32 * (top + 1) + INT64 * top)
+        return FLOAT32 * tokens * self.config.vocab
+
+    @property
+    def teacher_rows(self) -> int:
+        """Images that a live teacher runs at a time, twice as many where it is guided."""
+        recipe = self.recipe
+        live = recipe.teacher == "frozen" and recipe.teacher_logits == "live"
+        return self.images * (1 + (recipe.cfg is not None)) if live else 0
+
+    def teacher_activations(self) -> int:
+        """A layer of the teacher, of which nothing is kept: the residual, and what attention or the MLP makes of it."""
+        tokens, e, config = self.teacher_rows * self.config.tokens, self.element, self.config
+        return tokens * (FLOAT32 * 2 * config.width + max((4 * e + 2 * FLOAT32) * config.width, e * config.hidden))
+
+    def teacher_logits(self) -> int:
+        """Its logits in both halves, the guided ones and their logarithms."""
+        unit = FLOAT32 * self.images * self.config.tokens * self.config.vocab
+        return unit * (4 if self.recipe.cfg is not None else 2)
+
+    def loss_forward(self) -> int:
+        """Logits, log-probabilities and what the losses keep, and two more of the piece that is at its turn."""
+        unit, piece = (FLOAT32 * tokens * self.config.vocab for tokens in (self.logits, self.largest))
+        return 3 * unit + 2 * piece if self.recipe.loss.get("kl") else 2 * unit
+
+    def loss_backward(self) -> int:
+        """Of the first piece all is kept, and its gradients are made; then all gradients, which are put together."""
+        unit, piece = (FLOAT32 * tokens * self.config.vocab for tokens in (self.logits, self.largest))
+        kept = 2 if self.recipe.loss.get("kl") else 1
+        both = 2 * unit
+        return max(kept * unit + 2 * piece, both + (self.element * self.logits * self.config.vocab))
+
+    def optimizer_buffers(self) -> int:
+        """Muon's copies of the largest matrix: its update, and in bfloat16 the iterations' terms."""
+        muon = muon_matrices(self.model.var).values() if self.recipe.optimizer == "muon" else ()
+        largest = max((matrix.numel() for matrix in muon), default=0)
+        return largest * (FLOAT32 + 3 * BFLOAT16)
+
+
+# -- disk ---------------------------------------------------------------------------------------
+
+
+def disk(model: ElasticVAR, recipe: Recipe, images: int) -> Bytes:
+    """Bytes that a run writes, by part, at their most: one state more than are kept, while it is written."""
+    config, views = model.var.config, images * recipe.num_views
+    narrow = 2 if config.vocab <= 2**16 else 4  # of a token
+    top = min(recipe.teacher_top or 0, config.vocab)
+    weights = FLOAT32 * parameter_count(model, recipe)
+    answers = images * stored_answers(recipe) * config.tokens * (2 * (top + 1) + narrow * top) if top else 0
+    parts = {
+        "tokens": views * config.tokens * narrow,
+        "teacher's logits": answers,
+        "states": (recipe.keep + 1) * (weights * (2 if recipe.ema else 1) + FLOAT32 * moment_count(model, recipe)),
+        "checkpoint": weights + FLOAT32 * sum(p.numel() for p in model.tokenizer.parameters()),
+    }
+    return {part: size for part, size in parts.items() if size}
+
+
+def stored_answers(recipe: Recipe) -> int:
+    """How often a teacher whose logits are stored answers for an image: for each view, and with the label dropped."""
+    return recipe.num_views * (2 if recipe.label_drop else 1)
+
+
+# -- what fits, and what would ------------------------------------------------------------------
+
+# Changes that spare memory. Which of them is the cheapest is found by trying.
+CHANGES: tuple[dict[str, object], ...] = (
+    {"parallel": "fsdp"},
+    {"activation_checkpointing": True},
+    {"together": False},
+    {"teacher_dtype": "bfloat16"},
+    {"teacher_logits": "stored", "teacher_top": 64},
+    {"optimizer": "muon"},
+    {"ema": 0.0},
+)
+
+
+def cheapest_change(
+    model: ElasticVAR, recipe: Recipe, memory_bytes: int, *, devices: int = 1
+) -> dict[str, object] | None:
+    """What to change of a recipe so that it fits so much memory on each device; empty where it does, None if nothing.
+
+    The cheapest is what leaves most of what is learned as it is, then what adds the least work, then what changes the
+    fewest keys; more passes (accumulation), each of fewer images, cost nothing by this count.
+    """
+    possible = [change for change in CHANGES if _applies(recipe, change) and (devices > 1 or "parallel" not in change)]
+    tries = [chosen for count in range(len(possible) + 1) for chosen in combinations(possible, count)]
+    ways = []
+    for chosen in tries:
+        change = {key: value for one in chosen for key, value in one.items()}
+        ways.append((_learned(change), _work(model, replace(recipe, **change)), len(change), change))
+    for *_, change in sorted(ways, key=lambda way: way[:3]):
+        for accumulation in _accumulations(recipe, devices):
+            changed = replace(recipe, **change, accumulation=accumulation)
+            if sum(memory(model, changed, devices=devices).values()) <= memory_bytes:
+                more = {"accumulation": accumulation} if accumulation != recipe.accumulation else {}
+                return more | change
+    return None
+
+
+def _applies(recipe: Recipe, change: dict[str, object]) -> bool:
+    """Whether a change changes a recipe, and leaves it one."""
+    if all(getattr(recipe, key) == value for key, value in change.items()):
+        return False
+    if "together" in change and recipe.depth_probability is None:
+        return False
+    if recipe.teacher == "none" and any(key.startswith("teacher") for key in change):
+        return False
+    return not (change.get("teacher_logits") and isinstance(recipe.cfg, tuple))  # a range cannot be stored
+
+
+def _learned(change: dict[str, object]) -> int:
+    """How many changes are of what is learned, not of how the machine is used alone."""
+    return len(change.keys() - machine_fields())
+
+
+def _work(model: ElasticVAR, recipe: Recipe) -> int:
+    """FLOPs of a step that trains all depths."""
+    return sum(step_flops(model, recipe, (FULL, *recipe.depths)).values())
+
+
+def _accumulations(recipe: Recipe, devices: int) -> list[int]:
+    """Numbers of passes that a device's share of the batch divides into, from the recipe's own on."""
+    share = recipe.batch_size // devices
+    return [count for count in range(recipe.accumulation, share + 1) if share % count == 0]
+
+
+def in_settings(change: dict[str, object]) -> str:
+    """A change as options of the command."""
+    written = {key: str(value).lower() if isinstance(value, bool) else value for key, value in change.items()}
+    return " ".join(f"--set {key}={value}" for key, value in written.items())
+
+
+def check_memory(model: ElasticVAR, recipe: Recipe, device: torch.device, devices: int = 1) -> None:
+    """Raises InputError for a run that by arithmetic needs more than is free on its device, saying what would fit.
+
+    devices: processes that train together; those on CPUs are taken to share the memory of one machine.
+    """
+    if device.type == "cuda":
+        free = torch.cuda.mem_get_info(device)[0]
+    elif (free := free_bytes()) is not None:
+        free //= devices
+    if free is None:  # nobody can tell
+        return
+    available = free + (held_bytes(model) if model.device == device else 0)  # the model is in what is needed
+    parts = memory(model, recipe, devices=devices)
+    needed = sum(parts.values())
+    if needed <= available:
+        return
+    change = cheapest_change(model, recipe, available, devices=devices)
+    remedy = in_settings(change) if change else "use a device with more memory, or a smaller model"
+    most = ", ".join(f"{part} {size / GB:.3g}" for part, size in sorted(parts.items(), key=lambda item: -item[1])[:3])
+    raise InputError(
+        f"recipe {recipe.name} needs {needed / GB:.3g} GB on a device, by arithmetic ({most}, ...), and "
+        f"{available / GB:.3g} are to be had: {remedy}"
+    )
+
+
+# -- all of it ----------------------------------------------------------------------------------
+
+
+# Of a GPU's FLOP/s in bfloat16. Measured on an H200 (docs/benchmarks/step, of 990 TFLOP/s): 28 % for `full` of VAR-d30,
+# 16 % for d2 alone, 24 to 25 % over a recipe's passes. The round figure is below these: averaging gradients over
+# devices, and reading images, are not in them.
+UTILISATION = 0.2
+IMAGENET = 1_281_167
+
+
+def budget(
+    model: ElasticVAR,
+    recipe: Recipe,
+    *,
+    images: int = IMAGENET,
+    devices: int | None = None,
+    memory_bytes: int | None = None,
+    flops_per_second: float | None = None,
+    utilisation: float = UTILISATION,
+) -> dict:
+    """What a run of a recipe costs: a dict that JSON can hold, of kind "plan".
+
+    model: it may be without weights (`loading.outline`), and the recipe fits it (`loop.check_fit`); images: of the
+    data, those held out included; devices, memory_bytes (of each): by default as the recipe says; flops_per_second: of
+    each device, None for no estimate of time; utilisation: the share of it that training reaches, by FLOPs that are
+    computed, recomputed ones included. "fits" and "change" (see `cheapest_change`) are None where no memory is named.
+    Raises InputError for fewer images than a batch.
+    """
+    machine = Machine.parse(recipe.machine)
+    devices, memory_bytes = devices or machine.devices, memory_bytes or machine.memory_bytes
+    trained = images - recipe.held_out(images)
+    steps = plan(recipe, trained // recipe.batch_size)
+    if not steps:
+        raise InputError(
+            f"recipe: batch_size {recipe.batch_size} is more than the {trained} images there are: lower it"
+        )
+    flops = run_flops(model, recipe, steps, images, devices)
+    needed = memory(model, recipe, devices=devices)
+    fits, change = None, None
+    if memory_bytes:
+        fits = sum(needed.values()) <= memory_bytes
+        change = {} if fits else cheapest_change(model, recipe, memory_bytes, devices=devices)
+    seconds = sum(flops.values()) / (devices * flops_per_second * utilisation) if flops_per_second else None
+    return {
+        "kind": "plan",
+        "model": model.provenance.name,
+        "recipe": recipe.to_dict(),
+        "images": images,
+        "devices": devices,
+        "images_per_pass": recipe.pass_size(devices),
+        "steps": len(steps),
+        "tokens": len(steps) * recipe.batch_size * model.var.config.tokens,
+        "flops": dict(flops),
+        "memory": needed,
+        "memory_bytes": sum(needed.values()),
+        "device_memory_bytes": memory_bytes,
+        "fits": fits,
+        "change": change,
+        "disk": (written := disk(model, recipe, images)),
+        "disk_bytes": sum(written.values()),
+        "flops_per_second": flops_per_second,
+        "utilisation": utilisation if flops_per_second else None,
+        "seconds": seconds,
+    }
