@@ -48,9 +48,7 @@ def sections():
         yield module.PAGE, name, module.tables()
 
 
-@pytest.mark.parametrize(
-    ("page", "name", "text"), list(sections()), ids=lambda value: value if isinstance(value, str) else ""
-)
+@pytest.mark.parametrize(("page", "name", "text"), [pytest.param(*found, id=found[1]) for found in sections()])
 def test_the_tables_of_the_docs_are_those_of_the_results(page, name, text):
     found = page.read_text(encoding="utf-8").split(tables.begin(name))[1].split(tables.end(name))[0]
     assert found.strip() == text
