@@ -27,7 +27,6 @@ from varcompress.models.transformer import VAR, add_cfg_input
 from varcompress.schedule import Together
 from varcompress.training import budget, distill
 from varcompress.training.budget import GB, GPUS, cheapest_change, forward_flops, memory, moment_count, schedules_of
-from varcompress.training.ema import WeightMean
 from varcompress.training.loop import teacher_of
 from varcompress.training.objective import Objective
 from varcompress.training.optimizer import optimizer_of
@@ -69,8 +68,7 @@ def fullest(recipe: Recipe) -> tuple:
         {"optimizer": "muon"},
         {"accumulation": 4},
         {"accumulation": 4, "activation_checkpointing": True},
-        {"ema": 0.9, "dtype": "bfloat16"},
-        {"drop_path": 0.1},
+        {"dtype": "bfloat16"},
         DRAWN,
         {**DRAWN, "together": False},
         {**DRAWN, **TAUGHT, "optimizer": "muon", "activation_checkpointing": True, "accumulation": 2},
@@ -88,7 +86,6 @@ def test_predicted_memory_is_what_a_step_holds_and_makes(change):
     if isinstance(recipe.cfg, tuple):
         add_cfg_input(model.var)
     objective, optimizer = Objective(model, recipe, teacher), optimizer_of(model.var, recipe)
-    mean = WeightMean(model.var, recipe.ema) if recipe.ema else None
     model.bridge = recipe.bridge
     samples, schedules = a_pass(model, recipe, recipe.pass_size()), schedules_of(model, recipe, fullest(recipe))
 
@@ -101,7 +98,6 @@ def test_predicted_memory_is_what_a_step_holds_and_makes(change):
     held = {
         "parameters": tuple(model.var.parameters()),
         "moments": [m for p in model.var.parameters() for m in optimizer.state(p).values() if m.ndim],
-        "mean of the weights": tuple(mean.state.values()) if mean else (),
         "teacher": tuple(teacher._var.parameters()) if teacher else (),
         "tokenizer": (*model.tokenizer.parameters(), *model.tokenizer.buffers()),
     }
@@ -182,12 +178,12 @@ def test_predicted_memory_is_what_a_gpu_measured(path):
 
 
 def test_what_is_sharded_is_divided():
-    model, recipe = small_model(), replace(SMALL, **TAUGHT, ema=0.9)
+    model, recipe = small_model(), replace(SMALL, **TAUGHT)
     alone, shared = (
         memory(model, replace(recipe, batch_size=4)),
         memory(model, replace(recipe, parallel="fsdp"), devices=4),
     )
-    for part in ("parameters", "moments", "mean of the weights", "teacher"):
+    for part in ("parameters", "moments", "teacher"):
         assert shared[part] == alone[part] // 4
     assert shared["tokenizer"] == alone["tokenizer"]
 

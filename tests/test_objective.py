@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import itertools
 from dataclasses import replace
 
@@ -16,7 +15,7 @@ from varcompress.data.tokens import Samples
 from varcompress.models.transformer import VAR
 from varcompress.sampling import Sampling
 from varcompress.schedule import Together
-from varcompress.training.losses import CrossEntropy, Distribution, KullbackLeibler, Targets, scale_weights
+from varcompress.training.losses import CrossEntropy, Distribution, KullbackLeibler, Targets
 from varcompress.training.objective import Objective
 from varcompress.training.recipe import Recipe
 from varcompress.training.teacher import Teacher, guided_logits
@@ -236,67 +235,14 @@ def test_guidance_of_nothing_is_the_conditional_logits():
     torch.testing.assert_close(strong[1, -1], 3 * conditional[1, -1] - 2 * unconditional[1, -1])
 
 
-# -- weights of scales ----------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", ["tokens", "scales", "lognormal"])
-def test_weights_of_tokens_have_a_mean_of_one(name):
-    for patch_nums in ((1, 2, 3, 4), (1, 2, 3, 4, 5, 6, 8, 10, 13, 16), (3,)):
-        weights = scale_weights(name, patch_nums)
-        assert weights.mean() == pytest.approx(1)
-        assert len(weights) == sum(side * side for side in patch_nums)
-
-
-def test_weights_of_scales_are_what_they_say():
-    counts = [1, 4, 9, 16]
-    shares = {
-        name: [part.sum().item() / 30 for part in scale_weights(name, (1, 2, 3, 4)).split(counts)]
-        for name in ("tokens", "scales", "lognormal")
-    }
-    assert shares["tokens"] == pytest.approx([count / 30 for count in counts])
-    assert shares["scales"] == pytest.approx([0.25] * 4)
-    # sides reversed 4 3 2 1, mean 2.5, deviation 1.29: densities of 1.16 and 0.387 deviations
-    assert shares["lognormal"] == pytest.approx([0.177, 0.323, 0.323, 0.177], abs=1e-3)
-
-
-def test_a_scale_counts_as_much_as_its_share(taught):
-    model, teacher = taught
-    objective = Objective(model, replace(RECIPE, scale_weights="scales"), teacher)
-    measured = torch.zeros(2, 1, 30)
-    measured[1, 0, -16:] = 1.0
-    assert objective.total(measured).item() == pytest.approx(0.25)
-
-
 # -- chance ---------------------------------------------------------------------------------------
 
 
 def test_what_chance_decides_of_an_image_does_not_depend_on_the_others(taught):
     model, _ = taught
-    recipe = replace(RECIPE, guidance="none", cfg=(0.5, 3.0), drop_path=0.5)
+    recipe = replace(RECIPE, guidance="none", cfg=(0.5, 3.0))
     objective = Objective(model, recipe, Teacher(model.var, model.schedule("full"), guided=True))
-    whole, part = objective._random(7, slice(0, 40)), objective._random(7, slice(10, 20))
-    assert torch.equal(whole["cfg"][10:20], part["cfg"])
-    assert torch.equal(whole["kept"][:, :, 10:20], part["kept"])
-    assert 0.5 <= whole["cfg"].min() < 1 < 2.5 < whole["cfg"].max() <= 3
-    assert not torch.equal(objective._random(8, slice(0, 40))["cfg"], whole["cfg"])
-    dropped = (whole["kept"] == 0).float().mean(dim=(1, 2))
-    assert dropped[0] == 0
-    assert 0.3 < dropped[-1] < 0.7
-    assert set(whole["kept"][-1].unique().tolist()) == {0.0, 2.0}
-
-
-def test_a_branch_that_is_dropped_leaves_the_residual_as_it_is():
-    model, given = random_model(), samples()
-    teacher_input = model.tokenizer.teacher_input(given.tokens)
-    layers = len(model.var.blocks)
-    all_kept, none_kept = torch.ones(layers, 2, 3), torch.zeros(layers, 2, 3)
-    full = model.schedule("full")
-    with torch.no_grad():
-        plain = model.var(given.labels, teacher_input, full)
-        assert torch.equal(model.var(given.labels, teacher_input, full, kept=all_kept), plain)
-        skipped = model.var(given.labels, teacher_input, full, kept=none_kept)
-        empty = copy.deepcopy(model.var)
-        for block in empty.blocks:
-            block.ada_lin[1].weight.zero_()
-            block.ada_lin[1].bias.zero_()
-        torch.testing.assert_close(skipped, empty(given.labels, teacher_input, full))
+    whole, part = objective._drawn_cfg(7, slice(0, 40)), objective._drawn_cfg(7, slice(10, 20))
+    assert torch.equal(whole[10:20], part)
+    assert 0.5 <= whole.min() < 1 < 2.5 < whole.max() <= 3
+    assert not torch.equal(objective._drawn_cfg(8, slice(0, 40)), whole)

@@ -96,7 +96,7 @@ WAYS = {
     "no bridge": {"bridge": 0},  # a step of a subnet leaves layers out
     "taught": {
         **{"epochs_full": 0, "epochs_ramp": 0, "epochs_subnet": 0, "epochs": 4, "teacher": "frozen", "loss": "kl"},
-        **{"depth_probability": {"full": 0.5, "4": 0.7, "2": 1}, "optimizer": "muon", "ema": 0.9, "holdout": 0.2},
+        **{"depth_probability": {"full": 0.5, "4": 0.7, "2": 1}, "optimizer": "muon", "holdout": 0.2},
         **{"holdout_every": 4, "learning_rate_end": 0.1, "warmup_steps": 2, "together": False},
     },
 }
@@ -260,7 +260,7 @@ def test_the_end_of_each_phase_is_a_checkpoint(undisturbed, tiny):
 def test_export_makes_a_checkpoint_of_an_unfinished_run(tiny, images, tmp_path, run):
     out = tmp_path / "out"
     with pytest.raises(Interrupt):
-        distill(copy.deepcopy(tiny), changed(ema=0.5), data=images, out=out, progress=interrupt_at(13))
+        distill(copy.deepcopy(tiny), SMALL, data=images, out=out, progress=interrupt_at(13))
     status, printed, _ = run("export", out, "--out", tmp_path / "last")
     assert (status, "step 12 of" in printed) == (0, True)
     status, printed, _ = run("export", out, "--out", tmp_path / "nine", "--step", 9, "--json")
@@ -268,7 +268,7 @@ def test_export_makes_a_checkpoint_of_an_unfinished_run(tiny, images, tmp_path, 
     last, nine = load_elastic(tmp_path / "last"), load_elastic(tmp_path / "nine")
     assert weights_digest(last) != weights_digest(nine)
     assert weights_digest(last.tokenizer) == weights_digest(tiny.tokenizer)
-    assert (last.bridge, last.depths, last.provenance.recipe["ema"]) == (2, (4, 2), 0.5)
+    assert (last.bridge, last.depths, last.provenance.recipe["name"]) == (2, (4, 2), "small")
     for arguments, message in (
         ((out, "--out", tmp_path / "x", "--step", 5), "has no state of step 5: there is 9, 12"),
         ((tmp_path / "last", "--out", tmp_path / "x"), "holds no state of an unfinished run"),

@@ -28,7 +28,6 @@ from varcompress.errors import InputError
 from varcompress.fingerprint import weights_digest
 from varcompress.sampling import Sampling
 from varcompress.training import distill
-from varcompress.training.ema import WeightMean
 from varcompress.training.log import summary
 from varcompress.training.optimizer import learning_rate_at, optimizer_of
 from varcompress.training.recipe import FULL, Recipe
@@ -46,8 +45,6 @@ TAUGHT = Recipe(
     learning_rate_end=0.02,
     learning_rate_decay="cosine",
     warmup_steps=2,
-    ema=0.8,
-    drop_path=0.05,
     batch_size=8,
     dtype="float32",
     checkpoint_every=3,
@@ -175,32 +172,6 @@ def test_one_after_another_learns_the_same(undisturbed, tiny, images, tmp_path):
         assert other["loss"] == pytest.approx(one["loss"], rel=1e-3)
 
 
-def test_the_checkpoint_holds_the_mean_of_the_weights(undisturbed, tiny, images, tmp_path):  # noqa: F811
-    plain = distill(copy.deepcopy(tiny), changed(ema=0.0), data=images, out=tmp_path / "plain")
-    assert weights_digest(plain) != weights_digest(load_elastic(undisturbed))
-    # of weights that nothing moves, the mean is what they are
-    still = distill(copy.deepcopy(tiny), changed(learning_rate=1e-30), data=images, out=tmp_path / "still")
-    for mean, before in zip(still.var.parameters(), tiny.var.parameters(), strict=True):
-        torch.testing.assert_close(mean, before)
-
-
-def test_the_mean_of_the_weights_follows_them_slowly(tiny):
-    model = copy.deepcopy(tiny)
-    weight = model.var.head.bias
-    with torch.no_grad():
-        weight.fill_(1.0)
-        mean = WeightMean(model.var, 0.9)
-        for step, expected in ((1, 1 + 2 * 9 / 11), (1000, None)):  # d = 2/11 after the first step, then 0.9
-            before = mean.state["head.bias"].clone()
-            weight.fill_(3.0)
-            mean.update(step)
-            expected = expected or (0.9 * before + 0.1 * 3.0).mean().item()
-            torch.testing.assert_close(mean.state["head.bias"], torch.full_like(weight, expected))
-    with mean.in_use():
-        torch.testing.assert_close(model.var.head.bias.detach(), torch.full_like(weight, expected))
-    assert (model.var.head.bias == 3.0).all()
-
-
 def test_stored_answers_teach_nearly_as_live_ones(undisturbed, tiny, images, tmp_path):  # noqa: F811
     whole = changed(teacher_logits="stored", teacher_top=40)
     distill(copy.deepcopy(tiny), whole, data=images, out=tmp_path / "whole")
@@ -234,9 +205,7 @@ def test_answers_of_a_run_that_came_to_no_step_may_be_others(tiny, images, tmp_p
 # -- going on -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "change", [{}, {"teacher_logits": "stored", "teacher_top": 8}, {"optimizer": "muon", "ema": 0}]
-)
+@pytest.mark.parametrize("change", [{}, {"teacher_logits": "stored", "teacher_top": 8}, {"optimizer": "muon"}])
 @pytest.mark.parametrize("step", [2, 7, 16])
 def test_resuming_with_a_teacher_reaches_the_same_weights(tiny, images, tmp_path, step, change):  # noqa: F811
     recipe = changed(**change)
@@ -323,7 +292,7 @@ def test_guidance_is_distilled_so_that_no_second_pass_is_needed(tiny, images, tm
 
 
 def test_a_range_of_guidance_reaches_the_model(tiny, images, tmp_path):  # noqa: F811
-    recipe = changed(guidance="none", cfg=(0.0, 6.0), label_drop=0.0, epochs=6, learning_rate=5e-3, ema=0, drop_path=0)
+    recipe = changed(guidance="none", cfg=(0.0, 6.0), label_drop=0.0, epochs=6, learning_rate=5e-3)
     model = distill(copy.deepcopy(tiny), recipe, data=images, out=tmp_path / "out")
     with torch.no_grad():
         tokens = torch.zeros(1, 30, dtype=torch.int64)

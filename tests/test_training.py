@@ -382,7 +382,7 @@ def test_a_batch_larger_than_the_data_is_refused_before_anything_is_begun(undist
 @pytest.mark.parametrize("part", ["forward", "gradient"])
 def test_steps_without_a_finite_gradient_are_skipped_and_end_the_run(tiny, images, tmp_path, part):
     out, model = tmp_path / "out", copy.deepcopy(tiny)
-    recipe = changed(checkpoint_every=1, max_bad_steps=3, ema=0.9)
+    recipe = changed(checkpoint_every=1, max_bad_steps=3)
 
     def break_model(done, total, what):
         if what.startswith("distill") and done == 3:

@@ -15,7 +15,7 @@ from varcompress.training.recipe import MADE_FOR, load_recipe
 PAGE, GPU = DOCS / "training.md", "h100"
 # columns of memory, and the parts that each adds up
 MEMORY = {
-    "weights": ("parameters", "mean of the weights"),
+    "weights": ("parameters",),
     "gradients": ("gradients",),
     "moments": ("moments",),
     "teacher": ("teacher",),

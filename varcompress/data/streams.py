@@ -11,7 +11,7 @@ from torch import Tensor
 
 from varcompress.kernels.philox import philox
 
-DEPTH, SAMPLE, CROP, HOLDOUT, CFG, DROP_PATH = 1, 2, 3, 4, 5, 6  # what a stream is for
+DEPTH, SAMPLE, CROP, HOLDOUT, CFG = 1, 2, 3, 4, 5  # what a stream is for
 
 
 def words(seed: int, stream: int, index: int, count: int, *, first: int = 0) -> tuple[Tensor, ...]:

@@ -211,21 +211,14 @@ class Block(nn.Module):
             return (self.ada_gss + shared).unbind(2)
         return self.ada_lin(condition).unflatten(-1, (6, -1))[:, None].unbind(2)
 
-    def forward(
-        self, x: Tensor, condition: Tensor, shared: Tensor | None, mask: Tensor, kept: Tensor | None = None
-    ) -> Tensor:
+    def forward(self, x: Tensor, condition: Tensor, shared: Tensor | None, mask: Tensor) -> Tensor:
         """The teacher-forced pass, in which all scales stand side by side: x (B, n, C) -> (B, n, C).
 
-        condition and shared: see `modulation`; mask: (n, n) bool, block-causal; kept: (2, B), a factor of each branch
-        for stochastic depth (arXiv 1603.09382): 0, or 1 over the probability that it is not. The AdaLN vectors are
-        computed in here so that activation checkpointing keeps the condition in their place, and so that whoever
-        shards a block's weights (FSDP) can gather all of them when the block is called.
+        condition and shared: see `modulation`; mask: (n, n) bool, block-causal. The AdaLN vectors are computed in here
+        so that activation checkpointing keeps the condition in their place, and so that whoever shards a block's
+        weights (FSDP) can gather all of them when the block is called.
         """
         gamma1, gamma2, scale1, scale2, shift1, shift2 = self.modulation(condition, shared)
-        if kept is not None:
-            gamma1, gamma2 = (
-                gamma * factor[:, None, None] for gamma, factor in zip((gamma1, gamma2), kept, strict=True)
-            )
         branch = self.attn.attend(*self.attn.project(modulate(x, scale1, shift1)), mask)
         x = torch.addcmul(x, branch, gamma1)
         return torch.addcmul(x, self.ffn(modulate(x, scale2, shift2)), gamma2)
@@ -361,13 +354,12 @@ class VAR(nn.Module):
         *,
         cfg: Tensor | None = None,
         checkpointing: bool = False,
-        kept: Tensor | None = None,
     ) -> Tensor:
         """Teacher-forced logits under a schedule, (B, L, V) float32, or under several in one pass, (B, N, V).
 
         labels: (B,) int64; teacher_input: (B, L - p_1^2, z_channels), see `VQVAE.teacher_input`; N: the tokens of all
         pieces of the pass, one after another; cfg: see `condition`; checkpointing: recompute the activations of
-        each layer in the backward pass instead of keeping them; kept: (depth, 2, B), see `Block.forward`.
+        each layer in the backward pass instead of keeping them.
         A layer sees only the tokens of the scales that it runs at; the block-causal mask makes that exactly what
         cached generation computes.
         """
@@ -382,7 +374,7 @@ class VAR(nn.Module):
             if together.seen(layer) != seen:
                 seen = together.seen(layer)
                 x, mask = pieces.take(x, seen), self.layout.mask_of(together.trunk, seen)
-            given = (x, condition, shared, mask, None if kept is None else kept[layer])
+            given = (x, condition, shared, mask)
             if checkpointing and torch.is_grad_enabled():
                 x = checkpoint(self.blocks[layer], *given, use_reentrant=False)
             else:

@@ -154,7 +154,7 @@ def _encoding(model: ElasticVAR) -> Bytes:
     """Images that become tokens, before the first step: four maps of the encoder at full resolution."""
     config = model.tokenizer.config
     pixels = 2 * 3 * config.image_size**2
-    return {"moments": 0, "mean of the weights": 0, "encoder": FLOAT32 * CHUNK * (4 * config.map_elements + pixels)}
+    return {"moments": 0, "encoder": FLOAT32 * CHUNK * (4 * config.map_elements + pixels)}
 
 
 def _held(model: ElasticVAR, recipe: Recipe, shards: int) -> Bytes:
@@ -166,7 +166,6 @@ def _held(model: ElasticVAR, recipe: Recipe, shards: int) -> Bytes:
     return {
         "parameters": FLOAT32 * weights // shards,
         "moments": FLOAT32 * moment_count(model, recipe) // shards,
-        "mean of the weights": FLOAT32 * weights // shards if recipe.ema else 0,
         "teacher": element * sum(p.numel() for p in model.var.parameters()) // shards if live else 0,
         "tokenizer": FLOAT32 * sum(t.numel() for t in tokenizer),
     }
@@ -373,7 +372,7 @@ def disk(model: ElasticVAR, recipe: Recipe, images: int) -> Bytes:
     parts = {
         "tokens": views * config.tokens * narrow,
         "teacher's logits": answers,
-        "states": (recipe.keep + 1) * (weights * (2 if recipe.ema else 1) + FLOAT32 * moment_count(model, recipe)),
+        "states": (recipe.keep + 1) * (weights + FLOAT32 * moment_count(model, recipe)),
         "checkpoint": weights + FLOAT32 * sum(p.numel() for p in model.tokenizer.parameters()),
     }
     return {part: size for part, size in parts.items() if size}
@@ -394,7 +393,6 @@ CHANGES: tuple[dict[str, object], ...] = (
     {"teacher_dtype": "bfloat16"},
     {"teacher_logits": "stored", "teacher_top": 64},
     {"optimizer": "muon"},
-    {"ema": 0.0},
 )
 
 

@@ -30,7 +30,6 @@ from varcompress.schedule import Schedule, is_subnet
 from varcompress.training.batches import Batch, Batches, loader
 from varcompress.training.budget import check_memory
 from varcompress.training.distributed import Ranks, joined, local_device
-from varcompress.training.ema import WeightMean
 from varcompress.training.log import StepLog
 from varcompress.training.objective import Objective
 from varcompress.training.optimizer import learning_rate_at, local_bytes, optimizer_of
@@ -168,11 +167,10 @@ def train(run: Run, done: int, log: StepLog | None, progress: Progress = silent)
     model, recipe, ranks, last = run.model, run.recipe, run.ranks, len(run.steps)
     var, states = model.var, run.directory.states
     optimizer = optimizer_of(var, recipe)
-    mean = WeightMean(var, recipe.ema) if recipe.ema else None
     if done:
         ranks.check_same(partial(_identity, states.path(done)), "the state to continue from", SHARE_OUT)
-        states.load(done, var, optimizer, mean)
-    state_bytes = local_bytes(var.parameters()) * (1 + bool(mean)) + optimizer.moments_bytes
+        states.load(done, var, optimizer)
+    state_bytes = local_bytes(var.parameters()) + optimizer.moments_bytes
     batches = Batches(run.data, recipe, ranks, run.steps[done:], var.config.classes)
     reading, held, bad = iter(loader(batches, recipe.workers, var.device)), "", 0
     with states.writing(ranks), Stopper() as stopper:
@@ -192,8 +190,6 @@ def train(run: Run, done: int, log: StepLog | None, progress: Progress = silent)
                 optimizer.step(learning_rate)
             else:
                 optimizer.drop()
-            if mean and finite:
-                mean.update(step.number)
 
             line = {
                 "step": step.number,
@@ -205,25 +201,23 @@ def train(run: Run, done: int, log: StepLog | None, progress: Progress = silent)
                 "waited": round(waited, 4),
             }
             if len(run.heldout) and (step.number % recipe.holdout_every == 0 or step.number == last):
-                line["heldout"] = measure_heldout(run, mean)
+                line["heldout"] = measure_heldout(run)
                 held = f", held out {' '.join(f'{value:.3f}' for value in line['heldout']['losses'].values())}"
             if log:
                 log.append(line)
             stopped = ranks.largest(stopper.signal)
             ends = stopped or bad == recipe.max_bad_steps
             if saves or ends:
-                states.save(step.number, tensors_of(var, optimizer, mean))
+                states.save(step.number, tensors_of(var, optimizer))
             if ends:
                 states.wait()
                 raise _ended(run, step, stopped, loss, gradient_norm)
             if step.ends_phase and step.number < last:
-                _finish_phase(run, step, mean)
+                _finish_phase(run, step)
             phase = f"phase {step.phase}, p {step.p:.2f}, " if step.phase else ""
             names = " ".join("full" if depth == FULL else f"d{depth}" for depth in step.depths)
             skipped = "" if finite else ", skipped"
             progress(step.number, last, f"distill: {phase}{names}, loss {loss:.3f}{skipped}{held}")
-    if mean:
-        mean.swap()
 
 
 def _identity(state: Path) -> str:
@@ -253,15 +247,13 @@ def _ended(run: Run, step: Step, stopped: int, loss: float, gradient_norm: float
     )
 
 
-def _finish_phase(run: Run, step: Step, mean: WeightMean | None) -> None:
+def _finish_phase(run: Run, step: Step) -> None:
     """Write the checkpoint at the end of a phase."""
-    with mean.in_use() if mean else nullcontext():
-        whole = gathered(run.model.var)
-        var, run.model.var = run.model.var, whole
-        try:
-            run.ranks.on_rank_zero(lambda: run.directory.finish_phase(run.model, step.phase))
-        finally:
-            run.model.var = var
+    var, run.model.var = run.model.var, gathered(run.model.var)
+    try:
+        run.ranks.on_rank_zero(lambda: run.directory.finish_phase(run.model, step.phase))
+    finally:
+        run.model.var = var
 
 
 def gradients(run: Run, step: Step, batch: Batch, schedules: list[Schedule]) -> tuple[Tensor, float, float]:
@@ -287,7 +279,7 @@ def loss_line(
 
 
 @torch.no_grad()
-def measure_heldout(run: Run, mean: WeightMean | None) -> dict:
+def measure_heldout(run: Run) -> dict:
     """The losses of images that are never trained on, under the full network and every depth.
 
     Each image in its first view and with its label, so that the figures of all steps and runs compare.
@@ -295,13 +287,12 @@ def measure_heldout(run: Run, mean: WeightMean | None) -> dict:
     recipe, ranks = run.recipe, run.ranks
     schedules = schedules_of(run.model, (FULL, *recipe.depths))
     losses = run.objective.zeros(len(schedules))
-    with mean.in_use() if mean else nullcontext():
-        parts = in_first_view(run.heldout, recipe.pass_size(ranks.count))
-        for first in range(0, len(parts), ranks.count):  # all run equally many passes, in which they gather weights
-            mine = first + ranks.rank
-            samples = parts[min(mine, len(parts) - 1)]
-            images = len(samples.labels) if mine < len(parts) else 0
-            losses += run.objective.evaluate(samples, list(schedules.values())) * images
+    parts = in_first_view(run.heldout, recipe.pass_size(ranks.count))
+    for first in range(0, len(parts), ranks.count):  # all run equally many passes, in which they gather weights
+        mine = first + ranks.rank
+        samples = parts[min(mine, len(parts) - 1)]
+        images = len(samples.labels) if mine < len(parts) else 0
+        losses += run.objective.evaluate(samples, list(schedules.values())) * images
     losses = ranks.sum_(losses) / len(run.heldout)
     return {"loss": run.objective.total(losses).item(), **loss_fields(run.objective, losses, schedules)}
 

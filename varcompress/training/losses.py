@@ -79,22 +79,3 @@ def part(log_probs: Tensor, tokens: Tensor) -> Tensor:
 
 
 LOSSES: dict[str, type[Loss]] = {"cross_entropy": CrossEntropy, "kl": KullbackLeibler}
-
-
-def scale_weights(name: str, patch_nums: tuple[int, ...]) -> Tensor:
-    """The weight of each token in the loss, (L,) float32 with mean 1.
-
-    tokens: each token the same, as VAR is trained; scales: each scale the same; lognormal: a scale's share falls off
-    like a normal distribution with the distance of the side, seen from the last scale, from the mean side, as HMAR
-    weighs them (arXiv 2506.04421, section 4; NVlabs/HMAR, trainer.py, which calls it lognorm).
-    """
-    counts = torch.tensor([side * side for side in patch_nums])
-    if len(counts) == 1:
-        return torch.ones(int(counts))
-    sides = torch.tensor(patch_nums, dtype=torch.float32)
-    share = {
-        "tokens": counts.float(),
-        "scales": torch.ones(len(patch_nums)),
-        "lognormal": (-(((sides.flip(0) - sides.mean()) / sides.std().clamp_min(1e-6)) ** 2) / 2).exp(),
-    }[name]
-    return (share / share.sum() * counts.sum() / counts).repeat_interleave(counts)

@@ -9,14 +9,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from varcompress.data.streams import CFG, DROP_PATH, fractions, words
+from varcompress.data.streams import CFG, fractions, words
 from varcompress.data.tokens import Samples
 from varcompress.hardware import fitting_memory
 from varcompress.models.elastic import ElasticVAR
 from varcompress.sampling import cfg_bounds
 from varcompress.schedule import Schedule, Together
 from varcompress.training.distributed import Ranks
-from varcompress.training.losses import LOSSES, Distribution, Targets, scale_weights
+from varcompress.training.losses import LOSSES, Distribution, Targets
 from varcompress.training.recipe import Recipe
 from varcompress.training.teacher import StoredTeacher, Teacher
 
@@ -40,9 +40,8 @@ class Objective:
         self.model, self.recipe, self.teacher = model, recipe, teacher
         # all that can be measured are, for the log
         self.losses = {name: loss() for name, loss in LOSSES.items() if name != "kl" or teacher}
-        config, device = model.var.config, model.device
+        device = model.device
         self._weights = torch.tensor([recipe.loss.get(name, 0.0) for name in self.losses], device=device)
-        self._scale_weights = scale_weights(recipe.scale_weights, config.patch_nums).to(device)
 
     def backward(self, samples: Samples, places: slice, step: int, schedules: Sequence[Schedule]) -> Tensor:
         """Add the gradients of one pass of a step. Returns its losses by kind, schedule and token: (N, S, L) float32.
@@ -50,16 +49,16 @@ class Objective:
         samples: those at these places of the epoch; they may be on the host. All passes of step `step` together have
         the gradient of the step, so each has its share of it.
         """
-        recipe, random = self.recipe, self._random(step, places)
+        recipe, cfg = self.recipe, self._drawn_cfg(step, places)
         with self._fitting(samples):
-            given = self.given(samples, random.get("cfg"))
+            given = self.given(samples, cfg)
             if recipe.together:
-                measured = self.measure(given, schedules, **random) / recipe.accumulation
+                measured = self.measure(given, schedules, cfg) / recipe.accumulation
                 self.total(measured).backward()
                 return measured.detach()
             parts = []
             for schedule in schedules:  # the same gradients, one after another: less memory, more time
-                measured = self.measure(given, [schedule], **random) / recipe.accumulation
+                measured = self.measure(given, [schedule], cfg) / recipe.accumulation
                 (self.total(measured) / len(schedules)).backward()
                 parts.append(measured.detach())
             return torch.cat(parts, dim=1)
@@ -116,16 +115,14 @@ class Objective:
         with self._autocast():
             return Given(labels, teacher_input, Targets(tokens, self.teacher(samples, teacher_input, cfg)))
 
-    def measure(
-        self, given: Given, schedules: Sequence[Schedule], cfg: Tensor | None = None, kept: Tensor | None = None
-    ) -> Tensor:
+    def measure(self, given: Given, schedules: Sequence[Schedule], cfg: Tensor | None = None) -> Tensor:
         """Losses by kind, schedule and token, the mean over the images, in nats: (N, S, L) float32, with gradients.
 
-        cfg: see `VAR.condition`; kept: see `VAR.forward`.
+        cfg: see `VAR.condition`.
         """
         together, var = Together(tuple(schedules)), self.model.var
         with self._autocast():
-            options = {"checkpointing": self.recipe.activation_checkpointing, "kept": kept}
+            options = {"checkpointing": self.recipe.activation_checkpointing}
             options |= {"cfg": cfg} if var.config.cfg_input else {}
             logits = var(given.labels, given.teacher_input, together, **options)
         early, late = (given.targets.of(tokens) for tokens in (slice(0, together.trunk), slice(together.trunk, None)))
@@ -149,24 +146,16 @@ class Objective:
 
     def of_schedules(self, measured: Tensor) -> Tensor:
         """The same of each schedule: (S,)."""
-        return (torch.einsum("n,nsl->sl", self._weights, measured) * self._scale_weights).mean(-1)
+        return torch.einsum("n,nsl->sl", self._weights, measured).mean(-1)
 
-    def _random(self, step: int, places: slice) -> dict[str, Tensor]:
-        """What chance decides for each image of a pass, whatever the other images and processes."""
-        recipe, depth, device = self.recipe, self.model.var.config.depth, self.model.device
-        images, random = places.stop - places.start, {}
-        if recipe.cfg is not None:
-            low, high = cfg_bounds(recipe.cfg)
-            drawn = fractions(words(recipe.seed, CFG, step, images, first=places.start)[0])
-            random["cfg"] = (low + (high - low) * drawn).float().to(device)
-        if recipe.drop_path:
-            count = 2 * depth  # residual branches of an image
-            drawn = fractions(words(recipe.seed, DROP_PATH, step, images * count, first=places.start * count)[0])
-            # as VAR is trained: the first layer drops nothing, the last one the most
-            drop = torch.linspace(0, recipe.drop_path, depth, dtype=torch.float64).repeat_interleave(2)
-            kept = ((drawn.view(images, count) >= drop) / (1 - drop)).float()
-            random["kept"] = kept.T.reshape(depth, 2, images).to(device)
-        return random
+    def _drawn_cfg(self, step: int, places: slice) -> Tensor | None:
+        """The guidance to distil for each image of a pass (B,), whatever the other images and processes."""
+        recipe, images = self.recipe, places.stop - places.start
+        if recipe.cfg is None:
+            return None
+        low, high = cfg_bounds(recipe.cfg)
+        drawn = fractions(words(recipe.seed, CFG, step, images, first=places.start)[0])
+        return (low + (high - low) * drawn).float().to(self.model.device)
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.model.device.type, torch.bfloat16, enabled=self.recipe.dtype == "bfloat16")

@@ -110,7 +110,6 @@ class Recipe:
     loss: dict[str, float] = _within(
         0, default={"cross_entropy": 1.0}, accepts=f"{' or '.join(LOSSES)}, or a weight for each"
     )
-    scale_weights: Literal["tokens", "scales", "lognormal"] = "tokens"  # see losses.py
     teacher: Literal["none", "frozen"] = "none"  # frozen: the network that the run starts from
     teacher_dtype: Literal["float32", "bfloat16"] = "float32"  # of its weights
     teacher_logits: Literal["live", "stored"] = "live"  # stored: computed once, the largest kept with the tokens
@@ -127,8 +126,6 @@ class Recipe:
     weight_decay: float = _within(0, default=0.0)  # on the matrices of linear layers
     betas: tuple[float, float] = _within(0, BELOW_ONE, default=(0.9, 0.95))
     gradient_clip: float = _within(0, default=2.0)  # largest norm of the gradient; 0 switches clipping off
-    ema: float = _within(0, BELOW_ONE, default=0.0)  # decay of the weights' running mean, which is kept; 0: none
-    drop_path: float = _within(0, BELOW_ONE, default=0.0)  # probability to skip a branch, at the last layer
 
     batch_size: int = _within(1, default=1024)  # images per step, on all devices together
     parallel: Literal["ddp", "fsdp"] = _plain("ddp", machine=True)  # of several processes, see parallel.py

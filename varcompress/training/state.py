@@ -34,7 +34,7 @@ from varcompress.models.elastic import ElasticVAR
 from varcompress.progress import Note
 from varcompress.publish import save
 from varcompress.training.recipe import Recipe, machine_fields
-from varcompress.training.states import MEAN, WEIGHT, States, read
+from varcompress.training.states import WEIGHT, States, read
 
 ANEW = "choose another output directory"
 STEPS, WORK, PHASE = "steps.jsonl", ".training", "phase-"
@@ -168,7 +168,7 @@ class RunDirectory:
     def unfinished(self, step: int | None = None) -> ElasticVAR:
         """The model after a step of which there is a state, the last one by default, on the CPU.
 
-        Its weights are their running mean where the run keeps one. Raises InputError where there is no such state.
+        Raises InputError where there is no such state.
         """
         steps = self.states.steps
         if not steps:
@@ -178,8 +178,7 @@ class RunDirectory:
             raise InputError(f"{self.out}: has no state of step {step}: there is {', '.join(map(str, steps))}")
         recipe = self._started()["recipe"]
         shapes = self.states.shapes(step)
-        kind = MEAN if any(key.startswith(f"{MEAN}.") for key in shapes) else WEIGHT
-        tensors = {key: torch.empty(size) for key, size in shapes.items() if key.startswith(f"{kind}.")}
+        tensors = {key: torch.empty(size) for key, size in shapes.items() if key.startswith(f"{WEIGHT}.")}
         read(self.states.path(step), tensors)
         parts = {"var": {key.partition(".")[2]: tensor for key, tensor in tensors.items()}}
         try:

@@ -1,4 +1,4 @@
-"""States of a run that it can continue from: weights, moments of the optimiser and the mean of the weights.
+"""States of a run that it can continue from: weights, and moments of the optimiser.
 
 PyTorch's distributed checkpoints (torch.distributed.checkpoint): every process writes its part in the background, and
 any number of processes, sharded in any way, reads them. A state is a folder step-N that is complete or absent.
@@ -25,13 +25,12 @@ from varcompress.errors import InputError
 from varcompress.files import disk_errors
 from varcompress.models.transformer import VAR
 from varcompress.training.distributed import Ranks
-from varcompress.training.ema import WeightMean
 from varcompress.training.optimizer import Optimizer
 
 # what a run of one process is: no news
 warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
 METADATA = ".metadata"  # which rank 0 writes once all others have written their parts
-WEIGHT, MEAN = "weight", "mean"  # in a state, beside the moments of the optimiser
+WEIGHT = "weight"  # in a state, beside the moments of the optimiser
 
 
 class States:
@@ -97,8 +96,8 @@ class States:
             raise
 
     @torch.no_grad()
-    def load(self, step: int, var: VAR, optimizer: Optimizer, mean: WeightMean | None = None) -> None:
-        """Put a state into the weights, the optimiser and the mean of the weights, each in its own place and shards."""
+    def load(self, step: int, var: VAR, optimizer: Optimizer) -> None:
+        """Put a state into the weights and the optimiser, each tensor in its own place and shards."""
         tensors = {}
         parameters = dict(var.named_parameters())
         for key, size in self.shapes(step).items():
@@ -106,9 +105,6 @@ class States:
             parameter = parameters[name]
             if kind == WEIGHT:
                 tensors[key] = parameter.detach()
-            elif kind == MEAN:
-                if mean:
-                    tensors[key] = mean.state[name]
             else:  # a parameter that has had no gradient yet has no moments
                 whole = size == parameter.shape
                 moment = torch.zeros_like(parameter) if whole else torch.zeros(size, device=var.device)
@@ -122,13 +118,13 @@ class States:
             return {key: tensor.size for key, tensor in found.items()}
 
 
-def tensors_of(var: VAR, optimizer: Optimizer, mean: WeightMean | None = None) -> dict[str, Tensor]:
+def tensors_of(var: VAR, optimizer: Optimizer) -> dict[str, Tensor]:
     """What a state holds, by KIND.PARAMETER."""
     tensors = {}
     for name, parameter in var.named_parameters():
         tensors[f"{WEIGHT}.{name}"] = parameter.detach()
         tensors |= {f"{moment}.{name}": value for moment, value in optimizer.state(parameter).items()}
-    return tensors | ({f"{MEAN}.{name}": value for name, value in mean.state.items()} if mean else {})
+    return tensors
 
 
 def read(path: Path, tensors: dict[str, Tensor]) -> None:
