@@ -32,7 +32,7 @@ from varcompress.training.budget import check_memory
 from varcompress.training.distributed import Ranks, joined, local_device
 from varcompress.training.log import StepLog
 from varcompress.training.objective import Objective
-from varcompress.training.optimizer import learning_rate_at, local_bytes, optimizer_of
+from varcompress.training.optimizer import learning_rate_at, optimizer_of
 from varcompress.training.parallel import full, gathered, parallelize
 from varcompress.training.recipe import FULL, Recipe, load_recipe
 from varcompress.training.sensitivity import eliminate
@@ -170,14 +170,14 @@ def train(run: Run, done: int, log: StepLog | None, progress: Progress = silent)
     if done:
         ranks.check_same(partial(_identity, states.path(done)), "the state to continue from", SHARE_OUT)
         states.load(done, var, optimizer)
-    state_bytes = local_bytes(var.parameters()) + optimizer.moments_bytes
+    state_bytes = sum(parameter.nbytes for parameter in var.parameters()) + optimizer.moments_bytes
     batches = Batches(run.data, recipe, ranks, run.steps[done:], var.config.classes)
     reading, held, bad = iter(loader(batches, recipe.workers, var.device)), "", 0
     with states.writing(ranks), Stopper() as stopper:
         for step in run.steps[done:]:
             saves = step.number % recipe.checkpoint_every == 0 or step.ends_phase
             if saves:
-                ranks.on_rank_zero(partial(_check_room, run.directory.out, state_bytes * ranks.count))
+                ranks.on_rank_zero(partial(_check_room, run.directory.out, state_bytes))
             began = time.perf_counter()
             batch = next(reading)
             waited = time.perf_counter() - began
@@ -207,13 +207,13 @@ def train(run: Run, done: int, log: StepLog | None, progress: Progress = silent)
                 log.append(line)
             stopped = ranks.largest(stopper.signal)
             ends = stopped or bad == recipe.max_bad_steps
+            if step.ends_phase and step.number < last:  # before the state: a run that goes on from it finds it done
+                _finish_phase(run, step)
             if saves or ends:
                 states.save(step.number, tensors_of(var, optimizer))
             if ends:
                 states.wait()
                 raise _ended(run, step, stopped, loss, gradient_norm)
-            if step.ends_phase and step.number < last:
-                _finish_phase(run, step)
             phase = f"phase {step.phase}, p {step.p:.2f}, " if step.phase else ""
             names = " ".join("full" if depth == FULL else f"d{depth}" for depth in step.depths)
             skipped = "" if finite else ", skipped"

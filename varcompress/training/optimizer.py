@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from varcompress.models.transformer import VAR
 from varcompress.training.recipe import Recipe
@@ -40,9 +38,10 @@ class Optimizer:
 
     @property
     def moments_bytes(self) -> int:
-        """Bytes of all moments on this device, once every parameter has had a gradient."""
+        """Bytes of all moments, on all devices together, once every parameter has had a gradient."""
         counts = [1 if isinstance(part, torch.optim.Muon) else 2 for part in self._parts]
-        return sum(count * local_bytes(parameters(part)) for count, part in zip(counts, self._parts, strict=True))
+        sizes = (sum(parameter.nbytes for parameter in parameters(part)) for part in self._parts)
+        return sum(count * size for count, size in zip(counts, sizes, strict=True))
 
     def _of(self, parameter: Tensor) -> torch.optim.Optimizer:
         return next(part for part in self._parts if any(parameter is one for one in parameters(part)))
@@ -51,11 +50,6 @@ class Optimizer:
 def parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:
     """All that an optimiser moves."""
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]
-
-
-def local_bytes(tensors: Iterable[Tensor]) -> int:
-    """Bytes of tensors on this device, of distributed ones those of its part."""
-    return sum((tensor.to_local() if isinstance(tensor, DTensor) else tensor).nbytes for tensor in tensors)
 
 
 def optimizer_of(var: VAR, recipe: Recipe) -> Optimizer:
