@@ -43,6 +43,14 @@ TAUGHT = {"teacher": "frozen", "loss": {"kl": 1.0}}
 GUIDED = {**TAUGHT, "guidance": "none", "cfg": 1.5}
 
 
+@pytest.fixture(autouse=True)
+def _one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def small_model(**shape) -> ElasticVAR:
     model = random_model(**{"depth": 4, "width": 64, "patch_nums": (1, 2, 3, 4), "vocab": 64} | shape)
     model.tokenizer.requires_grad_(False)
