@@ -63,3 +63,9 @@ def where(result: dict) -> str:
     if not result.get("guided", True):
         said.append("unguided")
     return joined([f"{result['model']} on {result['device']}", result["dtype"], *said])
+
+
+def settings(change: dict) -> str:
+    """Values of a recipe as options of `distill` that set them."""
+    written = {key: str(value).lower() if isinstance(value, bool) else value for key, value in change.items()}
+    return " ".join(f"--set {key}={value}" for key, value in written.items())

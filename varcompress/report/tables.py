@@ -10,7 +10,19 @@ from rich.table import Table
 from rich.text import Text
 
 from varcompress.metrics import METRICS, Metric
-from varcompress.report.format import MIB, NOT_GIVEN, count, folded, joined, mebibytes, number, percent, score, where
+from varcompress.report.format import (
+    MIB,
+    NOT_GIVEN,
+    count,
+    folded,
+    joined,
+    mebibytes,
+    number,
+    percent,
+    score,
+    settings,
+    where,
+)
 from varcompress.results import DemoResult, EvalResult, ProfileResult
 from varcompress.sampling import cfg_text, checked_cfg
 
@@ -211,15 +223,10 @@ def _fits(result: dict) -> str:
     memory, change = f"{number(result['device_memory_bytes'] / 1e9)} GB", result["change"]
     if result["fits"]:
         return f"yes, in {memory}"
-    settings = " ".join(f"--set {key}={_setting(value)}" for key, value in (change or {}).items())
     if change:
-        return f"not in {memory}: it does with {settings}"
+        return f"not in {memory}: it does with {settings(change)}"
     kept = sum(result["memory"].get(part, 0) for part in ("parameters", "gradients", "moments", "teacher", "tokenizer"))
     return f"not in {memory}, whatever the recipe's keys: what is kept beside a pass takes {number(kept / 1e9)}"
-
-
-def _setting(value: object) -> str:
-    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _parts(title: str, parts: dict[str, int], total: int) -> Table:

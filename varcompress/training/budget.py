@@ -20,6 +20,7 @@ from varcompress.hardware import free_bytes
 from varcompress.memory import held_bytes
 from varcompress.models.elastic import ElasticVAR
 from varcompress.models.transformer import VARConfig
+from varcompress.report.format import settings
 from varcompress.schedule import Schedule, Together
 from varcompress.training.optimizer import muon_matrices
 from varcompress.training.recipe import FULL, Machine, Recipe, machine_fields
@@ -446,12 +447,6 @@ def _accumulations(recipe: Recipe, devices: int) -> list[int]:
     return [count for count in range(recipe.accumulation, share + 1) if share % count == 0]
 
 
-def in_settings(change: dict[str, object]) -> str:
-    """A change as options of the command."""
-    written = {key: str(value).lower() if isinstance(value, bool) else value for key, value in change.items()}
-    return " ".join(f"--set {key}={value}" for key, value in written.items())
-
-
 def check_memory(model: ElasticVAR, recipe: Recipe, device: torch.device, devices: int = 1) -> None:
     """Raises InputError for a run that by arithmetic needs more than is free on its device, saying what would fit.
 
@@ -469,7 +464,7 @@ def check_memory(model: ElasticVAR, recipe: Recipe, device: torch.device, device
     if needed <= available:
         return
     change = cheapest_change(model, recipe, available, devices=devices)
-    remedy = in_settings(change) if change else "use a device with more memory, or a smaller model"
+    remedy = settings(change) if change else "use a device with more memory, or a smaller model"
     most = ", ".join(f"{part} {size / GB:.3g}" for part, size in sorted(parts.items(), key=lambda item: -item[1])[:3])
     raise InputError(
         f"recipe {recipe.name} needs {needed / GB:.3g} GB on a device, by arithmetic ({most}, ...), and "
