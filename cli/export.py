@@ -22,8 +22,8 @@ def export(
     from varcompress.training.state import RunDirectory
 
     state = RunDirectory(run)
-    chosen = state.step() if step is None else step
-    model = state.unfinished(step)
+    chosen = step if step is not None else state.step()
+    model = state.unfinished(chosen)
     save(model, directory)
     if as_json:
         print_json({"kind": "export", "run": str(run), "step": chosen, "out": str(directory)})

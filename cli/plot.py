@@ -18,10 +18,10 @@ def plot(
     """Draw the losses of a run: of each schedule, in training and on images that are held out."""
     from varcompress.report.plots import plot_run
     from varcompress.training.log import read_steps
-    from varcompress.training.state import RunDirectory
+    from varcompress.training.state import PICTURE, RunDirectory
 
     path = RunDirectory(run).steps_path
     steps = read_steps(path)
     if not any("losses" in step for step in steps):
         raise InputError(f"{path}: holds no step of a run: give the --out of a distill that has begun to train")
-    say(str(plot_run(steps, str(run), out or path.with_suffix(".png"))))
+    say(str(plot_run(steps, str(run), out or path.with_name(PICTURE))))

@@ -175,6 +175,19 @@ def test_a_signal_ends_a_run_with_its_state_saved(undisturbed, images, tiny_file
     assert losses(out) == losses(undisturbed)
 
 
+def test_a_signal_to_all_processes_of_a_run_leaves_its_state(undisturbed, start, tmp_path):
+    """As launchers send it: to those that read batches too."""
+    out = tmp_path / "run"
+    process = start(changed(workers=2, checkpoint_every=1000), out, start_new_session=True)
+    wait_for_steps(out, 6, process)
+    os.killpg(process.pid, signal.SIGTERM)
+    _, err = process.communicate(timeout=60)
+    assert "Stopped: stopped after step" in err.splitlines()[-1]
+    assert RunDirectory(out).step() == len(losses(out)) > 5
+    ended(start(SMALL, out))
+    assert losses(out) == losses(undisturbed)
+
+
 # -- the directory --------------------------------------------------------------------------------
 
 
@@ -235,6 +248,17 @@ def test_a_state_is_what_was_when_it_was_saved(tiny, images, tmp_path):
 def test_batches_read_ahead_by_processes_are_the_same(undisturbed, tiny, images, tmp_path):
     distill(copy.deepcopy(tiny), changed(workers=2), data=images, out=tmp_path / "out")
     assert losses(tmp_path / "out") == losses(undisturbed)
+
+
+def test_a_phase_whose_checkpoint_was_cut_off_is_written_again(undisturbed, tiny, images, tmp_path):
+    out = tmp_path / "out"
+    with pytest.raises(Interrupt):
+        distill(copy.deepcopy(tiny), SMALL, data=images, out=out, progress=interrupt_at(4))
+    (out / "phase-full").mkdir()
+    (out / "phase-full" / "model.safetensors").write_bytes(b"half")
+    distill(copy.deepcopy(tiny), SMALL, data=images, out=out, resume=True, note=str)
+    assert weights(out / "phase-full") == weights(undisturbed / "phase-full")
+    assert weights(out) == weights(undisturbed)
 
 
 # -- pictures -------------------------------------------------------------------------------------

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import multiprocessing
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch.utils.data import DataLoader, Dataset
@@ -11,7 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 from varcompress.data.tokens import Epoch, Samples, TokenData
 from varcompress.training.distributed import Ranks
 from varcompress.training.recipe import EPOCHS, Recipe
-from varcompress.training.stopping import leave_interrupts
+from varcompress.training.stopping import leave_signals
 from varcompress.training.strategy import Step
 
 Batch = list[tuple[slice, Samples]]  # of each pass of this process: its places in the epoch, and the samples there
@@ -60,5 +61,24 @@ def loader(batches: Batches, workers: int, device: torch.device) -> DataLoader:
         num_workers=workers,
         pin_memory=device.type == "cuda",
         multiprocessing_context="fork" if forks else None,
-        worker_init_fn=leave_interrupts,
+        worker_init_fn=leave_signals,
+        collate_fn=_as_it_is,
     )
+
+
+@contextmanager
+def ended(reading: Iterator[Batch]) -> Iterator[None]:
+    """A block at whose end no process reads any more, also where an error keeps the iterator alive.
+
+    At the end of this process torch would end them by a SIGTERM, which they leave to the run.
+    """
+    try:
+        yield
+    finally:
+        if shut_down := getattr(reading, "_shutdown_workers", None):
+            shut_down()
+
+
+def _as_it_is(batch: Batch) -> Batch:
+    """Without torch's own conversion, which would make tensors of the rows and views."""
+    return batch

@@ -27,7 +27,7 @@ from varcompress.models.linear import unpack
 from varcompress.models.transformer import add_cfg_input
 from varcompress.progress import Note, Progress, silent
 from varcompress.schedule import Schedule, is_subnet
-from varcompress.training.batches import Batch, Batches, loader
+from varcompress.training.batches import Batch, Batches, ended, loader
 from varcompress.training.budget import check_memory
 from varcompress.training.distributed import Ranks, joined, local_device
 from varcompress.training.log import StepLog
@@ -111,6 +111,7 @@ def _distill(
         identity = {"recipe": recipe.to_dict(), "model": digest, "data": source.digest}
         identity |= {"teacher": teacher.digest} if teacher and ranks.is_rank_zero else {}
         done = ranks.on_rank_zero(lambda: directory.begin(identity, note=note, resume=resume))
+        ranks.check_same(directory.identity, "the output directory", SHARE_OUT)
         if isinstance(recipe.cfg, tuple):
             add_cfg_input(model.var)
 
@@ -173,7 +174,7 @@ def train(run: Run, done: int, log: StepLog | None, progress: Progress = silent)
     state_bytes = sum(parameter.nbytes for parameter in var.parameters()) + optimizer.moments_bytes
     batches = Batches(run.data, recipe, ranks, run.steps[done:], var.config.classes)
     reading, held, bad = iter(loader(batches, recipe.workers, var.device)), "", 0
-    with states.writing(ranks), Stopper() as stopper:
+    with Stopper() as stopper, states.writing(ranks), ended(reading):
         for step in run.steps[done:]:
             saves = step.number % recipe.checkpoint_every == 0 or step.ends_phase
             if saves:
@@ -213,7 +214,10 @@ def train(run: Run, done: int, log: StepLog | None, progress: Progress = silent)
                 states.save(step.number, tensors_of(var, optimizer))
             if ends:
                 states.wait()
-                raise _ended(run, step, stopped, loss, gradient_norm)
+                if stopped:
+                    message = f"stopped after step {step.number} of {last}, whose state is saved"
+                    raise Stopped(message, stopped)
+                ranks.on_rank_zero(partial(_refuse, step, recipe, loss, gradient_norm))
             phase = f"phase {step.phase}, p {step.p:.2f}, " if step.phase else ""
             names = " ".join("full" if depth == FULL else f"d{depth}" for depth in step.depths)
             skipped = "" if finite else ", skipped"
@@ -236,13 +240,11 @@ def _check_room(out: Path, state_bytes: int) -> None:
         )
 
 
-def _ended(run: Run, step: Step, stopped: int, loss: float, gradient_norm: float) -> Exception:
-    """What ends a run before its last step."""
-    if stopped:
-        return Stopped(f"stopped after step {step.number} of {len(run.steps)}, whose state is saved", stopped)
+def _refuse(step: Step, recipe: Recipe, loss: float, gradient_norm: float) -> None:
+    """End a run that has skipped too many steps."""
     what, value = ("loss", loss) if not math.isfinite(loss) else ("norm of the gradient", gradient_norm)
-    return InputError(
-        f"step {step.number}: the {what} is {value}, and so it was for {run.recipe.max_bad_steps} steps, which were "
+    raise InputError(
+        f"step {step.number}: the {what} is {value}, and so it was for {recipe.max_bad_steps} steps, which were "
         "skipped; the state is saved: start another run with a lower learning_rate, or raise max_bad_steps and resume"
     )
 

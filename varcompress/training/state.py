@@ -37,7 +37,7 @@ from varcompress.training.recipe import Recipe, machine_fields
 from varcompress.training.states import WEIGHT, States, read
 
 ANEW = "choose another output directory"
-STEPS, WORK, PHASE = "steps.jsonl", ".training", "phase-"
+STEPS, PICTURE, WORK, PHASE = "steps.jsonl", "steps.png", ".training", "phase-"
 TOKENIZER = "tokenizer.safetensors"
 LOCK, WRITER = "lock", "writer"  # the second says who holds the first
 
@@ -72,7 +72,7 @@ class RunDirectory:
         if self.work.is_dir():
             if self.step() and not resume:
                 raise InputError(f"{self.out}: holds an unfinished run: continue it with --resume, or choose another")
-            ours = {STEPS, WORK}
+            ours = {STEPS, WORK, PICTURE}
             others = sorted(
                 path.name for path in self.out.iterdir() if path.name not in ours and not path.name.startswith(PHASE)
             )
@@ -94,6 +94,9 @@ class RunDirectory:
             self.work.mkdir(parents=True, exist_ok=True)
             self._acquire()
             done = self.step()
+            if not done and is_elastic(self.out):  # by the process that held the lock when `check` looked
+                shutil.rmtree(self.work, ignore_errors=True)
+                raise InputError(f"{self.out}: holds a finished checkpoint by now: {ANEW}")
             if done:
                 _compare(self.out, self._started(), identity)
             sweep(self.work)
@@ -116,6 +119,10 @@ class RunDirectory:
     def release(self) -> None:
         """Let other processes write here."""
         self._lock.release()
+
+    def identity(self) -> str:
+        """What tells this directory from one of the same path on another machine."""
+        return self._run.read_text(encoding="utf-8") if self._run.is_file() else "nothing"
 
     def _started(self) -> dict:
         """What the run that is there was started with, as `begin` wrote it."""
@@ -188,18 +195,24 @@ class RunDirectory:
             raise InputError(f"{self._start}: missing or damaged, so no model can be made of the state") from error
         return assembled(config, parts, recipe, self._start)
 
+    def _written(self, model: ElasticVAR) -> Path:
+        """A whole checkpoint, beside the place that it is for."""
+        whole = self.work / "finished"
+        shutil.rmtree(whole, ignore_errors=True)
+        return save(model, whole)
+
     def finish_phase(self, model: ElasticVAR, phase: str) -> None:
         """Write the checkpoint at the end of a phase before the last."""
+        place = self.out / f"{PHASE}{phase}"
         with disk_errors(self.out):
-            save(model, self.out / f"{PHASE}{phase}")
+            whole = self._written(model)
+            shutil.rmtree(place, ignore_errors=True)  # of a run that goes on from before it
+            os.replace(whole, place)
 
     def finish(self, model: ElasticVAR) -> None:
         """Put the elastic checkpoint into place, file by file, then drop what only training needed."""
-        whole = self.work / "finished"
         with disk_errors(self.out):
-            shutil.rmtree(whole, ignore_errors=True)
-            save(model, whole)
-            for file in sorted(whole.iterdir()):
+            for file in sorted(self._written(model).iterdir()):
                 os.replace(file, self.out / file.name)
             self.clear()
 

@@ -87,7 +87,6 @@ class States:
             with disk_errors(self.folder), _reasons():
                 saving.result()
                 if self._ranks.is_rank_zero:
-                    shutil.rmtree(self.path(step), ignore_errors=True)  # of a run that was taken up before it
                     os.replace(aside, self.path(step))
                     for old in self.steps[: -self._keep]:
                         shutil.rmtree(self.path(old), ignore_errors=True)
@@ -137,7 +136,12 @@ def read(path: Path, tensors: dict[str, Tensor]) -> None:
 def _readable(path: Path) -> Iterator[None]:
     try:
         yield
+    except torch.OutOfMemoryError:
+        raise
     except (Exception, CheckpointException) as error:  # torch raises what unpickling and its planner do
+        cause = next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
+        if isinstance(cause, OSError):
+            raise InputError(f"{path}: could not be read ({cause.strerror or cause})") from error
         raise InputError(f"{path}: damaged; delete it to continue from an earlier state, or to begin anew") from error
 
 

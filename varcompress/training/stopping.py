@@ -11,7 +11,7 @@ AGAIN_S = 1.0  # a launcher may pass on a signal that a process has had already
 
 
 class Stopper:
-    """A block in which SIGTERM and Ctrl-C are only noted, in `signal`; a second Ctrl-C ends the process at once.
+    """A block in which SIGTERM and Ctrl-C are only noted, in `signal`; a Ctrl-C after either ends the step as well.
 
     Outside the main thread, where no handler can be set, signals do what they did.
     """
@@ -33,11 +33,12 @@ class Stopper:
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         now_s = time.monotonic()
-        if number == self.signal == signal.SIGINT and now_s - self._received_s > AGAIN_S:
+        if self.signal and number == signal.SIGINT and now_s - self._received_s > AGAIN_S:
             raise KeyboardInterrupt
         self.signal, self._received_s = self.signal or number, now_s
 
 
-def leave_interrupts(worker: int) -> None:
-    """For a process that reads batches: Ctrl-C, which reaches it too, is for the run to handle."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def leave_signals(worker: int) -> None:
+    """For a process that reads batches: signals, which launchers send to it too, are for the run to handle."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
