@@ -301,9 +301,10 @@ def test_a_change_is_none_where_it_fits_and_makes_it_fit_where_it_does_not(limit
 def test_the_cheapest_change_leaves_what_is_learned_as_it_is():
     model, recipe = outline("var-d30"), load_recipe("variant-d30", ["activation_checkpointing=false"])
     assert cheapest_change(model, recipe, 80 * GB, devices=8) == {"accumulation": 8}
-    assert cheapest_change(model, recipe, 38 * GB, devices=8) == {"accumulation": 32, "activation_checkpointing": True}
-    assert cheapest_change(model, recipe, 33 * GB, devices=8)["optimizer"] == "muon"
-    assert cheapest_change(model, recipe, 24 * GB, devices=8) is None
+    assert cheapest_change(model, recipe, 24 * GB, devices=8) == {"accumulation": 32, "parallel": "fsdp"}
+    assert cheapest_change(model, recipe, 38 * GB) == {"accumulation": 256, "activation_checkpointing": True}
+    assert cheapest_change(model, recipe, 33 * GB)["optimizer"] == "muon"
+    assert cheapest_change(model, recipe, 24 * GB) is None
 
 
 def test_a_run_that_cannot_fit_is_refused_before_it_starts(tmp_path, monkeypatch):
