@@ -34,6 +34,15 @@ def packed_weights():
         yield
 
 
+@pytest.fixture
+def one_thread():
+    """Small models train faster so, and alike on every machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 settings.register_profile("any machine", deadline=None)  # a slow machine is no failure
 settings.load_profile("any machine")
 

@@ -41,13 +41,7 @@ DRAWN = {"epochs_subnet": 0, "epochs": 1, "depth_probability": {"full": 0.5, "3"
 TAUGHT = {"teacher": "frozen", "loss": {"kl": 1.0}}
 GUIDED = {**TAUGHT, "guidance": "none", "cfg": 1.5}
 
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def small_model(**shape) -> ElasticVAR:

@@ -26,13 +26,7 @@ from varcompress.training.log import read_steps
 from varcompress.training.parallel import mesh_shape
 from varcompress.training.state import RunDirectory
 
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,6 @@ from tests.test_training import (  # noqa: F401  (fixtures are found by their na
     ENVIRONMENT,
     TORCHRUN,
     Interrupt,
-    _one_thread,
     images,
     interrupt_at,
     losses,
@@ -33,6 +32,7 @@ from varcompress.training.optimizer import learning_rate_at, optimizer_of
 from varcompress.training.recipe import FULL, Recipe
 from varcompress.training.strategy import plan
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 TAUGHT = Recipe(
     name="taught",
     depths=(4, 2),

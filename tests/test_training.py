@@ -55,6 +55,7 @@ SMALL = Recipe(
 )
 STEPS = 20  # of SMALL on `images`
 IN_WORK = ["lock", "run.json", "start", "step-3", "subnets.json", "tokens", "writer"]  # after three steps of it
+pytestmark = pytest.mark.usefixtures("one_thread")
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
 
@@ -78,14 +79,6 @@ def interrupt_at(step):
             raise Interrupt
 
     return progress
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
