@@ -665,6 +665,6 @@ def test_processes_that_see_different_states_do_not_go_on(worker, tiny_files, im
     command = worker(SMALL, tmp_path / "outRANK", *TORCHRUN, tokens=[tmp_path / "tokens"])
     done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=180, check=False)
     assert done.returncode != 0
-    line = "error: the state to continue from must be the same in all processes, but rank 1 has others"
+    line = "error: the output directory must be the same in all processes, but rank 1 has others"
     assert [found.startswith(line) for found in done.stderr.splitlines() if found.startswith("error:")] == [True]
     assert len(losses(tmp_path / "out0")) == 3

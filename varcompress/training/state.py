@@ -199,7 +199,11 @@ class RunDirectory:
         """A whole checkpoint, beside the place that it is for."""
         whole = self.work / "finished"
         shutil.rmtree(whole, ignore_errors=True)
-        return save(model, whole)
+        try:
+            return save(model, whole)
+        except BaseException:
+            shutil.rmtree(whole, ignore_errors=True)
+            raise
 
     def finish_phase(self, model: ElasticVAR, phase: str) -> None:
         """Write the checkpoint at the end of a phase before the last."""
