@@ -1,4 +1,4 @@
-"""The first minutes on a GPU: eleven checks of the CUDA path in one go, a line each.
+"""The first minutes on a GPU: twelve checks of the CUDA path in one go, a line each.
 
     python -m tests.gpu_first_minutes
 
@@ -32,10 +32,11 @@ from varcompress.errors import InputError
 from varcompress.evaluation import evaluate
 from varcompress.hardware import choose_device, exact_float32, synchronize
 from varcompress.loading import load
-from varcompress.models import generation
+from varcompress.models import generation, masks
 from varcompress.models.elastic import ElasticVAR
 from varcompress.models.runtime import Runtime
 from varcompress.profiling import profile
+from varcompress.schedule import Together
 from varcompress.training.objective import Objective
 from varcompress.training.optimizer import optimizer_of
 from varcompress.training.recipe import load_recipe
@@ -319,6 +320,29 @@ def depths_in_one_pass() -> str:
     return f"apart by up to {apart:.1e}"
 
 
+def training_in_blocks() -> str:
+    """Gradients of d16 at 256 px under FlexAttention, and with compiled layers, against those under a mask."""
+    needs_gpu()
+    model = random_weights(16).float()
+    schedules = Together((model.schedule("full"), model.schedule("d4@6"), model.schedule("d2@6")))
+    labels, tokens = torch.arange(2), torch.randint(4096, (2, 680), device=DEVICE)
+    teacher_input = model.tokenizer.teacher_input(tokens).detach()
+    found, told = {}, []
+    for way, blocks in (("mask", False), ("blocks", True), ("compiled", True)):
+        masks.blockwise = lambda device, blocks=blocks: blocks
+        model.var.compile_layers(way == "compiled")
+        model.var.zero_grad()
+        with torch.autocast(DEVICE.type, torch.bfloat16):
+            logits = model.var(labels.to(DEVICE), teacher_input, schedules, checkpointing=True)
+        logits.square().mean().backward()
+        found[way] = [logits.detach(), *(parameter.grad.clone() for parameter in model.var.parameters())]
+        apart = max((a - b).norm() / b.norm() for a, b in zip(found[way], found["mask"], strict=True)).item()
+        if apart > 0.05:  # bfloat16
+            raise AssertionError(f"{way}: apart from the mask by up to {apart:.1e} of a gradient's norm")
+        told.append(f"{way} {apart:.1e}")
+    return ", ".join(told[1:])
+
+
 def measuring_to_the_end() -> str:
     """profile and eval at batch 64 with predicted, allocated and reserved bytes; the demo to its end."""
     needs_gpu()
@@ -360,6 +384,7 @@ CHECKS: tuple[Callable[[], str], ...] = (
     offload_is_resident,
     precision_settings,
     depths_in_one_pass,
+    training_in_blocks,
     measuring_to_the_end,
 )
 

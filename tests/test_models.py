@@ -202,8 +202,11 @@ class FromHost(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("schedule", ["full", "d2@2", "6x1,4x1,2x2"])
-def test_a_training_pass_neither_reads_back_nor_waits(schedule):
+def test_a_training_pass_neither_reads_back_nor_waits(schedule, monkeypatch):
     """On a GPU's tensors that have shapes and no values, whatever depends on a value raises."""
+    monkeypatch.setattr(
+        "varcompress.models.masks.blockwise", lambda device: False
+    )  # of whose code there are no shapes alone
     with FakeTensorMode(allow_non_fake_inputs=False), torch.device("cuda"):
         model = random_model()
         tokens, labels = torch.zeros(3, 30, dtype=torch.int64), torch.zeros(3, dtype=torch.int64)

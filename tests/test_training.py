@@ -159,6 +159,32 @@ def test_token_losses_are_cross_entropy_of_teacher_forced_logits(tiny):
     torch.testing.assert_close(found, expected)
 
 
+@torch.compiler.set_stance("force_eager")  # the same arithmetic as its compiled code has
+def test_moments_in_8_bits_are_continued_bit_for_bit(tiny, images, tmp_path):
+    recipe, out = changed(optimizer="adamw8bit"), tmp_path / "interrupted"
+    distill(copy.deepcopy(tiny), recipe, data=images, out=tmp_path / "whole")
+    with pytest.raises(Interrupt):
+        distill(copy.deepcopy(tiny), recipe, data=images, out=out, progress=interrupt_at(10))
+    codes = [key for key in RunDirectory(out).states.shapes(9) if key.startswith("exp_avg_codes.")]
+    assert len(codes) > 2 * tiny.var.config.depth
+    distill(copy.deepcopy(tiny), recipe, data=images, out=out, resume=True)
+    assert losses(out) == losses(tmp_path / "whole")
+    assert weights(out) == weights(tmp_path / "whole")
+
+
+def test_moments_in_8_bits_stay_near_those_in_float32(tiny, images, undisturbed, tmp_path):
+    with torch.compiler.set_stance("force_eager"):
+        distill(copy.deepcopy(tiny), changed(optimizer="adamw8bit"), data=images, out=tmp_path / "out")
+    found, exact = losses(tmp_path / "out"), losses(undisturbed)
+    assert found != exact
+    assert [line["loss"] for line in found] == pytest.approx([line["loss"] for line in exact], rel=0.01)
+
+
+def test_moments_in_8_bits_are_for_one_device(tiny):
+    with pytest.raises(InputError, match="adamw8bit is for one device: on several set optimizer=adamw and parallel"):
+        check_fit(changed(optimizer="adamw8bit"), tiny, Ranks(rank=0, count=2))
+
+
 def test_layers_outside_a_subnet_without_bridge_stay_untouched(tiny):
     model = copy.deepcopy(tiny)
     optimizer = optimizer_of(model.var, changed(weight_decay=0.5))

@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import lru_cache, partial
+from functools import lru_cache, partial, wraps
 from pathlib import Path
 from typing import TypeVar
 
@@ -19,6 +19,7 @@ from varcompress.errors import InputError
 
 TRIAL_WIDTH, TRIAL_RUNS = 512, 9  # a matrix product of some milliseconds
 T = TypeVar("T")
+SHAPES = 64  # that torch.compile makes code for; its own limit is 8
 MARGIN = 0.9  # of the other's time, below which a call counts as faster: less is noise
 
 
@@ -54,6 +55,33 @@ def device_name(device: torch.device | str) -> str:
     name = names[0] if names else platform.processor() or platform.machine()
     threads = torch.get_num_threads()
     return f"{name}, {threads} thread{'' if threads == 1 else 's'}"
+
+
+def compiled(function: Callable[..., T]) -> Callable[..., T]:
+    """A function by torch.compile, which makes code for each shape that it is called with. InputError: see below."""
+    import torch._dynamo
+
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, SHAPES)
+    made = torch.compile(function, dynamic=False)
+
+    @wraps(function)
+    def call(*args: object, **kwargs: object) -> T:
+        with compiling():
+            return made(*args, **kwargs)
+
+    return call
+
+
+@contextmanager
+def compiling() -> Iterator[None]:
+    """A block that may run torch.compile. Raises InputError where no code can be made, as for want of a C compiler."""
+    try:
+        yield
+    except RuntimeError as error:  # such of torch._dynamo, which nobody imports who compiles nothing
+        if not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+            raise
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise InputError(f"torch.compile fails here ({reason}): a C compiler such as gcc may be missing") from error
 
 
 @contextmanager

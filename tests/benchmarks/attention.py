@@ -17,11 +17,10 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention import sdpa_kernel
 
 from tests.benchmarks.tables import DOCS, write_section
 from varcompress.hardware import choose_device, device_name, timed
-from varcompress.models.transformer import MASKED_BACKENDS, Layout
+from varcompress.models.masks import Layout, masked_attention
 
 FOLDER, PAGE = DOCS / "benchmarks" / "attention", DOCS / "training.md"
 SIDES = {
@@ -31,8 +30,7 @@ SIDES = {
 
 
 def masked(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Tensor:
-    with sdpa_kernel(MASKED_BACKENDS):
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=layout.mask, scale=1.0)
+    return masked_attention(q, k, v, layout.scale[:, None] >= layout.scale)
 
 
 def per_scale(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Tensor:
@@ -44,13 +42,9 @@ def per_scale(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Tensor:
     return torch.cat(out, dim=2)
 
 
-def flex(layout: Layout) -> Callable[..., Tensor]:
-    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
-
-    scale, length = layout.scale, len(layout.scale)
-    mask = create_block_mask(lambda b, h, i, j: scale[i] >= scale[j], None, None, length, length, device=scale.device)
-    compiled = torch.compile(flex_attention, dynamic=False)
-    return lambda q, k, v, _: compiled(q, k, v, block_mask=mask, scale=1.0)
+def flex(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> Tensor:
+    length = len(layout.scale)
+    return masked_attention(q, k, v, layout.mask(length, (length,)))
 
 
 def spent(call: Callable[..., Tensor], qkv: list[Tensor], layout: Layout) -> tuple[float, int]:
@@ -81,13 +75,13 @@ def main() -> None:
     content = {"device": device_name(device), "torch": torch.__version__, "images": options.images,
                "heads": options.heads, "dtype": str(dtype).removeprefix("torch."), "results": []}  # fmt: skip
     for name, sides in SIDES.items():
-        layout = Layout.of(sides, device)
+        layout = Layout(sides, device)
         shape = (options.images, options.heads, len(layout.scale), 64)
         q, k = (F.normalize(torch.randn(shape, device=device), dim=-1).to(dtype) for _ in range(2))
         qkv = [(4 * q).requires_grad_(), k.requires_grad_(), torch.randn_like(k).requires_grad_()]
         ways = {"mask": masked, "a call per scale": per_scale}
         if device.type == "cuda":
-            ways["FlexAttention"] = flex(layout)
+            ways["FlexAttention"] = flex
         expected = masked(*qkv, layout).detach().float()
         for way, call in ways.items():
             try:

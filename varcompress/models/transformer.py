@@ -9,25 +9,26 @@ generation, which `generation.py` puts together.
 from __future__ import annotations
 
 import math
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
+from varcompress.hardware import compiled
 from varcompress.kernels.backend import Kernels
 from varcompress.kernels.modulate import modulate
 from varcompress.models.cache import KVCache
 from varcompress.models.linear import ConditionLinear, Linear
+from varcompress.models.masks import Layout, masked_attention
 from varcompress.schedule import Schedule, Together
 
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
+
 MAX_LOG_SCALE = math.log(100)
-# All but cuDNN's, whose backward pass gives NaN under a mask at some lengths, such as the 2,240 tokens of 512 px.
-MASKED_BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 @dataclass(frozen=True)
@@ -53,32 +54,6 @@ class VARConfig:
     @property
     def mlp_ratio(self) -> float:
         return self.hidden / self.width
-
-
-class Layout(NamedTuple):
-    """Where the tokens of an image stand: the scale of each, (L,) int64, and which sees which, (L, L) bool."""
-
-    scale: Tensor
-    mask: Tensor  # block-causal: [i, j] says whether token i sees token j, which is of its own scale or an earlier one
-
-    @classmethod
-    def of(cls, patch_nums: tuple[int, ...], device: torch.device) -> Layout:
-        """The layout of images with these scales."""
-        scale = torch.tensor([k for k, side in enumerate(patch_nums) for _ in range(side * side)], device=device)
-        return cls(scale, scale[:, None] >= scale)
-
-    def mask_of(self, trunk: int, seen: tuple[int, ...]) -> Tensor:
-        """The mask of a layer that sees the first `seen` tokens of each piece of a pass (see `Together`): (n, n) bool.
-
-        A token of a tail sees the trunk and its own tail.
-        """
-        if not any(seen[1:]):
-            return self.mask[: seen[0], : seen[0]]
-        device = self.mask.device
-        starts = [0, *[trunk] * (len(seen) - 1)]
-        place = torch.cat([torch.arange(a, a + n, device=device) for a, n in zip(starts, seen, strict=True)])
-        piece = torch.cat([torch.full((n,), i, device=device) for i, n in enumerate(seen)])
-        return self.mask[place[:, None], place] & ((piece[:, None] == piece) | (piece == 0))
 
 
 class Constants(NamedTuple):
@@ -153,10 +128,12 @@ class Attention(nn.Module):
         k = F.normalize(k.float(), dim=-1).to(v.dtype)
         return q, k, v
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Queries (B, heads, n, head_dim), keys and values (B, heads, m, head_dim), mask (n, m) bool -> (B, n, C)."""
-        with nullcontext() if mask is None else sdpa_kernel(MASKED_BACKENDS):
-            out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=1.0)
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | BlockMask | None = None) -> Tensor:
+        """Queries (B, heads, n, head_dim), keys and values (B, heads, m, head_dim) -> (B, n, C).
+
+        mask: what `Layout.mask` gives; none where every query sees all keys.
+        """
+        out = F.scaled_dot_product_attention(q, k, v, scale=1.0) if mask is None else masked_attention(q, k, v, mask)
         return self.proj(out.transpose(1, 2).flatten(2))
 
 
@@ -211,10 +188,10 @@ class Block(nn.Module):
             return (self.ada_gss + shared).unbind(2)
         return self.ada_lin(condition).unflatten(-1, (6, -1))[:, None].unbind(2)
 
-    def forward(self, x: Tensor, condition: Tensor, shared: Tensor | None, mask: Tensor) -> Tensor:
+    def forward(self, x: Tensor, condition: Tensor, shared: Tensor | None, mask: Tensor | BlockMask) -> Tensor:
         """The teacher-forced pass, in which all scales stand side by side: x (B, n, C) -> (B, n, C).
 
-        condition and shared: see `modulation`; mask: (n, n) bool, block-causal. The AdaLN vectors are computed in here
+        condition and shared: see `modulation`; mask: see `Layout.mask`. The AdaLN vectors are computed in here
         so that activation checkpointing keeps the condition in their place, and so that whoever shards a block's
         weights (FSDP) can gather all of them when the block is called.
         """
@@ -312,16 +289,24 @@ class VAR(nn.Module):
     def device(self) -> torch.device:
         return self.pos_start.device
 
+    def compile_layers(self, on: bool = True) -> None:
+        """Run the teacher-forced pass of each layer by torch.compile from now on, or as it is."""
+        for block in self.blocks:
+            if on:  # not the module: hooks around it, such as FSDP's, stay outside
+                block.forward = compiled(block.forward)
+            else:
+                vars(block).pop("forward", None)
+
     def scale_positions(self, scale: int, start: int, end: int) -> Tensor:
         """Position plus level embedding of the tokens of `scale`, which go from `start` to `end`: (1, n, C)."""
         return self.pos_1LC[:, start:end] + self.lvl_embed.weight[scale]
 
     @property
     def layout(self) -> Layout:
-        """The scale of each token and the mask, on the model's device, where they are made once."""
+        """Where tokens stand, on the model's device, where that is made once."""
         if self._layout is None or self._layout.scale.device != self.device:
             with torch.inference_mode(False):  # a later pass may train
-                self._layout = Layout.of(self.config.patch_nums, self.device)
+                self._layout = Layout(self.config.patch_nums, self.device)
         return self._layout
 
     def positions(self) -> Tensor:
@@ -373,7 +358,7 @@ class VAR(nn.Module):
         for layer in together.layers:
             if together.seen(layer) != seen:
                 seen = together.seen(layer)
-                x, mask = pieces.take(x, seen), self.layout.mask_of(together.trunk, seen)
+                x, mask = pieces.take(x, seen), self.layout.mask(together.trunk, seen)
             given = (x, condition, shared, mask)
             if checkpointing and torch.is_grad_enabled():
                 x = checkpoint(self.blocks[layer], *given, use_reentrant=False)

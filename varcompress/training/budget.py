@@ -22,11 +22,11 @@ from varcompress.models.elastic import ElasticVAR
 from varcompress.models.transformer import VARConfig
 from varcompress.report.format import settings
 from varcompress.schedule import Schedule, Together
-from varcompress.training.optimizer import muon_matrices
+from varcompress.training.optimizer import FLOAT32, moments_bytes, muon_matrices
 from varcompress.training.recipe import FULL, Machine, Recipe, machine_fields
 from varcompress.training.strategy import Step, plan
 
-FLOAT32, BFLOAT16, INT64 = 4, 2, 8
+BFLOAT16, INT64 = 2, 8
 NODE = 8  # devices of a node, as they are usually built
 NEWTON_SCHULZ_STEPS = 5  # torch.optim.Muon's
 GB = 10**9
@@ -166,7 +166,7 @@ def _held(model: ElasticVAR, recipe: Recipe, shards: int) -> Bytes:
     element = {"float32": FLOAT32, "bfloat16": BFLOAT16}[recipe.teacher_dtype]
     return {
         "parameters": FLOAT32 * weights // shards,
-        "moments": FLOAT32 * moment_count(model, recipe) // shards,
+        "moments": optimizer_bytes(model, recipe) // shards,
         "teacher": element * sum(p.numel() for p in model.var.parameters()) // shards if live else 0,
         "tokenizer": FLOAT32 * sum(t.numel() for t in tokenizer),
     }
@@ -174,15 +174,21 @@ def _held(model: ElasticVAR, recipe: Recipe, shards: int) -> Bytes:
 
 def parameter_count(model: ElasticVAR, recipe: Recipe) -> int:
     """Weights that are trained, those of the input for a range of cfg included."""
-    width = model.var.config.width
-    added = width**2 + 3 * width if isinstance(recipe.cfg, tuple) and not model.var.config.cfg_input else 0
-    return sum(p.numel() for p in model.var.parameters()) + added
+    return sum(p.numel() for p in model.var.parameters()) + sum(_added(model, recipe))
 
 
-def moment_count(model: ElasticVAR, recipe: Recipe) -> int:
-    """Numbers that the optimiser keeps: AdamW two of each weight, Muon one."""
-    muon = muon_matrices(model.var).values() if recipe.optimizer == "muon" else ()
-    return 2 * parameter_count(model, recipe) - sum(matrix.numel() for matrix in muon)
+def _added(model: ElasticVAR, recipe: Recipe) -> tuple[int, ...]:
+    """Numbers of each parameter that a range of cfg adds: two linear layers, of one input and of the width."""
+    width, config = model.var.config.width, model.var.config
+    return (width, width, width**2, width) if isinstance(recipe.cfg, tuple) and not config.cfg_input else ()
+
+
+def optimizer_bytes(model: ElasticVAR, recipe: Recipe) -> int:
+    """Bytes of all moments, on all devices together, once every parameter has had a gradient."""
+    by_muon = set(map(id, muon_matrices(model.var).values())) if recipe.optimizer == "muon" else ()
+    sizes = [(p.numel(), id(p) in by_muon) for p in model.var.parameters()]
+    sizes += [(numel, False) for numel in _added(model, recipe)]
+    return sum(moments_bytes(recipe.optimizer, numel, by_muon=muon) for numel, muon in sizes)
 
 
 def _passes(model: ElasticVAR, recipe: Recipe, depths: tuple[str | int, ...] | None) -> list[Together]:
@@ -234,15 +240,16 @@ class _Pass:
         per_head = 4 * FLOAT32 + FLOAT32  # norms of queries and keys, twice, and attention's normaliser
         per_token = (attention + feed_forward) * self.config.width + 2 * e * self.config.hidden
         per_token += per_head * self.config.heads + 4 * FLOAT32  # mean and deviation of two LayerNorms
-        return tokens * per_token + self.mask(layer) + 12 * self.images * self.config.width * e + self.copies(1)
+        return tokens * per_token + self.mask(layer) + 12 * self.images * self.config.width * e + self.copies
 
     def mask(self, layer: int) -> int:
         """The mask as attention adds it."""
         return sum(self.together.seen(layer)) ** 2 * self.element
 
-    def copies(self, blocks: int) -> int:
-        """Weights in the dtype of the arithmetic, where that is not their own."""
-        return blocks * self.block * BFLOAT16 if self.element == BFLOAT16 else 0
+    @property
+    def copies(self) -> int:
+        """Weights of a layer in the dtype of the arithmetic, where that is not their own."""
+        return self.block * BFLOAT16 if self.element == BFLOAT16 else 0
 
     def block_kept(self, layer: int) -> int:
         """What stays of a layer from its forward pass to its backward pass."""
@@ -286,13 +293,12 @@ class _Pass:
         answer = self.answer()
         if self.teacher_rows:
             yield self._moment(before, self.teacher_activations(), self.teacher_logits())
-        # The last layer is through: of those that keep their inputs alone the cast weights are still there.
+        # the last layer is through
         residuals = 2 * self.residual(self.logits) + self.residual(self.images * self.config.tokens)
-        cast = self.copies(len(layers)) if self.recipe.activation_checkpointing else 0
         unit = self.logits * self.config.vocab
         whole = sum(kept.values()) + self.head_saved()
         in_half = self.element * unit if self.element != FLOAT32 else 0
-        yield self._moment(before, whole + residuals + cast, answer + in_half + FLOAT32 * unit)
+        yield self._moment(before, whole + residuals, answer + in_half + FLOAT32 * unit)
         yield self._moment(before, whole, answer + self.loss_forward())
         yield self._moment(before, whole, answer + self.loss_backward())
         done: list[int] = []
@@ -373,7 +379,7 @@ def disk(model: ElasticVAR, recipe: Recipe, images: int) -> Bytes:
     parts = {
         "tokens": views * config.tokens * narrow,
         "teacher's logits": answers,
-        "states": (recipe.keep + 1) * (weights + FLOAT32 * moment_count(model, recipe)),
+        "states": (recipe.keep + 1) * (weights + optimizer_bytes(model, recipe)),
         "checkpoint": weights + FLOAT32 * sum(p.numel() for p in model.tokenizer.parameters()),
     }
     return {part: size for part, size in parts.items() if size}
@@ -394,6 +400,7 @@ CHANGES: tuple[dict[str, object], ...] = (
     {"teacher_dtype": "bfloat16"},
     {"teacher_logits": "stored", "teacher_top": 64},
     {"optimizer": "muon"},
+    {"optimizer": "adamw8bit"},
 )
 
 
@@ -405,7 +412,7 @@ def cheapest_change(
     The cheapest is what leaves most of what is learned as it is, then what adds the least work, then what changes the
     fewest keys; more passes (accumulation), each of fewer images, cost nothing by this count.
     """
-    possible = [change for change in CHANGES if _applies(recipe, change) and (devices > 1 or "parallel" not in change)]
+    possible = [change for change in CHANGES if _applies(recipe, change, devices)]
     tries = [chosen for count in range(len(possible) + 1) for chosen in combinations(possible, count)]
     ways = []
     for chosen in tries:
@@ -420,8 +427,10 @@ def cheapest_change(
     return None
 
 
-def _applies(recipe: Recipe, change: dict[str, object]) -> bool:
-    """Whether a change changes a recipe, and leaves it one."""
+def _applies(recipe: Recipe, change: dict[str, object], devices: int) -> bool:
+    """Whether a change changes a recipe, and leaves it one that runs on so many devices."""
+    if (change == {"optimizer": "adamw8bit"} and devices > 1) or ("parallel" in change and devices == 1):
+        return False
     if all(getattr(recipe, key) == value for key, value in change.items()):
         return False
     if "together" in change and recipe.depth_probability is None:

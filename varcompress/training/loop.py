@@ -28,7 +28,7 @@ from varcompress.models.transformer import add_cfg_input
 from varcompress.progress import Note, Progress, silent
 from varcompress.schedule import Schedule, is_subnet
 from varcompress.training.batches import Batch, Batches, ended, loader
-from varcompress.training.budget import check_memory
+from varcompress.training.budget import check_memory, optimizer_bytes
 from varcompress.training.distributed import Ranks, joined, local_device
 from varcompress.training.log import StepLog
 from varcompress.training.objective import Objective
@@ -132,6 +132,7 @@ def _distill(
         model.distilled_cfg = recipe.cfg
         model.provenance = replace(model.provenance, recipe=recipe.to_dict())
         ranks.on_rank_zero(lambda: directory.keep_start(model))
+        model.var.compile_layers(recipe.compile)
         parallelize(model.var, recipe.parallel, ranks)
         objective.parallelize_teacher(recipe.parallel, ranks)
         run = Run(model, recipe, steps, data, heldout, directory, ranks, objective)
@@ -140,6 +141,7 @@ def _distill(
                 train(run, done, log, progress)
             finally:
                 model.var.zero_grad()  # of a step that was interrupted; they are as large as the weights
+                model.var.compile_layers(False)
         model.var = gathered(model.var)
         ranks.on_rank_zero(lambda: directory.finish(model))
     return model
@@ -171,7 +173,7 @@ def train(run: Run, done: int, log: StepLog | None, progress: Progress = silent)
     if done:
         ranks.check_same(partial(_identity, states.path(done)), "the state to continue from", SHARE_OUT)
         states.load(done, var, optimizer)
-    state_bytes = sum(parameter.nbytes for parameter in var.parameters()) + optimizer.moments_bytes
+    state_bytes = sum(parameter.nbytes for parameter in var.parameters()) + optimizer_bytes(model, recipe)
     batches = Batches(run.data, recipe, ranks, run.steps[done:], var.config.classes)
     reading, held, bad = iter(loader(batches, recipe.workers, var.device)), "", 0
     with Stopper() as stopper, states.writing(ranks), ended(reading):
@@ -342,7 +344,8 @@ def teacher_of(model: ElasticVAR, recipe: Recipe) -> Teacher | None:
     if recipe.teacher == "none":
         return None
     guided = recipe.cfg is not None
-    return Teacher(model.var, model.schedule("full"), dtype=recipe.teacher_dtype, guided=guided)
+    options = {"dtype": recipe.teacher_dtype, "guided": guided, "compiled": recipe.compile}
+    return Teacher(model.var, model.schedule("full"), **options)
 
 
 def check_finite(model: ElasticVAR) -> None:
@@ -374,6 +377,11 @@ def check_fit(recipe: Recipe, model: ElasticVAR, ranks: Ranks) -> None:
         raise InputError(
             f"recipe: a bridge of {recipe.bridge} leaves nothing to thin out: "
             f"the model has {scales} scales, choose fewer"
+        )
+    if recipe.optimizer == "adamw8bit" and ranks.count > 1:
+        raise InputError(
+            "recipe: optimizer: adamw8bit is for one device: on several set optimizer=adamw and parallel=fsdp, "
+            "which divides its moments"
         )
     if recipe.batch_size % (ranks.count * recipe.accumulation):
         raise InputError(

@@ -158,7 +158,9 @@ class Objective:
         return (low + (high - low) * drawn).float().to(self.model.device)
 
     def _autocast(self) -> torch.autocast:
-        return torch.autocast(self.model.device.type, torch.bfloat16, enabled=self.recipe.dtype == "bfloat16")
+        half = self.recipe.dtype == "bfloat16"
+        # no cache: a pass reads each weight once, and recomputed layers would leave all their casts in it meanwhile
+        return torch.autocast(self.model.device.type, torch.bfloat16, enabled=half, cache_enabled=False)
 
     def _fitting(self, samples: Samples) -> AbstractContextManager:
         """A block whose passes over these samples may be too much for the device, which an InputError then says."""

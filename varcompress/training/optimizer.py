@@ -1,16 +1,22 @@
-"""The optimiser of a run, torch's AdamW or Muon for the matrices of the layers and AdamW for the rest, and its rate."""
+"""The optimiser of a run and its rate: torch's AdamW, torchao's in 8 bits, or Muon for the matrices of the layers."""
 
 from __future__ import annotations
 
+import logging
 import math
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
 
+from varcompress.errors import InputError
+from varcompress.hardware import compiling
 from varcompress.models.transformer import VAR
 from varcompress.training.recipe import Recipe
 
 MUON_MOMENTUM = 0.95  # its authors' figure
+BLOCK, LEAST = 256, 4096  # of a moment in 8 bits: numbers that share a scale; smaller parameters keep float32
+FLOAT32 = 4
 
 
 class Optimizer:
@@ -23,9 +29,20 @@ class Optimizer:
         """Move the weights, and let go of their gradients."""
         for part in self._parts:
             for group in part.param_groups:
-                group["lr"] = learning_rate
-            part.step()
+                if isinstance(group["lr"], Tensor):  # of code that is compiled
+                    group["lr"].fill_(learning_rate)
+                else:
+                    group["lr"] = learning_rate
+            with compiling():
+                part.step()
         self.drop()
+
+    @torch.no_grad()
+    def begin(self, parameters: Iterable[Tensor]) -> None:
+        """Make the moments of some parameters, all zero, for a state to be read into."""
+        for parameter in parameters:
+            parameter.grad = torch.zeros_like(parameter)
+        self.step(0.0)
 
     def drop(self) -> None:
         """Let go of the gradients."""
@@ -33,15 +50,17 @@ class Optimizer:
             part.zero_grad(set_to_none=True)
 
     def state(self, parameter: Tensor) -> dict[str, Tensor]:
-        """Moments of a parameter by their names, to read and to set; empty before its first gradient."""
-        return self._of(parameter).state[parameter]
+        """Moments of a parameter by their names, to be read and changed; empty before its first gradient.
 
-    @property
-    def moments_bytes(self) -> int:
-        """Bytes of all moments, on all devices together, once every parameter has had a gradient."""
-        counts = [1 if isinstance(part, torch.optim.Muon) else 2 for part in self._parts]
-        sizes = (sum(parameter.nbytes for parameter in parameters(part)) for part in self._parts)
-        return sum(count * size for count, size in zip(counts, sizes, strict=True))
+        One in 8 bits is its codes and their scales.
+        """
+        found = {}
+        for name, moment in self._of(parameter).state[parameter].items():
+            if hasattr(moment, "codes"):  # torchao's OptimState8bit
+                found |= {f"{name}_codes": moment.codes, f"{name}_scale": moment.scale}
+            else:
+                found[name] = moment
+        return found
 
     def _of(self, parameter: Tensor) -> torch.optim.Optimizer:
         return next(part for part in self._parts if any(parameter is one for one in parameters(part)))
@@ -66,11 +85,36 @@ def optimizer_of(var: VAR, recipe: Recipe) -> Optimizer:
     known = set(map(id, matrices.values()))
     rest = [parameter for parameter in var.parameters() if id(parameter) not in known]
     groups = [{"params": decaying, "weight_decay": decay}, {"params": rest, "weight_decay": 0.0}]
+    if recipe.optimizer == "adamw8bit":
+        return Optimizer(_adamw_8bit()(groups, lr=recipe.learning_rate, betas=betas, block_size=BLOCK))
     adamw = torch.optim.AdamW(groups, lr=recipe.learning_rate, betas=betas, fused=True)
     if not muons:
         return Optimizer(adamw)
     options = {"weight_decay": decay, "momentum": MUON_MOMENTUM, "adjust_lr_fn": "match_rms_adamw"}
     return Optimizer(torch.optim.Muon(list(muons.values()), lr=recipe.learning_rate, **options), adamw)
+
+
+def _adamw_8bit() -> type[torch.optim.Optimizer]:
+    """torchao's AdamW8bit: moments in blocks of 8 bits (arXiv 2110.02861), arithmetic and weights in float32."""
+    notices = logging.getLogger("torch.utils._pytree")  # of what torchao does while it is imported
+    level = notices.level
+    notices.setLevel(logging.ERROR)
+    try:
+        from torchao.optim import AdamW8bit
+    except ImportError as error:
+        raise InputError("optimizer: adamw8bit needs the torchao package: pip install 'varcompress[lowmem]'") from error
+    finally:
+        notices.setLevel(level)
+    return AdamW8bit
+
+
+def moments_bytes(optimizer: str, numel: int, *, by_muon: bool = False) -> int:
+    """Bytes of the moments of a parameter of so many numbers. by_muon: whether it is one of `muon_matrices`."""
+    if by_muon:
+        return FLOAT32 * numel
+    if optimizer == "adamw8bit" and numel >= LEAST and numel % BLOCK == 0:
+        return 2 * (numel + FLOAT32 * numel // BLOCK)
+    return 2 * FLOAT32 * numel
 
 
 def linear_matrices(var: VAR) -> dict[str, Tensor]:

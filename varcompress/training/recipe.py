@@ -29,7 +29,7 @@ EXAMPLES = {float: "[0.9, 0.95]", int: "[16, 8, 4, 2]", str: "[depths, bridge]"}
 # the recipes made for a model that has a name; the first is taken where none is asked for
 MADE_FOR = {
     "var-d36": ("variant-d36-512",),
-    "var-d30": ("variant-d30", "variant-d30-1gpu", "distil-d30", "distil-d30-unguided"),
+    "var-d30": ("variant-d30", "variant-d30-1gpu", "variant-d30-24gb", "distil-d30", "distil-d30-unguided"),
     "var-d16": ("variant-d16",),
     "digits": ("digits", "digits-long", "digits-guided", "variant-digits"),
 }
@@ -118,7 +118,8 @@ class Recipe:
     # what guidance to distil; of a range, each call gives the model one
     cfg: float | tuple[float, float] | None = _plain(None, accepts="a number, or two as a range, such as [0.5, 3]")
 
-    optimizer: Literal["adamw", "muon"] = "adamw"  # muon: of the matrices of the layers; AdamW of the rest
+    # adamw8bit: its moments in 8 bits; muon: of the matrices of the layers, AdamW of the rest
+    optimizer: Literal["adamw", "adamw8bit", "muon"] = "adamw"
     learning_rate: float = _within(0, default=1e-6)
     learning_rate_end: float = _within(0, 1, default=1.0)  # the share of it left at the last step
     learning_rate_decay: Literal["linear", "cosine"] = "linear"  # how it falls to that
@@ -140,6 +141,7 @@ class Recipe:
     dtype: Literal["float32", "bfloat16"] = "bfloat16"  # of the arithmetic; weights and optimiser are float32
     # recompute activations in the backward pass: slower, far less memory
     activation_checkpointing: bool = _plain(False, machine=True)
+    compile: bool = _plain(False, machine=True)  # layers by torch.compile: minutes at the start, faster steps
     checkpoint_every: int = _within(1, default=1000, machine=True)  # steps between two states to --resume from
     keep: int = _within(1, default=2, machine=True)  # states that are kept
     max_bad_steps: int = _within(1, default=10, machine=True)  # skipped in a row, for want of a finite gradient

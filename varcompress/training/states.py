@@ -94,20 +94,18 @@ class States:
             shutil.rmtree(aside, ignore_errors=True)
             raise
 
-    @torch.no_grad()
     def load(self, step: int, var: VAR, optimizer: Optimizer) -> None:
-        """Put a state into the weights and the optimiser, each tensor in its own place and shards."""
-        tensors = {}
-        parameters = dict(var.named_parameters())
-        for key, size in self.shapes(step).items():
-            kind, _, name = key.partition(".")
-            parameter = parameters[name]
-            if kind == WEIGHT:
-                tensors[key] = parameter.detach()
-            else:  # a parameter that has had no gradient yet has no moments
-                whole = size == parameter.shape
-                moment = torch.zeros_like(parameter) if whole else torch.zeros(size, device=var.device)
-                tensors[key] = optimizer.state(parameter)[kind] = moment
+        """Put a state into the weights and the optimiser, each tensor in its own place and shards.
+
+        Raises InputError for one that is damaged, or of another optimiser.
+        """
+        found = self.shapes(step).keys()
+        moved = {name for kind, _, name in (key.partition(".") for key in found) if kind != WEIGHT}
+        # a parameter that has had no gradient yet has no moments
+        optimizer.begin([parameter for name, parameter in var.named_parameters() if name in moved])
+        tensors = tensors_of(var, optimizer)
+        if tensors.keys() != found:
+            raise InputError(f"{self.path(step)}: holds other tensors than this run has: start anew")
         read(self.path(step), tensors)
 
     def shapes(self, step: int) -> dict[str, torch.Size]:

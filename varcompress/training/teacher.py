@@ -35,12 +35,16 @@ class Teacher:
     """A frozen copy of a transformer, whose logits of the full network are the targets.
 
     dtype: "float32" or "bfloat16", of its weights; guided: whether its logits are those that generation with
-    classifier-free guidance draws from.
+    classifier-free guidance draws from; compiled: whether its layers run by torch.compile.
     """
 
-    def __init__(self, var: VAR, full: Schedule, *, dtype: str = "float32", guided: bool = False) -> None:
+    def __init__(
+        self, var: VAR, full: Schedule, *, dtype: str = "float32", guided: bool = False, compiled: bool = False
+    ) -> None:
         self._var, self._full, self._guided = copy.deepcopy(var).requires_grad_(False), full, guided
         to_dtype(self._var, getattr(torch, dtype))
+        if compiled:
+            self._var.compile_layers()
 
     @cached_property
     def digest(self) -> str:
