@@ -104,6 +104,7 @@ def test_a_step_that_is_skipped_has_no_losses():
     }
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # of its thread
 def test_a_tracker_whose_disk_is_full_ends_no_run(tiny, images, unwatched, tmp_path):
     notes = []
 

@@ -9,7 +9,7 @@ import re
 import sys
 import uuid
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, redirect_stdout, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Protocol
@@ -165,7 +165,12 @@ class Wandb(Hosted):
         if "finish_timeout" in wandb.Settings.model_fields:  # of recent versions; earlier ones wait without end
             settings["finish_timeout"] = FINISH_S
         place = os.environ.get("WANDB_DIR", str(out))
-        return wandb.init(**options, id=options["name"], dir=place, settings=wandb.Settings(**settings))
+        run = wandb.init(**options, id=options["name"], dir=place, settings=wandb.Settings(**settings))
+        with suppress(ImportError):  # it reports what is imported: where its process has died, imports would fail
+            from wandb.sdk.lib.import_hooks import unregister_all_post_import_hooks
+
+            unregister_all_post_import_hooks()
+        return run
 
     def finish(self, *, failed: bool) -> None:
         self._run.finish(exit_code=int(failed))
@@ -178,7 +183,9 @@ class Trackio(Hosted):
         return _opener("trackio")(**options, embed=False)
 
     def finish(self, *, failed: bool) -> None:
-        self._run.finish()
+        import trackio
+
+        trackio.finish()  # not of the run, which at the end of the process would be finished, and said to be, again
 
 
 TRACKERS = {"tensorboard": TensorBoard, "wandb": Wandb, "trackio": Trackio}
@@ -214,6 +221,4 @@ def _log_in() -> None:
         wandb.login(verify=False)
     except Exception as error:
         what = " ".join(str(error).split())
-        raise InputError(
-            f"tracker: wandb knows no account ({what}): wandb login, or set WANDB_MODE=offline"
-        ) from error
+        raise InputError(f"tracker: wandb knows no account ({what}): wandb login, or set WANDB_MODE=offline") from error
