@@ -84,6 +84,7 @@ def distill(
     from varcompress.training.distributed import is_rank_zero, local_device
     from varcompress.training.log import summary
     from varcompress.training.recipe import load_recipe, recipes_for
+    from varcompress.training.tracker import check_tracker
 
     asked = {"gpu": gpu, "device-memory": device_memory, "devices": devices, "images": images}
     asked["utilisation"] = utilisation
@@ -100,6 +101,8 @@ def distill(
         result = planned(loading, model, chosen, data, gpu, device_memory, devices, images, utilisation)
         print_json(result) if as_json else out.print(plan_table(result))
         return
+    if is_rank_zero():
+        check_tracker(chosen.tracker)
     loaded = Loading(vae, str(local_device(device)), revision=revision).open(model)
     options = {"data": data, "out": directory, "resume": resume, "tokens": tokens, "note": note}
     try:

@@ -92,6 +92,7 @@ WAYS = {
         **{"epochs_full": 0, "epochs_ramp": 0, "epochs_subnet": 0, "epochs": 4, "teacher": "frozen", "loss": "kl"},
         **{"depth_probability": {"full": 0.5, "4": 0.7, "2": 1}, "optimizer": "muon", "holdout": 0.2},
         **{"holdout_every": 4, "learning_rate_end": 0.1, "warmup_steps": 2, "together": False},
+        "tracker": "tensorboard",
     },
 }
 
@@ -121,6 +122,7 @@ def test_processes_learn_together_what_one_learns(alone, start, tmp_path, way, h
     check_close(out, expected)
     digests = {(out / f"rank{rank}.txt").read_text() for rank in range(processes)}
     assert digests == {weights_digest(load_elastic(out))}
+    assert len(list(out.glob("tensorboard/*"))) == (way == "taught")  # of rank 0 alone
     for one, two in zip(losses(out), losses(expected), strict=True):
         assert ("heldout" in one) == ("heldout" in two)
         if "heldout" in two:

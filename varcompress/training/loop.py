@@ -8,7 +8,7 @@ import shutil
 import time
 import warnings
 from collections.abc import Iterable
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -41,6 +41,7 @@ from varcompress.training.states import METADATA, tensors_of
 from varcompress.training.stopping import Stopper
 from varcompress.training.strategy import Step, plan
 from varcompress.training.teacher import StoredTeacher, Teacher
+from varcompress.training.tracker import Tracker, check_tracker
 
 SAME_MODEL = "open the same file everywhere, or one --revision of the Hub's"
 SENSITIVITY_IMAGES = 64  # that decide which layers the late scales miss least
@@ -89,7 +90,8 @@ def _distill(
     progress: Progress,
     note: Note,
 ) -> ElasticVAR:
-    with joined(local_device(model.device)) as ranks:
+    with joined(local_device(model.device)) as ranks, ExitStack() as until_written:
+        ranks.on_rank_zero(lambda: check_tracker(recipe.tracker))
         ranks.on_rank_zero(lambda: check_fit(recipe, model, ranks))
         ranks.on_rank_zero(lambda: check_finite(model))
         ranks.on_rank_zero(lambda: check_memory(model, recipe, local_device(model.device), ranks.count))
@@ -136,9 +138,13 @@ def _distill(
         parallelize(model.var, recipe.parallel, ranks)
         objective.parallelize_teacher(recipe.parallel, ranks)
         run = Run(model, recipe, steps, data, heldout, directory, ranks, objective)
+        tracker = None
+        if ranks.is_rank_zero and recipe.tracker != "none":
+            tracker = Tracker(directory, recipe, model.var.config.patch_nums, done, note)
+            until_written.enter_context(tracker)
         with StepLog(directory.steps_path, done) if ranks.is_rank_zero else nullcontext() as log:
             try:
-                train(run, done, log, progress)
+                train(run, done, log, tracker, progress)
             finally:
                 model.var.zero_grad()  # of a step that was interrupted; they are as large as the weights
                 model.var.compile_layers(False)
@@ -161,7 +167,9 @@ class Run:
     objective: Objective
 
 
-def train(run: Run, done: int, log: StepLog | None, progress: Progress = silent) -> None:
+def train(
+    run: Run, done: int, log: StepLog | None, tracker: Tracker | None = None, progress: Progress = silent
+) -> None:
     """Run all steps after `done`, of which the directory holds the state. Rank 0 logs.
 
     Raises Stopped where a signal asked to end, and InputError after `max_bad_steps` in a row that gave no finite
@@ -208,6 +216,8 @@ def train(run: Run, done: int, log: StepLog | None, progress: Progress = silent)
                 held = f", held out {' '.join(f'{value:.3f}' for value in line['heldout']['losses'].values())}"
             if log:
                 log.append(line)
+            if tracker:
+                tracker.append(line)
             stopped = ranks.largest(stopper.signal)
             ends = stopped or bad == recipe.max_bad_steps
             if step.ends_phase and step.number < last:  # before the state: a run that goes on from it finds it done

@@ -145,6 +145,7 @@ class Recipe:
     checkpoint_every: int = _within(1, default=1000, machine=True)  # steps between two states to --resume from
     keep: int = _within(1, default=2, machine=True)  # states that are kept
     max_bad_steps: int = _within(1, default=10, machine=True)  # skipped in a row, for want of a finite gradient
+    tracker: Literal["none", "tensorboard", "wandb", "trackio"] = _plain("none", machine=True)  # to watch the run in
     seed: int = _within(0, MAX_SEED, default=0)
     machine: str = _plain("cpu", machine=True)  # what the sizes above are made for, such as 8 x 80GB
     # where figures come from: their names under published, embedded (carried over from the embedded model) or guess

@@ -1,9 +1,11 @@
 """The directory of a run: what it started from, the states it can continue from, and the finished checkpoint.
 
     OUT/steps.jsonl                 one line per step, stays
+    OUT/tensorboard/, wandb/        what a tracker keeps, stays
     OUT/phase-NAME/                 the checkpoint at the end of a phase before the last, stays
     OUT/.training/run.json          recipe, model and data the run was started with
     OUT/.training/subnets.json      layers of the depths that are not equidistant, as they were chosen
+    OUT/.training/tracker.json      what the run is called in each tracker
     OUT/.training/start/            what training leaves as it is: config.json and the tokenizer
     OUT/.training/step-N/           a state to continue from, see states.py
     OUT/.training/tokens/           the token store, unless it lives elsewhere
@@ -38,6 +40,7 @@ from varcompress.training.states import WEIGHT, States, read
 
 ANEW = "choose another output directory"
 STEPS, PICTURE, WORK, PHASE = "steps.jsonl", "steps.png", ".training", "phase-"
+TENSORBOARD, WANDB = "tensorboard", "wandb"
 TOKENIZER = "tokenizer.safetensors"
 LOCK, WRITER = "lock", "writer"  # the second says who holds the first
 
@@ -57,7 +60,7 @@ class RunDirectory:
         self.out = Path(out)
         self.work = self.out / WORK
         self.steps_path = self.out / STEPS
-        self.tokens_path = self.work / "tokens"
+        self.tokens_path, self.tracker_path = self.work / "tokens", self.work / "tracker.json"
         self.states = States(self.work, keep)
         self._run, self._subnets = self.work / "run.json", self.work / "subnets.json"
         self._start, self._lock = self.work / "start", FileLock(self.work / LOCK)
@@ -72,7 +75,7 @@ class RunDirectory:
         if self.work.is_dir():
             if self.step() and not resume:
                 raise InputError(f"{self.out}: holds an unfinished run: continue it with --resume, or choose another")
-            ours = {STEPS, WORK, PICTURE}
+            ours = {STEPS, WORK, PICTURE, TENSORBOARD, WANDB}
             others = sorted(
                 path.name for path in self.out.iterdir() if path.name not in ours and not path.name.startswith(PHASE)
             )
