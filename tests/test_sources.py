@@ -209,12 +209,12 @@ def features(**more: object) -> dict:
 
 
 def test_a_data_set_on_the_hub(push_images, tiny):
-    train = {"image": pictures(0, 1, 2) + pictures(3, content=b"no image"), "label": [3, 1, 2, 9]}
+    train = {"image": pictures(0, 1, 2) + pictures(3, content=b"no image") + [None], "label": [3, 1, 2, 9, 0]}
     push_images(features(), train=train, test={"image": pictures(7), "label": [4]})
     source = open_source("hf:ann/pictures", tiny)
-    assert (len(source), source.labels.tolist(), source.name) == (4, [3, 1, 2, 9], "hf:ann/pictures")
+    assert (len(source), source.labels.tolist(), source.name) == (5, [3, 1, 2, 9, 0], "hf:ann/pictures")
     assert np.array_equal(source.read(2, 8, 3), crops(Image.open(io.BytesIO(encoded(2))), 2, 8, 3))
-    assert source.read(3, 8, 1) is None
+    assert source.read(3, 8, 1) is source.read(4, 8, 1) is None
     assert np.array_equal(pickle.loads(pickle.dumps(source)).read(1, 8, 1), source.read(1, 8, 1))
     other = open_source("hf:ann/pictures@main:test", tiny)
     assert (len(other), other.labels.tolist()) == (1, [4])

@@ -32,8 +32,6 @@ ADDRESS = re.compile(
     r"hf:(?P<repo>[\w.-]+/[\w.-]+)(?:/(?P<config>[\w.-]+))?(?:@(?P<revision>[^:]+))?(?::(?P<split>.+))?"
 )
 IMAGE_NAMES, LABEL_NAMES = ("image", "img", "jpg"), ("label", "labels", "cls")  # decide between several columns
-
-
 READERS = 16  # files whose labels are read at the same time
 
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from pyarrow.parquet import FileMetaData
 
 AHEAD = 2  # row groups that are fetched before they are read
-SPREAD = 256  # images between those that threads read at the same time
+SPREAD = 256  # how many images apart the threads may be that read at the same time
 
 
 def file_hashes(urls: Sequence[str]) -> list[str]:
@@ -60,7 +60,7 @@ class RowGroups:
         self._places = [(file, group) for file, meta in enumerate(metadata) for group in range(meta.num_row_groups)]
         rows = [metadata[file].row_group(group).num_rows for file, group in self._places]
         self._firsts = np.cumsum([0, *rows])
-        # those between the slowest thread and the fastest, one more on each side of them, and those ahead
+        # those ahead, those that the threads are in, and one for each end that lies inside a row group
         self.most = AHEAD + 2 + SPREAD * len(rows) // max(1, sum(rows))
         self._kept: OrderedDict[int, Future[ChunkedArray]] = OrderedDict()
         self._lock, self._pool = threading.Lock(), ThreadPoolExecutor(1 + AHEAD)
