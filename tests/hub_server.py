@@ -36,7 +36,8 @@ class Repo:
     refs: dict[str, str] = field(default_factory=dict)
 
     def commit(self, files: dict[str, bytes], branch: str = "main") -> str:
-        seed = f"{len(self.commits)} {branch} {sorted(files)}"
+        contents = {path: sha256(content) for path, content in sorted(files.items())}
+        seed = f"{len(self.commits)} {branch} {contents}"
         commit = hashlib.sha1(seed.encode()).hexdigest()
         self.commits[commit] = files
         self.refs[branch] = commit
@@ -54,6 +55,7 @@ class HubServer:
         self.objects: dict[str, bytes] = {}  # LFS, by SHA-256
         self.tokens: dict[str, set[str]] = {}  # token -> namespaces it may write to
         self.log: list[str] = []  # "METHOD /path" of every request
+        self.fetched: list[tuple[str, int, int]] = []  # object, first byte and end of all that was read of storage
         self.refusals: list[tuple[str, int, dict[str, str]]] = []
         self.lock = threading.Lock()
         handler = type("Handler", (Handler,), {"hub": self})
@@ -343,7 +345,13 @@ class Handler(BaseHTTPRequestHandler):
         self.send(302, **headers, **large, Location=f"{self.hub.storage}/{digest}")
 
     def fetch(self, oid: str) -> None:
-        self.send(200, self.hub.objects[oid], ETag=f'"{oid}"')
+        content = self.hub.objects[oid]
+        wish = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range") or f"bytes=0-{max(len(content) - 1, 0)}")
+        first, end = int(wish[1]), min(int(wish[2]) + 1, len(content))
+        if self.command == "GET":
+            self.hub.fetched.append((oid, first, end))
+        partial = {"Content-Range": f"bytes {first}-{end - 1}/{len(content)}"} if "Range" in self.headers else {}
+        self.send(206 if partial else 200, content[first:end], ETag=f'"{oid}"', **partial)
 
 
 def git_hash(content: bytes) -> str:

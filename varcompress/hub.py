@@ -28,11 +28,9 @@ def reachable() -> bool:
 
 @contextlib.contextmanager
 def hub_client(doing: str, revision: str | None = None) -> Iterator[None]:
-    """For a block that does nothing but call the Hub's client: its bars on a terminal only, its errors as one line.
+    """`hub_errors` with the client's bars on a terminal only.
 
-    Its warnings are about retries and other details of that error: they are not shown, unless it is set to tell more.
-
-    Raises InputError for whatever the client raises: what failed, why, and the remedy.
+    Its warnings are about retries and other details of an error: they are not shown, unless it is set to tell more.
     """
     from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
@@ -44,15 +42,26 @@ def hub_client(doing: str, revision: str | None = None) -> Iterator[None]:
     if level == logging.WARNING:  # its default
         logger.setLevel(logging.ERROR)
     try:
+        with hub_errors(doing, revision):
+            yield
+    finally:
+        logger.setLevel(level)
+        if hide:
+            enable_progress_bars()
+
+
+@contextlib.contextmanager
+def hub_errors(doing: str, revision: str | None = None) -> Iterator[None]:
+    """For a block that does nothing but call the Hub's client, in any thread: its errors as one line.
+
+    Raises InputError for whatever the client raises: what failed, why, and the remedy.
+    """
+    try:
         yield
     except InputError:
         raise
     except Exception as error:  # by its version the client raises errors of requests, httpx or hf_xet, and its own
         raise InputError(f"{doing}: {_reason(error, revision)}") from error
-    finally:
-        logger.setLevel(level)
-        if hide:
-            enable_progress_bars()
 
 
 def _reason(error: Exception, revision: str | None) -> str:

@@ -24,7 +24,10 @@ class Source(Protocol):
     def __len__(self) -> int: ...
 
     def read(self, index: int, size: int, views: int) -> np.ndarray | None:
-        """Views of image `index`, (views, 3, size, size), uint8 or float32 in [0, 1]; None if it is unreadable."""
+        """Views of image `index`, (views, 3, size, size), uint8 or float32 in [0, 1]; None if it is unreadable.
+
+        InputError where it cannot be had now, which says nothing of the image.
+        """
 
     def item(self, index: int) -> str:
         """What to call image `index` in a note to a person."""

@@ -135,14 +135,18 @@ class TokenStore:
         return all(file.name in FILES or file.suffix == ".tmp" for file in self.path.iterdir())
 
     def encode(self, rank: int = 0, ranks: int = 1, progress: Progress = silent) -> int:
-        """Encode this process's share of the images that are not done yet. Returns how many they were."""
+        """Encode what is not done yet of this process's share, one stretch of the images, read in ascending order.
+
+        Returns how many images it encoded. Raises InputError where they could no longer be read, or written.
+        """
         states = _array(self.path, STATES)
         chunks = [range(i, min(i + CHUNK, len(states))) for i in range(0, len(states), CHUNK)]
-        todo = [chunk for chunk in chunks[rank::ranks] if (states[chunk.start : chunk.stop] == PENDING).any()]
+        share = chunks[len(chunks) * rank // ranks : len(chunks) * (rank + 1) // ranks]
+        todo = [chunk for chunk in share if (states[chunk.start : chunk.stop] == PENDING).any()]
         if not todo:  # of a store that may lie where nothing can be written
             return 0
         size = self.model.tokenizer.config.image_size
-        done = len(chunks[rank::ranks]) - len(todo)
+        done = len(share) - len(todo)
         with disk_errors(self.path), Rows(self.path / TOKENS) as tokens, Rows(self.path / STATES) as marks:
             read = partial(self.source.read, size=size, views=self.views)
             for chunk, images in _read_ahead(todo, read):
