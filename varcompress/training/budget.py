@@ -140,6 +140,8 @@ def memory(
     """
     held = _held(model, recipe, shards_of(recipe, devices))
     moments = [{**held, **_encoding(model)}]
+    if recipe.parallel == "fsdp" and devices > 1:  # whole weights, for a checkpoint or samples
+        moments.append({**held, "gathered weights": FLOAT32 * parameter_count(model, recipe)})
     for together in _passes(model, recipe, depths):
         running = _Pass(model, recipe, together, devices, accumulated=recipe.accumulation > 1 and not first)
         moments += [held | moment for moment in running.moments()]
@@ -366,6 +368,12 @@ class _Pass:
         return largest * (FLOAT32 + 3 * BFLOAT16)
 
 
+def host_bytes(model: ElasticVAR, recipe: Recipe, devices: int) -> int:
+    """Bytes of the host of one node while a state is written: what each of its devices holds of weights and moments."""
+    state = FLOAT32 * parameter_count(model, recipe) + optimizer_bytes(model, recipe)
+    return min(devices, NODE) * (state // shards_of(recipe, devices))
+
+
 # -- disk ---------------------------------------------------------------------------------------
 
 
@@ -467,6 +475,7 @@ def check_memory(model: ElasticVAR, recipe: Recipe, device: torch.device, device
         free //= devices
     if free is None:  # nobody can tell
         return
+    _check_host(model, recipe, device, devices)
     available = free + (held_bytes(model) if model.device == device else 0)  # the model is in what is needed
     parts = memory(model, recipe, devices=devices)
     needed = sum(parts.values())
@@ -479,6 +488,16 @@ def check_memory(model: ElasticVAR, recipe: Recipe, device: torch.device, device
         f"recipe {recipe.name} needs {needed / GB:.3g} GB on a device, by arithmetic ({most}, ...), and "
         f"{available / GB:.3g} are to be had: {remedy}"
     )
+
+
+def _check_host(model: ElasticVAR, recipe: Recipe, device: torch.device, devices: int) -> None:
+    """The same for the copy of a state, which on a CPU comes beside all else."""
+    needed, free = host_bytes(model, recipe, devices), free_bytes()
+    if device.type == "cuda" and free is not None and needed > free:
+        raise InputError(
+            f"recipe {recipe.name} needs {needed / GB:.3g} GB of the host's memory while a state is written, by "
+            f"arithmetic, and {free / GB:.3g} are to be had: set parallel=fsdp, or give the job more"
+        )
 
 
 # -- all of it ----------------------------------------------------------------------------------
@@ -541,6 +560,7 @@ def budget(
         "change": change,
         "disk": (written := disk(model, recipe, images)),
         "disk_bytes": sum(written.values()),
+        "host_bytes": host_bytes(model, recipe, devices),
         "flops_per_second": flops_per_second,
         "utilisation": utilisation if flops_per_second else None,
         "seconds": seconds,
