@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import combinations
 
 import torch
@@ -277,6 +278,7 @@ class _Pass:
     def head(self) -> int:
         return self.config.vocab * (self.config.width + 1) + 2 * self.config.width * (self.config.width + 1)
 
+    @cached_property
     def buffers(self) -> int:
         """Masks of a pass, what it is given, and of several devices the gathered weights of two layers and the rest."""
         config, images = self.config, self.images
@@ -313,7 +315,7 @@ class _Pass:
         yield self._moment(self.gradients(), 0, 0, buffers=self.optimizer_buffers())
 
     def _moment(self, gradients: int, activations: int, logits: int, buffers: int | None = None) -> Bytes:
-        buffers = self.buffers() if buffers is None else buffers
+        buffers = self.buffers if buffers is None else buffers
         return {"gradients": gradients, "activations": activations, "logits and loss": logits, "buffers": buffers}
 
     def head_saved(self) -> int:
