@@ -107,7 +107,7 @@ def weights(out) -> bytes:
 
 def losses(out) -> list[dict]:
     return [
-        {k: v for k, v in step.items() if k not in ("seconds", "waited")}
+        {k: v for k, v in step.items() if k not in ("seconds", "waited", "memory_bytes")}
         for step in read_steps(Path(out) / "steps.jsonl")
     ]
 

@@ -21,6 +21,7 @@ from varcompress.data.sources import open_source
 from varcompress.data.tokens import Samples, TokenData, TokenStore, store_of
 from varcompress.errors import InputError, Stopped
 from varcompress.fingerprint import weights_digest
+from varcompress.hardware import peak_bytes
 from varcompress.images import skipped_note
 from varcompress.models.elastic import ElasticVAR
 from varcompress.models.linear import unpack
@@ -30,7 +31,7 @@ from varcompress.schedule import Schedule, is_subnet
 from varcompress.training.batches import Batch, Batches, ended, loader
 from varcompress.training.budget import check_memory, optimizer_bytes
 from varcompress.training.distributed import Ranks, joined, local_device
-from varcompress.training.log import StepLog
+from varcompress.training.log import StepLog, step_text
 from varcompress.training.objective import Objective
 from varcompress.training.optimizer import learning_rate_at, optimizer_of
 from varcompress.training.parallel import full, gathered, parallelize
@@ -185,7 +186,7 @@ def train(
         states.load(done, var, optimizer)
     state_bytes = sum(parameter.nbytes for parameter in var.parameters()) + optimizer_bytes(model, recipe)
     batches = Batches(run.data, recipe, ranks, run.steps[done:], var.config.classes)
-    reading, held, bad = iter(loader(batches, recipe.workers, var.device)), "", 0
+    reading, heldout, bad = iter(loader(batches, recipe.workers, var.device)), {}, 0
     with Stopper() as stopper, states.writing(ranks), ended(reading):
         for step in run.steps[done:]:
             saves = step.number % recipe.checkpoint_every == 0 or step.ends_phase
@@ -212,10 +213,10 @@ def train(
                 "learning_rate": learning_rate,
                 "seconds": round(time.perf_counter() - began, 4),
                 "waited": round(waited, 4),
+                "memory_bytes": peak_bytes(var.device),
             }
             if len(run.heldout) and (step.number % recipe.holdout_every == 0 or step.number == last):
-                line["heldout"] = measure_heldout(run)
-                held = f", held out {' '.join(f'{value:.3f}' for value in line['heldout']['losses'].values())}"
+                line["heldout"] = heldout = measure_heldout(run)
             if log:
                 log.append(line)
             if tracker:
@@ -234,10 +235,7 @@ def train(
                     message = f"stopped after step {step.number} of {last}, whose state is saved"
                     raise Stopped(message, stopped)
                 ranks.on_rank_zero(partial(_refuse, step, recipe, loss, gradient_norm))
-            phase = f"phase {step.phase}, p {step.p:.2f}, " if step.phase else ""
-            names = " ".join("full" if depth == FULL else f"d{depth}" for depth in step.depths)
-            skipped = "" if finite else ", skipped"
-            progress(step.number, last, f"distill: {phase}{names}, loss {loss:.3f}{skipped}{held}")
+            progress(step.number, last, f"distill: {step_text(line, recipe.batch_size, heldout)}")
 
 
 def _identity(state: Path) -> str:

@@ -28,7 +28,7 @@ from varcompress.training.state import TENSORBOARD, RunDirectory
 PROJECT = "varcompress"  # unless WANDB_PROJECT or TRACKIO_PROJECT names another
 NEEDS = {"tensorboard": ("torch.utils.tensorboard", "SummaryWriter"), "wandb": ("wandb", "init")}
 NEEDS |= {"trackio": ("trackio", "init")}
-PLAIN = ("loss", "learning_rate", "gradient_norm", "seconds", "waited", "epoch", "p")  # scalars of a line as they are
+PLAIN = ("loss", "learning_rate", "gradient_norm", "seconds", "waited", "memory_bytes", "epoch", "p")  # as they are
 FINISH_S = 60.0  # for what is still to be uploaded when a run ends
 
 
