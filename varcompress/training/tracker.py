@@ -50,7 +50,7 @@ def scalars(line: dict, recipe: Recipe, patch_nums: Sequence[int]) -> dict[str, 
     heldout = line.get("heldout", {})
     return {
         **{key: line[key] for key in PLAIN if key in line},
-        "skipped": float(line.get("skipped", False)),
+        "skipped": float("skipped" in line),
         "images_per_second": recipe.batch_size / line["seconds"],
         **_losses(line, patch_nums),
         **({"heldout/loss": heldout["loss"]} if heldout else {}),
