@@ -13,13 +13,14 @@ from rich.console import Console
 from tests.conftest import random_model
 from varcompress.cost import describe
 from varcompress.errors import InputError
-from varcompress.models.elastic import ElasticVAR
+from varcompress.models.elastic import ElasticVAR, Provenance
 from varcompress.models.transformer import add_cfg_input
 from varcompress.profiling import profile
 from varcompress.report.format import NOT_GIVEN, count, mebibytes, number
 from varcompress.report.plots import plot_eval, plot_profile, plot_samples
 from varcompress.report.tables import demo_table, eval_table, inspect_table, profile_table
 from varcompress.sampling import Sampling
+from varcompress.training.recipe import load_recipe
 
 NAMES = ["full", "d16@6", "d8@6", "d4@6", "30x1,20x1,16x2,12x2,8x1,4x2,2x1", "30x6,16x2,8x2"]
 OWN = "d16@6,0+1+3+5+7+9+11-13+15+17+19+21+23+25+28"  # layers that are not equidistant
@@ -135,6 +136,14 @@ def test_inspect_sets_unguided_beside_guided(tiny):
     assert "distilled into the weights for cfg 1.0 to 4.0" in text
     assert "One unguided image in float32, by arithmetic, beside a guided full" in text
     assert "guided image in" not in text.replace("unguided image", "")
+
+
+def test_inspect_says_what_a_recipe_reads(tiny):
+    for name, said, unsaid in (("digits", "epochs 8", "p_start"), ("variant-d30", "p_start 0.2", "together")):
+        model = ElasticVAR(tiny.var, tiny.tokenizer, provenance=Provenance("x", recipe=load_recipe(name).to_dict()))
+        text = " ".join(text_of(inspect_table(describe(model)), 80).split())
+        assert said in text
+        assert unsaid not in text
 
 
 def test_a_profile_of_unguided_calls_says_so(tiny):
