@@ -7,6 +7,7 @@ import re
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 from PIL import Image
 from rich.console import Console
 
@@ -239,13 +240,35 @@ def test_bytes_and_counts():
     assert (count(1, "image"), count(2000, "image")) == ("1 image", "2,000 images")
 
 
+def demo(*schedules):
+    """A result of the demo, as far as its picture goes."""
+    row = {
+        "cache_bytes": 1,
+        "speedup": 2.5,
+        "untrained": 258.4,
+        "untrained_std": 6.62,
+        "score": 34.7,
+        "score_std": 1.45,
+    }
+    return {"score": "digits_fd", "teacher": row, "schedules": [row | {"schedule": name} for name in schedules]}
+
+
+def test_samples_stand_beside_their_scores_and_the_noise_of_these(tmp_path, monkeypatch):
+    drawn, save = [], Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *a, **k: (drawn.append(figure), save(figure, *a, **k)))
+    images = dict.fromkeys(("full", "d8@2"), np.zeros((2, 8, 8, 3), np.uint8))
+    plot_samples({"before": images, "after": images}, demo("full", "d8@2"), tmp_path / "samples.png")
+    before, after = (axis.get_ylabel() for axis in drawn[0].axes[2:])
+    assert before == "d8@2\ndigits FD\n258 ± 6.6"
+    assert after == "digits FD 34.7 ± 1.4\n2.50× speed\n100% cache"
+
+
 def test_a_full_disk_while_a_plot_is_drawn(tmp_path, monkeypatch):
     def full(*_, **__):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    row = {"schedule": "full", "cache_bytes": 1, "speedup": 1.0}
     images = {"full": np.zeros((2, 8, 8, 3), np.uint8)}
-    samples, result = {"untrained subnets": images, "distilled": images}, {"teacher": row, "schedules": [row, row]}
+    samples, result = {"untrained subnets": images, "distilled": images}, demo("full", "full")
     plot_samples(samples, result, tmp_path / "samples.png")
     before = (tmp_path / "samples.png").read_bytes()
     monkeypatch.setattr("matplotlib.figure.Figure.savefig", full)
