@@ -442,7 +442,14 @@ def test_a_plan_says_what_to_change(run, no_hub):
     assert "not in 48.0 GB: it does with --set accumulation=32" in text
     assert "at 30% of 362 TFLOP/s" in text
     assert "50,000 images" in text
-    assert "whatever the recipe's keys" in " ".join(run(*arguments, "--device-memory", "24GB")[1].split())
+    assert "whatever the recipe's keys" in " ".join(run(*arguments, "--device-memory", "16GB")[1].split())
+
+
+def test_the_copy_of_a_state_is_what_the_processes_of_a_node_hold():
+    model, state = outline("var-d30"), 3 * 8.04 * GB
+    for how, devices, copies in (("ddp", 1, 1), ("ddp", 8, 8), ("ddp", 16, 8), ("fsdp", 8, 1), ("fsdp", 16, 1)):
+        recipe = load_recipe("variant-d30", [f"parallel={how}"])
+        assert budget.host_bytes(model, recipe, devices) == pytest.approx(copies * state, rel=1e-3)
 
 
 def test_a_plan_of_the_embedded_model_counts_its_images(run):

@@ -11,7 +11,7 @@ import torch
 import typer
 from torch.utils.flop_counter import FlopCounterMode
 
-from tests.benchmarks import attention, plans, step, tables, training
+from tests.benchmarks import attention, plans, saves, step, tables, training
 from varcompress.cli.app import COMMANDS, app
 from varcompress.loading import outline
 from varcompress.training.budget import GPUS, IMAGENET, UTILISATION, budget
@@ -99,7 +99,7 @@ def sections():
         yield training.PAGE, group, training.table(group)
     yield training.PAGE, "commands", training.commands()
     yield plans.PAGE, "plans", plans.table()
-    for module, name in ((step, "step"), (attention, "attention")):
+    for module, name in ((step, "step"), (attention, "attention"), (saves, "saves")):
         yield module.PAGE, name, module.tables()
 
 

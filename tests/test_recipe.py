@@ -165,7 +165,7 @@ def test_what_says_only_how_the_machine_is_used_is_named_once():
         "origin",
         "machine",
     }
-    names |= {"parallel", "workers", "keep", "max_bad_steps", "compile", "tracker"}
+    names |= {"parallel", "workers", "keep", "max_bad_steps", "compile", "tracker", "samples_every"}
     assert machine_fields() == names
 
 

@@ -12,6 +12,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -22,6 +23,7 @@ from tests.test_training import undisturbed as undisturbed
 from varcompress.checkpoint import load_elastic
 from varcompress.errors import InputError
 from varcompress.fingerprint import weights_digest
+from varcompress.images import pixels, to_uint8
 from varcompress.training import distill
 from varcompress.training.log import read_steps
 from varcompress.training.parallel import mesh_shape
@@ -36,7 +38,7 @@ def start(tmp_path_factory, tiny_files, images):
     folder = tmp_path_factory.mktemp("worker")
     (folder / "worker.py").write_text(WORKER)
 
-    def run(recipe, out, processes=1, **options):
+    def run(recipe, out, processes=1, per_node=None, **options):
         file = folder / f"{Path(out).name}.yaml"
         file.write_text(json.dumps(recipe.to_dict()))
         launcher = ["-m", "torch.distributed.run", f"--nproc-per-node={processes}"]
@@ -44,7 +46,8 @@ def start(tmp_path_factory, tiny_files, images):
         arguments = map(str, (folder / "worker.py", tiny_files, file, images, out))
         command = [sys.executable, *(launcher if processes > 1 else []), *arguments]
         pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
-        return subprocess.Popen(command, env=ENVIRONMENT, text=True, **pipes, **options)
+        environment = {**ENVIRONMENT, **({"NODE": str(per_node)} if per_node else {})}
+        return subprocess.Popen(command, env=environment, text=True, **pipes, **options)
 
     return run
 
@@ -93,7 +96,7 @@ WAYS = {
         **{"epochs_full": 0, "epochs_ramp": 0, "epochs_subnet": 0, "epochs": 4, "teacher": "frozen", "loss": "kl"},
         **{"depth_probability": {"full": 0.5, "4": 0.7, "2": 1}, "optimizer": "muon", "holdout": 0.2},
         **{"holdout_every": 4, "learning_rate_end": 0.1, "warmup_steps": 2, "together": False},
-        "tracker": "tensorboard",
+        **{"tracker": "tensorboard", "samples_every": 5},
     },
 }
 
@@ -113,17 +116,24 @@ def alone(tiny, images, tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    ("way", "how", "processes"),
-    [("progressive", "fsdp", 3), ("no bridge", "ddp", 2), ("taught", "ddp", 3), ("taught", "fsdp", 4)],
+    ("way", "how", "processes", "per_node"),
+    [
+        ("progressive", "fsdp", 3, None),
+        ("no bridge", "ddp", 2, None),
+        ("taught", "ddp", 3, None),
+        ("taught", "fsdp", 4, 2),  # two machines, each with a copy of the weights in two parts
+    ],
 )
-def test_processes_learn_together_what_one_learns(alone, start, tmp_path, way, how, processes):
+def test_processes_learn_together_what_one_learns(alone, start, tmp_path, way, how, processes, per_node):
     recipe, expected = alone(way)
     out = tmp_path / "run"
-    ended(start(replace(recipe, parallel=how), out, processes))
+    ended(start(replace(recipe, parallel=how), out, processes, per_node))
     check_close(out, expected)
     digests = {(out / f"rank{rank}.txt").read_text() for rank in range(processes)}
     assert digests == {weights_digest(load_elastic(out))}
     assert len(list(out.glob("tensorboard/*"))) == (way == "taught")  # of rank 0 alone
+    drawn = [sorted(path.name for path in run.glob("samples/*")) for run in (out, expected)]
+    assert drawn[0] == drawn[1]
     for one, two in zip(losses(out), losses(expected), strict=True):
         assert ("heldout" in one) == ("heldout" in two)
         if "heldout" in two:
@@ -271,6 +281,32 @@ def test_a_run_is_drawn(undisturbed, tmp_path, run):
 
 
 # -- checkpoints before the end -------------------------------------------------------------------
+
+
+def test_samples_are_drawn_on_the_way_and_change_nothing(undisturbed, tiny, images, tmp_path):
+    out, remarks = tmp_path / "out", []
+    model = distill(copy.deepcopy(tiny), changed(samples_every=8), data=images, out=out, note=remarks.append)
+    assert weights(out) == weights(undisturbed)
+    assert sorted(path.name for path in out.glob("samples/*")) == ["step-16.png", "step-20.png", "step-8.png"]
+    grids = [np.array(Image.open(out / "samples" / f"step-{step}.png")) for step in (8, 20)]
+    assert grids[0].shape == grids[1].shape == (3 * 68 - 4, 8 * 68 - 4, 3)  # full, d4, d2 of eight classes
+    assert not np.array_equal(*grids)
+    last = model.generate([9], "d2", first_index=7)  # the last class, under the last schedule
+    assert np.array_equal(grids[1][-64::8, -64::8], pixels(to_uint8(last))[0])
+    assert remarks == []
+
+
+def test_samples_that_cannot_be_drawn_end_no_run(undisturbed, tiny, images, tmp_path):
+    out, remarks = tmp_path / "out", []
+
+    def spoil(done, total, what):
+        if what.startswith("distill") and done == 1:
+            (out / "samples").write_text("no directory")
+
+    recipe = changed(samples_every=10)
+    distill(copy.deepcopy(tiny), recipe, data=images, out=out, note=remarks.append, progress=spoil)
+    assert [remark.partition(":")[0] for remark in remarks] == ["step 10", "step 20"]
+    assert weights(out) == weights(undisturbed)
 
 
 def test_the_end_of_each_phase_is_a_checkpoint(undisturbed, tiny):

@@ -610,6 +610,8 @@ from varcompress.errors import InputError
 from varcompress.fingerprint import weights_digest
 from varcompress.training import distill
 torch.set_num_threads(1)
+if "NODE" in os.environ:  # as many of the processes stand for one machine
+    os.environ["LOCAL_WORLD_SIZE"] = os.environ["NODE"]
 rank = os.environ.get("RANK", "0")
 files, recipe, images, out, *tokens = (Path(path.replace("RANK", rank)) for path in sys.argv[1:])
 model = load_official(files / "var.pth", files / "vae.pth")

@@ -222,9 +222,14 @@ class Together:
 
     def seen(self, layer: int) -> tuple[int, ...]:
         """How many tokens of each piece a layer sees: the first ones."""
-        tokens = [schedule.layer_tokens[layer] for schedule in self.schedules]
-        tails = (max(seen - self.trunk, 0) for seen in tokens[: len(self.lengths) - 1])
-        return (min(max(tokens), self.trunk), *tails)
+        return self._seen[layer]
+
+    @cached_property
+    def _seen(self) -> tuple[tuple[int, ...], ...]:
+        tails, found = len(self.lengths) - 1, []
+        for tokens in zip(*(schedule.layer_tokens for schedule in self.schedules), strict=True):
+            found.append((min(max(tokens), self.trunk), *(max(seen - self.trunk, 0) for seen in tokens[:tails])))
+        return tuple(found)
 
     @cached_property
     def layers(self) -> tuple[int, ...]:

@@ -62,7 +62,7 @@ def plot_eval(result: EvalResult, path: str | Path) -> Path:
 
 
 def plot_samples(samples: dict[str, dict[str, np.ndarray]], result: DemoResult, path: str | Path) -> Path:
-    """A PNG of rows of samples, before and after distilling, with each score, and what the schedule saves of the teacher.
+    """A PNG of rows of samples, before and after distilling, with scores and what each schedule saves of the teacher.
 
     samples: title of a panel -> schedule -> images (N, H, W, 3) uint8, ten of which stand in a line.
     """

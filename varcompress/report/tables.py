@@ -188,6 +188,7 @@ def plan_table(result: dict) -> RenderableType:
         "work": f"{sum(flops.values()):.3g} FLOPs: {work}",
         "time": _time_estimate(result),
         "fits": _fits(result),
+        "host": f"{number(result['host_bytes'] / 1e9)} GB of a node's memory while a state is written",
     }
     table = Table.grid(padding=(0, 2))
     table.add_column(style="bold")

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import combinations
 
 import torch
@@ -171,6 +172,8 @@ def memory(
     """
     held = _held(model, recipe, shards_of(recipe, devices))
     moments = [{**held, **_encoding(model)}]
+    if recipe.parallel == "fsdp" and devices > 1:  # whole weights, for a checkpoint or samples
+        moments.append({**held, "gathered weights": FLOAT32 * parameter_count(model, recipe)})
     for together in _passes(model, recipe, depths):
         running = _Pass(model, recipe, together, devices, accumulated=recipe.accumulation > 1 and not first)
         moments += [held | moment for moment in running.moments()]
@@ -306,6 +309,7 @@ class _Pass:
     def head(self) -> int:
         return self.config.vocab * (self.config.width + 1) + 2 * self.config.width * (self.config.width + 1)
 
+    @cached_property
     def buffers(self) -> int:
         """Masks of a pass, what it is given, and of several devices the gathered weights of two layers and the rest."""
         config, images = self.config, self.images
@@ -342,7 +346,7 @@ class _Pass:
         yield self._moment(self.gradients(), 0, 0, buffers=self.optimizer_buffers())
 
     def _moment(self, gradients: int, activations: int, logits: int, buffers: int | None = None) -> Bytes:
-        buffers = self.buffers() if buffers is None else buffers
+        buffers = self.buffers if buffers is None else buffers
         return {"gradients": gradients, "activations": activations, "logits and loss": logits, "buffers": buffers}
 
     def head_saved(self) -> int:
@@ -395,6 +399,12 @@ class _Pass:
         muon = muon_matrices(self.model.var).values() if self.recipe.optimizer == "muon" else ()
         largest = max((matrix.numel() for matrix in muon), default=0)
         return largest * (FLOAT32 + 3 * BFLOAT16)
+
+
+def host_bytes(model: ElasticVAR, recipe: Recipe, devices: int) -> int:
+    """Bytes of the host of one node while a state is written: what each of its devices holds of weights and moments."""
+    state = FLOAT32 * parameter_count(model, recipe) + optimizer_bytes(model, recipe)
+    return min(devices, NODE) * (state // shards_of(recipe, devices))
 
 
 # -- disk ---------------------------------------------------------------------------------------
@@ -498,6 +508,7 @@ def check_memory(model: ElasticVAR, recipe: Recipe, device: torch.device, device
         free //= devices
     if free is None:  # nobody can tell
         return
+    _check_host(model, recipe, device, devices)
     available = free + (held_bytes(model) if model.device == device else 0)  # the model is in what is needed
     parts = memory(model, recipe, devices=devices)
     needed = sum(parts.values())
@@ -510,6 +521,16 @@ def check_memory(model: ElasticVAR, recipe: Recipe, device: torch.device, device
         f"recipe {recipe.name} needs {needed / GB:.3g} GB on a device, by arithmetic ({most}, ...), and "
         f"{available / GB:.3g} are to be had: {remedy}"
     )
+
+
+def _check_host(model: ElasticVAR, recipe: Recipe, device: torch.device, devices: int) -> None:
+    """The same for the copy of a state, which on a CPU comes beside all else."""
+    needed, free = host_bytes(model, recipe, devices), free_bytes()
+    if device.type == "cuda" and free is not None and needed > free:
+        raise InputError(
+            f"recipe {recipe.name} needs {needed / GB:.3g} GB of the host's memory while a state is written, by "
+            f"arithmetic, and {free / GB:.3g} are to be had: set parallel=fsdp, or give the job more"
+        )
 
 
 # -- all of it ----------------------------------------------------------------------------------
@@ -572,6 +593,7 @@ def budget(
         "change": change,
         "disk": (written := disk(model, recipe, images)),
         "disk_bytes": sum(written.values()),
+        "host_bytes": host_bytes(model, recipe, devices),
         "flops_per_second": flops_per_second,
         "utilisation": utilisation if flops_per_second else None,
         "seconds": seconds,

@@ -83,6 +83,12 @@ class Ranks:
             dist.all_reduce(tensor)
         return tensor
 
+    def agree_(self, tensor: Tensor) -> Tensor:
+        """Rank 0's tensor in every process, in place."""
+        if self.count > 1:
+            dist.broadcast(tensor, 0)
+        return tensor
+
     def largest(self, number: int) -> int:
         """The largest of a number of each process."""
         if self.count > 1:

@@ -7,8 +7,8 @@ import math
 import shutil
 import time
 import warnings
-from collections.abc import Iterable
-from contextlib import ExitStack, nullcontext
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -35,6 +35,7 @@ from varcompress.training.objective import Objective
 from varcompress.training.optimizer import learning_rate_at, optimizer_of
 from varcompress.training.parallel import full, gathered, parallelize
 from varcompress.training.recipe import FULL, Recipe, load_recipe, with_origin
+from varcompress.training.samples import draw_grid
 from varcompress.training.sensitivity import SENSITIVITY_IMAGES, eliminate, kept
 from varcompress.training.state import RunDirectory
 from varcompress.training.states import METADATA, tensors_of
@@ -136,7 +137,7 @@ def _distill(
         model.var.compile_layers(recipe.compile)
         parallelize(model.var, recipe.parallel, ranks)
         objective.parallelize_teacher(recipe.parallel, ranks)
-        run = Run(model, recipe, steps, data, heldout, directory, ranks, objective)
+        run = Run(model, recipe, steps, data, heldout, directory, ranks, objective, note)
         tracker = None
         if ranks.is_rank_zero and recipe.tracker != "none":
             tracker = Tracker(directory, recipe, model.var.config.patch_nums, done, note)
@@ -164,6 +165,7 @@ class Run:
     directory: RunDirectory
     ranks: Ranks
     objective: Objective
+    note: Note
 
 
 def train(
@@ -217,6 +219,8 @@ def train(
                 log.append(line)
             if tracker:
                 tracker.append(line)
+            if recipe.samples_every and (step.number % recipe.samples_every == 0 or step.number == last):
+                _draw_samples(run, step)
             stopped = ranks.largest(stopper.signal)
             ends = stopped or bad == recipe.max_bad_steps
             if step.ends_phase and step.number < last:  # before the state: a run that goes on from it finds it done
@@ -260,13 +264,33 @@ def _refuse(step: Step, recipe: Recipe, loss: float, gradient_norm: float) -> No
     )
 
 
-def _finish_phase(run: Run, step: Step) -> None:
-    """Write the checkpoint at the end of a phase."""
+@contextmanager
+def _whole(run: Run) -> Iterator[None]:
+    """A block in which the model has whole weights on every device."""
     var, run.model.var = run.model.var, gathered(run.model.var)
     try:
-        run.ranks.on_rank_zero(lambda: run.directory.finish_phase(run.model, step.phase))
+        yield
     finally:
         run.model.var = var
+
+
+def _finish_phase(run: Run, step: Step) -> None:
+    """Write the checkpoint at the end of a phase."""
+    with _whole(run):
+        run.ranks.on_rank_zero(lambda: run.directory.finish_phase(run.model, step.phase))
+
+
+def _draw_samples(run: Run, step: Step) -> None:
+    """Draw the images that show how far the run is. What fails in it is a remark: the run goes on."""
+
+    def draw() -> None:
+        try:
+            draw_grid(run.model, run.directory.samples_path / f"step-{step.number}.png")
+        except InputError as error:
+            run.note(f"step {step.number}: no samples: {error}")
+
+    with _whole(run):
+        run.ranks.on_rank_zero(draw)
 
 
 def gradients(run: Run, step: Step, batch: Batch, schedules: list[Schedule]) -> tuple[Tensor, float, float]:
@@ -279,7 +303,10 @@ def gradients(run: Run, step: Step, batch: Batch, schedules: list[Schedule]) -> 
     losses = sum(run.objective.backward(samples, places, step.number, schedules) for places, samples in batch)
     losses = ranks.sum_(losses) / ranks.count
     # Layers that a step leaves out have no gradient: neither clipping nor the optimiser touches them.
-    norm = full(nn.utils.clip_grad_norm_(list(run.model.var.parameters()), run.recipe.gradient_clip or math.inf))
+    trained = [parameter for parameter in run.model.var.parameters() if parameter.grad is not None]
+    # summed in an order of its own on each machine, of which copies of the weights must know nothing
+    norm = ranks.agree_(full(nn.utils.get_total_norm([parameter.grad for parameter in trained])))
+    nn.utils.clip_grads_with_norm_(trained, run.recipe.gradient_clip or math.inf, norm)
     loss, norm = torch.stack((run.objective.total(losses), norm)).tolist()
     return losses, loss, norm
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import warnings
 from collections.abc import Iterable
 
 import torch
@@ -99,6 +100,7 @@ def _adamw_8bit() -> type[torch.optim.Optimizer]:
     notices = logging.getLogger("torch.utils._pytree")  # of what torchao does while it is imported
     level = notices.level
     notices.setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", message="OptimState8bit does not implement")  # of a cache on the disk
     try:
         from torchao.optim import AdamW8bit
     except ImportError as error:

@@ -8,7 +8,9 @@ by layer, while the backward pass goes on. On several nodes `fsdp` shards within
 
 from __future__ import annotations
 
+import logging
 import os
+import warnings
 
 import torch
 from torch import Tensor
@@ -19,6 +21,9 @@ from torch.distributed.tensor import DTensor
 from varcompress.models.transformer import VAR
 from varcompress.training.distributed import Ranks
 
+# of logits, which nothing changes in place
+warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
+
 
 def parallelize(var: VAR, how: str, ranks: Ranks) -> None:
     """Distribute a transformer that is whole on the device of every process, in place. how: "ddp" or "fsdp".
@@ -28,6 +33,7 @@ def parallelize(var: VAR, how: str, ranks: Ranks) -> None:
     """
     if ranks.count == 1:
         return
+    logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)  # of sums over both dimensions
     mesh = _mesh(how, ranks.count, int(os.environ.get("LOCAL_WORLD_SIZE", ranks.count)), var.device.type)
     for module in (*var.blocks, var):  # whose weights are let go after every pass, also one without a backward pass
         fully_shard(module, mesh=mesh, reshard_after_forward=True)

@@ -155,6 +155,7 @@ class Recipe:
     activation_checkpointing: bool = _plain(False, machine=True)
     compile: bool = _plain(False, machine=True)  # layers by torch.compile: minutes at the start, faster steps
     checkpoint_every: int = _within(1, default=1000, machine=True)  # steps between two states to --resume from
+    samples_every: int = _within(0, default=0, machine=True)  # steps between two grids of images; 0: none
     keep: int = _within(1, default=2, machine=True)  # states that are kept
     max_bad_steps: int = _within(1, default=10, machine=True)  # skipped in a row, for want of a finite gradient
     tracker: Literal["none", "tensorboard", "wandb", "trackio"] = _plain("none", machine=True)  # to watch the run in

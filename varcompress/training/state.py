@@ -1,6 +1,7 @@
 """The directory of a run: what it started from, the states it can continue from, and the finished checkpoint.
 
     OUT/steps.jsonl                 one line per step, stays
+    OUT/samples/step-N.png          images drawn on the way, stay
     OUT/tensorboard/, wandb/        what a tracker keeps, stays
     OUT/phase-NAME/                 the checkpoint at the end of a phase before the last, stays
     OUT/.training/run.json          recipe, model and data the run was started with
@@ -39,7 +40,7 @@ from varcompress.training.recipe import Recipe, defaults, machine_fields
 from varcompress.training.states import WEIGHT, States, read
 
 ANEW = "choose another output directory"
-STEPS, PICTURE, WORK, PHASE = "steps.jsonl", "steps.png", ".training", "phase-"
+STEPS, PICTURE, SAMPLES, WORK, PHASE = "steps.jsonl", "steps.png", "samples", ".training", "phase-"
 TENSORBOARD, WANDB = "tensorboard", "wandb"
 TOKENIZER = "tokenizer.safetensors"
 LOCK, WRITER = "lock", "writer"  # the second says who holds the first
@@ -60,6 +61,7 @@ class RunDirectory:
         self.out = Path(out)
         self.work = self.out / WORK
         self.steps_path = self.out / STEPS
+        self.samples_path = self.out / SAMPLES
         self.tokens_path, self.tracker_path = self.work / "tokens", self.work / "tracker.json"
         self.states = States(self.work, keep)
         self._run, self._subnets = self.work / "run.json", self.work / "subnets.json"
@@ -75,7 +77,7 @@ class RunDirectory:
         if self.work.is_dir():
             if self.step() and not resume:
                 raise InputError(f"{self.out}: holds an unfinished run: continue it with --resume, or choose another")
-            ours = {STEPS, WORK, PICTURE, TENSORBOARD, WANDB}
+            ours = {STEPS, WORK, PICTURE, SAMPLES, TENSORBOARD, WANDB}
             others = sorted(
                 path.name for path in self.out.iterdir() if path.name not in ours and not path.name.startswith(PHASE)
             )
