@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import warnings
 from dataclasses import replace
 
 import numpy as np
@@ -259,7 +260,8 @@ def test_flops_of_the_images_held_out(change):
     recipe, model = replace(SMALL, **change, holdout=0.2, holdout_every=3), small_model()
     model.bridge, model.depths = recipe.bridge, recipe.depths
     data, heldout = small_data(model, 100).split(recipe.held_out(100))
-    run = Run(model, recipe, [], data, heldout, None, Ranks(), Objective(model, recipe, teacher_of(model, recipe)))
+    objective = Objective(model, recipe, teacher_of(model, recipe))
+    run = Run(model, recipe, [], data, heldout, None, Ranks(), objective, warnings.warn)
     with FlopCounterMode(display=False, custom_mapping={ATTENTION: attention_flops}) as flops:
         measure_heldout(run)
     steps = plan(replace(recipe, **({"epochs": 2} if recipe.epochs else {"epochs_subnet": 2})), 4)
