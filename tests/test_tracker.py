@@ -94,7 +94,7 @@ def test_names_and_means_of_what_is_drawn(tiny, unwatched):
 
 
 def test_a_step_that_is_skipped_has_no_losses():
-    line = {"step": 3, "epoch": 0, "skipped": True, "learning_rate": 1e-3, "seconds": 0.5, "waited": 0.1}
+    line = {"step": 3, "epoch": 0, "skipped": "the loss is nan", "learning_rate": 1e-3, "seconds": 0.5, "waited": 0.1}
     assert scalars(line, WATCHED, (1, 2, 3, 4)) == {
         "epoch": 0,
         "skipped": 1,

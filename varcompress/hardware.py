@@ -192,6 +192,15 @@ def is_faster(call: Callable[[], object], other: Callable[[], object]) -> bool:
     return fastest < MARGIN * fastest_other
 
 
+def peak_bytes(device: torch.device) -> int | None:
+    """The most memory that this process has held so far: of a GPU in tensors, on a CPU all of it; None if untold."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    status = Path("/proc/self/status")
+    lines = status.read_text().splitlines() if status.is_file() else []
+    return next((1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM:")), None)
+
+
 def free_bytes() -> int | None:
     """Memory that processes may still take, or this one's container (cgroup v2) where that is less; None if untold.
 

@@ -49,6 +49,20 @@ def read_steps(path: Path) -> list[dict]:
     return steps
 
 
+def step_text(line: dict, images: int, heldout: dict) -> str:
+    """What the progress of a run says of its last step, of so many images, and of the last held-out losses."""
+    phase = f"phase {line['phase']}, p {line['p']:.2f}, " if "phase" in line else ""
+    losses = "skipped" if "skipped" in line else f"loss {_by_depth(line['losses'])}"
+    held = f", held out {_by_depth(heldout['losses'])}" if heldout else ""
+    speed = f"{images / line['seconds']:.3g} images/s, {line['waited'] / line['seconds']:.0%} waiting"
+    memory = f", {line['memory_bytes'] / 1e9:.3g} GB" if line["memory_bytes"] else ""
+    return f"{phase}{losses}{held}, {speed}{memory}"
+
+
+def _by_depth(losses: dict[str, float]) -> str:
+    return ", ".join(f"{schedule.partition('@')[0]} {loss:.3f}" for schedule, loss in losses.items())
+
+
 def summary(out: str | Path) -> dict:
     """What a run did: its steps and seconds, and per schedule its steps, the last of them, loss_first and loss_last.
 

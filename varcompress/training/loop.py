@@ -21,6 +21,7 @@ from varcompress.data.sources import open_source
 from varcompress.data.tokens import Samples, TokenData, TokenStore, store_of
 from varcompress.errors import InputError, Stopped
 from varcompress.fingerprint import weights_digest
+from varcompress.hardware import peak_bytes
 from varcompress.images import skipped_note
 from varcompress.models.elastic import ElasticVAR
 from varcompress.models.linear import unpack
@@ -30,9 +31,9 @@ from varcompress.schedule import Schedule, is_subnet
 from varcompress.training.batches import Batch, Batches, ended, loader
 from varcompress.training.budget import check_memory, optimizer_bytes
 from varcompress.training.distributed import Ranks, joined, local_device
-from varcompress.training.log import StepLog
+from varcompress.training.log import StepLog, step_text
 from varcompress.training.objective import Objective
-from varcompress.training.optimizer import learning_rate_at, optimizer_of
+from varcompress.training.optimizer import Optimizer, learning_rate_at, optimizer_of
 from varcompress.training.parallel import full, gathered, parallelize
 from varcompress.training.recipe import FULL, Recipe, load_recipe, with_origin
 from varcompress.training.samples import draw_grid
@@ -184,7 +185,7 @@ def train(
         states.load(done, var, optimizer)
     state_bytes = sum(parameter.nbytes for parameter in var.parameters()) + optimizer_bytes(model, recipe)
     batches = Batches(run.data, recipe, ranks, run.steps[done:], var.config.classes)
-    reading, held, bad = iter(loader(batches, recipe.workers, var.device)), "", 0
+    reading, heldout, bad = iter(loader(batches, recipe.workers, var.device)), {}, 0
     with Stopper() as stopper, states.writing(ranks), ended(reading):
         for step in run.steps[done:]:
             saves = step.number % recipe.checkpoint_every == 0 or step.ends_phase
@@ -193,32 +194,14 @@ def train(
             began = time.perf_counter()
             batch = next(reading)
             waited = time.perf_counter() - began
-            schedules = schedules_of(model, step.depths)
-            losses, loss, gradient_norm = gradients(run, step, batch, list(schedules.values()))
-            finite = math.isfinite(loss) and math.isfinite(gradient_norm)
-            bad = 0 if finite else bad + 1
-            learning_rate = learning_rate_at(step.number, last, recipe)
-            if finite:
-                optimizer.step(learning_rate)
-            else:
-                optimizer.drop()
-
-            line = {
-                "step": step.number,
-                "epoch": step.epoch,
-                **({} if step.phase is None else {"phase": step.phase, "p": round(step.p, 6)}),
-                **(loss_line(run.objective, losses, loss, gradient_norm, schedules) if finite else {"skipped": True}),
-                "learning_rate": learning_rate,
-                "seconds": round(time.perf_counter() - began, 4),
-                "waited": round(waited, 4),
-            }
+            line = take_step(run, step, batch, optimizer)
+            bad = bad + 1 if "skipped" in line else 0
+            spent = {"seconds": round(time.perf_counter() - began, 4), "waited": round(waited, 4)}
+            line |= {**spent, "memory_bytes": peak_bytes(var.device)}
             if len(run.heldout) and (step.number % recipe.holdout_every == 0 or step.number == last):
-                line["heldout"] = measure_heldout(run)
-                held = f", held out {' '.join(f'{value:.3f}' for value in line['heldout']['losses'].values())}"
-            if log:
-                log.append(line)
-            if tracker:
-                tracker.append(line)
+                line["heldout"] = heldout = measure_heldout(run)
+            for watching in filter(None, (log, tracker)):
+                watching.append(line)
             if recipe.samples_every and (step.number % recipe.samples_every == 0 or step.number == last):
                 _draw_samples(run, step)
             stopped = ranks.largest(stopper.signal)
@@ -229,14 +212,8 @@ def train(
                 states.save(step.number, tensors_of(var, optimizer))
             if ends:
                 states.wait()
-                if stopped:
-                    message = f"stopped after step {step.number} of {last}, whose state is saved"
-                    raise Stopped(message, stopped)
-                ranks.on_rank_zero(partial(_refuse, step, recipe, loss, gradient_norm))
-            phase = f"phase {step.phase}, p {step.p:.2f}, " if step.phase else ""
-            names = " ".join("full" if depth == FULL else f"d{depth}" for depth in step.depths)
-            skipped = "" if finite else ", skipped"
-            progress(step.number, last, f"distill: {phase}{names}, loss {loss:.3f}{skipped}{held}")
+                _end(run, line, stopped)
+            progress(step.number, last, f"distill: {step_text(line, recipe.batch_size, heldout)}")
 
 
 def _identity(state: Path) -> str:
@@ -255,13 +232,18 @@ def _check_room(out: Path, state_bytes: int) -> None:
         )
 
 
-def _refuse(step: Step, recipe: Recipe, loss: float, gradient_norm: float) -> None:
-    """End a run that has skipped too many steps."""
-    what, value = ("loss", loss) if not math.isfinite(loss) else ("norm of the gradient", gradient_norm)
-    raise InputError(
-        f"step {step.number}: the {what} is {value}, and so it was for {recipe.max_bad_steps} steps, which were "
-        "skipped; the state is saved: start another run with a lower learning_rate, or raise max_bad_steps and resume"
-    )
+def _end(run: Run, line: dict, stopped: int) -> None:
+    """Leave a run whose state is saved: for the signal `stopped`, or since too many steps were skipped."""
+    if stopped:
+        raise Stopped(f"stopped after step {line['step']} of {len(run.steps)}, whose state is saved", stopped)
+
+    def refuse() -> None:
+        raise InputError(
+            f"step {line['step']}: {line['skipped']}, and so it was for {run.recipe.max_bad_steps} steps, which were "
+            "skipped; the state is saved: start anew with a lower learning_rate, or resume with more max_bad_steps"
+        )
+
+    run.ranks.on_rank_zero(refuse)
 
 
 @contextmanager
@@ -291,6 +273,27 @@ def _draw_samples(run: Run, step: Step) -> None:
 
     with _whole(run):
         run.ranks.on_rank_zero(draw)
+
+
+def take_step(run: Run, step: Step, batch: Batch, optimizer: Optimizer) -> dict:
+    """Move the weights by one step, unless it has no finite gradient. Returns what the log says of it."""
+    schedules = schedules_of(run.model, step.depths)
+    losses, loss, gradient_norm = gradients(run, step, batch, list(schedules.values()))
+    learning_rate = learning_rate_at(step.number, len(run.steps), run.recipe)
+    if skipped := _not_finite(loss, gradient_norm):
+        optimizer.drop()
+        found = {"skipped": skipped}
+    else:
+        optimizer.step(learning_rate)
+        found = loss_line(run.objective, losses, loss, gradient_norm, schedules)
+    phase = {} if step.phase is None else {"phase": step.phase, "p": round(step.p, 6)}
+    return {"step": step.number, "epoch": step.epoch, **phase, **found, "learning_rate": learning_rate}
+
+
+def _not_finite(loss: float, gradient_norm: float) -> str | None:
+    """Which of them is not finite, in words; None where both are."""
+    found = {"loss": loss, "norm of the gradient": gradient_norm}
+    return next((f"the {what} is {value}" for what, value in found.items() if not math.isfinite(value)), None)
 
 
 def gradients(run: Run, step: Step, batch: Batch, schedules: list[Schedule]) -> tuple[Tensor, float, float]:

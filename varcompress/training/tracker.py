@@ -28,7 +28,7 @@ from varcompress.training.state import TENSORBOARD, RunDirectory
 PROJECT = "varcompress"  # unless WANDB_PROJECT or TRACKIO_PROJECT names another
 NEEDS = {"tensorboard": ("torch.utils.tensorboard", "SummaryWriter"), "wandb": ("wandb", "init")}
 NEEDS |= {"trackio": ("trackio", "init")}
-PLAIN = ("loss", "learning_rate", "gradient_norm", "seconds", "waited", "epoch", "p")  # scalars of a line as they are
+PLAIN = ("loss", "learning_rate", "gradient_norm", "seconds", "waited", "memory_bytes", "epoch", "p")  # as they are
 FINISH_S = 60.0  # for what is still to be uploaded when a run ends
 
 
@@ -50,7 +50,7 @@ def scalars(line: dict, recipe: Recipe, patch_nums: Sequence[int]) -> dict[str, 
     heldout = line.get("heldout", {})
     return {
         **{key: line[key] for key in PLAIN if key in line},
-        "skipped": float(line.get("skipped", False)),
+        "skipped": float("skipped" in line),
         "images_per_second": recipe.batch_size / line["seconds"],
         **_losses(line, patch_nums),
         **({"heldout/loss": heldout["loss"]} if heldout else {}),
