@@ -94,7 +94,7 @@ def distill(
         raise InputError("name the directory that becomes the elastic checkpoint: --out DIR (or ask for a --plan)")
     name, *others = [recipe] if recipe else recipes_for(Path(model).stem)  # before a download, not after
     chosen = load_recipe(name, settings or ())
-    if recipe is None and is_rank_zero():
+    if recipe is None and is_rank_zero():  # also before a download: who wants another recipe can stop it now
         note(f"recipe {name}, made for {Path(model).stem}" + f" (also: {', '.join(others)})" * bool(others))
     if show_plan:
         loading = Loading(vae, "cpu", revision=revision)

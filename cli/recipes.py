@@ -18,7 +18,7 @@ Name = Annotated[str, typer.Argument(metavar="NAME", show_default=False, help="A
 @app.command("list")
 def list_recipes(as_json: Json = False) -> None:
     """Name the recipes that the package brings."""
-    from varcompress.training.recipe import load_recipe, recipe_names, recipe_title
+    from varcompress.training.recipe import PHASES, load_recipe, recipe_names, recipe_title
 
     recipes = [{"title": recipe_title(name), **load_recipe(name).to_dict()} for name in recipe_names()]
     if as_json:
@@ -26,8 +26,7 @@ def list_recipes(as_json: Json = False) -> None:
         return
     table = Table("name", "depths", "bridge", "epochs", "what it is")
     for recipe in recipes:
-        phases = "+".join(str(recipe[f"epochs_{phase}"]) for phase in ("full", "ramp", "subnet"))
-        epochs = str(recipe["epochs"] or phases)
+        epochs = str(recipe["epochs"]) if "epochs" in recipe else "+".join(str(recipe[phase]) for phase in PHASES)
         depths = " ".join(map(str, recipe["depths"]))
         table.add_row(recipe["name"], depths, str(recipe["bridge"]), epochs, recipe["title"])
     out.print(table)

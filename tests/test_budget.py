@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import warnings
 from dataclasses import replace
 
 import numpy as np
@@ -29,10 +30,13 @@ from varcompress.progress import silent
 from varcompress.schedule import Together
 from varcompress.training import budget, distill
 from varcompress.training.budget import GB, GPUS, cheapest_change, forward_flops, memory, optimizer_bytes, schedules_of
-from varcompress.training.loop import teacher_of
+from varcompress.training.distributed import Ranks
+from varcompress.training.loop import Run, measure_heldout, subnets_of, teacher_of
 from varcompress.training.objective import Objective
 from varcompress.training.optimizer import optimizer_of
 from varcompress.training.recipe import FULL, MADE_FOR, Machine, Recipe, load_recipe, recipe_names
+from varcompress.training.sensitivity import losses_of
+from varcompress.training.strategy import plan
 from varcompress.training.teacher import StoredTeacher
 
 CLOSE = 1 / 10
@@ -237,9 +241,55 @@ def test_flops_are_those_that_a_step_computes(change, shared_aln):
     counted = {ATTENTION: attention_flops, ATTENTION_BACKWARD: attention_backward_flops}
     with FlopCounterMode(display=False, custom_mapping=counted) as flops:
         objective.backward(samples, slice(0, recipe.batch_size), 1, schedules_of(model, recipe, depths))
-    tokenizer_products = 0.03
     predicted = sum(budget.step_flops(model, recipe, depths).values())
-    assert predicted == pytest.approx(flops.get_total_flops(), rel=tokenizer_products)
+    assert predicted == pytest.approx(flops.get_total_flops(), rel=TOKENIZER_PRODUCTS)
+
+
+def small_data(model: ElasticVAR, images: int) -> TokenData:
+    config = model.var.config
+    tokens = np.random.default_rng(0).integers(config.vocab, size=(images, 1, config.tokens)).astype(np.uint16)
+    return TokenData(tokens, np.arange(images), np.arange(images) % config.classes)
+
+
+TOKENIZER_PRODUCTS = 0.03  # of what a pass is given, which are not counted
+
+
+@pytest.mark.parametrize("change", [{}, TAUGHT, {**DRAWN, **GUIDED}])
+def test_flops_of_the_images_held_out(change):
+    """20 of 100, in passes of 16 and 4, after every third of eight steps and the last."""
+    recipe, model = replace(SMALL, **change, holdout=0.2, holdout_every=3), small_model()
+    model.bridge, model.depths = recipe.bridge, recipe.depths
+    data, heldout = small_data(model, 100).split(recipe.held_out(100))
+    objective = Objective(model, recipe, teacher_of(model, recipe))
+    run = Run(model, recipe, [], data, heldout, None, Ranks(), objective, warnings.warn)
+    with FlopCounterMode(display=False, custom_mapping={ATTENTION: attention_flops}) as flops:
+        measure_heldout(run)
+    steps = plan(replace(recipe, **({"epochs": 2} if recipe.epochs else {"epochs_subnet": 2})), 4)
+    found = budget.heldout_flops(model, recipe, steps, 100, 1)
+    assert found == pytest.approx(3 * flops.get_total_flops(), rel=TOKENIZER_PRODUCTS)
+    assert budget.run_flops(model, recipe, steps, 100, 1)["held-out images"] == found
+    # of three devices each runs passes of 5, 4 in all: two of them run the last again, as they share its weights
+    shared = replace(recipe, batch_size=15)
+    assert budget.heldout_flops(model, shared, steps, 100, 3) / found == pytest.approx((20 + 2 * 5) / 20)
+    if recipe.teacher != "none":  # whose stored answers are read
+        stored = replace(recipe, teacher_logits="stored", teacher_top=4)
+        assert budget.heldout_flops(model, stored, steps, 100, 1) < found
+    assert budget.heldout_flops(model, replace(SMALL, **change), steps, 100, 1) == 0
+
+
+@pytest.mark.parametrize("change", [{}, {**DRAWN, **GUIDED}])
+def test_flops_of_choosing_layers_by_sensitivity(change):
+    recipe, model = replace(SMALL, **change, layers="sensitivity"), small_model(depth=6)
+    model.bridge, model.depths = recipe.bridge, recipe.depths
+    objective, data = Objective(model, recipe, teacher_of(model, recipe)), small_data(model, 70)
+    with FlopCounterMode(display=False, custom_mapping={ATTENTION: attention_flops}) as flops:
+        subnets_of(objective, data, Ranks(), silent)
+    found = budget.sensitivity_flops(model, recipe, 70)
+    assert found == pytest.approx(flops.get_total_flops(), rel=TOKENIZER_PRODUCTS)
+    steps = plan(recipe, 4)
+    assert budget.run_flops(model, recipe, steps, 70, 1)["choice of layers"] == found
+    assert "choice of layers" not in budget.run_flops(model, replace(SMALL, **change), steps, 70, 1)
+    assert sum(losses_of(30, 2, 2).values()) == 406
 
 
 def test_flops_of_muon():

@@ -172,6 +172,17 @@ def test_the_embedded_model_is_named_as_base(tiny):
     assert ModelCard(card).data.base_model is None  # which would be a Hub id
 
 
+def test_a_recipe_is_printed_without_what_it_does_not_read(tiny):
+    drawn, phases = {"depth_probability", "epochs", "together"}, {"p_start", "p_end", "epochs_full"}
+    for name, read, idle in (("digits", drawn, phases | {"teacher_top"}), ("variant-d30", phases, drawn)):
+        model = ElasticVAR(tiny.var, tiny.tokenizer, bridge=2, depths=(4, 2))
+        model.provenance = Provenance("tiny", recipe=load_recipe(name).to_dict())
+        shown = yaml.safe_load(re.search(r"```yaml\n(.*?)```", model_card(model), re.DOTALL)[1])
+        assert read <= shown.keys()
+        assert not idle & shown.keys()
+        assert ("teacher_dtype" in shown) == (name == "digits")
+
+
 def test_how_to_install(distilled):
     assert "pip install ." in section(model_card(distilled), "Use")
 
@@ -202,4 +213,9 @@ def test_a_card_says_where_the_figures_of_its_recipe_come_from(tiny):
     assert "- found on the small model embedded in varcompress: `depth_probability`, `loss`" in text
     assert re.search("- a guess that nobody has run at this size: `epochs`, `learning_rate`, .*`dtype`\n", text)
     assert "origin" not in text
+    assert "changed by hand" not in text
+    model.provenance = Provenance("tiny", recipe=load_recipe("distil-d30", ["name=mine", "epochs=3"]).to_dict())
+    text = section(model_card(model), "Recipe")
+    assert "- a guess that nobody has run at this size: `learning_rate`, " in text
+    assert "- changed by hand: `epochs`\n" in text
     assert "Where its figures come from" not in model_card(tiny)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import yaml
 
@@ -16,6 +18,7 @@ from varcompress.training.recipe import (
     recipe_text,
     recipe_title,
     recipes_for,
+    with_origin,
 )
 
 SMALL = {"name": "small", "depths": [4, 2], "bridge": 2, "epochs_subnet": 1}
@@ -60,6 +63,72 @@ def test_what_a_user_changes_is_no_longer_said_to_come_from_elsewhere(tmp_path):
         assert recipe.learning_rate == 1e-5
         assert "learning_rate" not in recipe.origin["published"]
         assert "batch_size" in recipe.origin["published"]
+
+
+@pytest.mark.parametrize("name", ["variant-d30", "distil-d30"])
+@pytest.mark.parametrize("settings", [["name=mine"], ["name=mine", "weight_decay=0.1"], ["weight_decay=0.1"]])
+def test_only_figures_of_a_recipe_of_the_package_claim_its_origin(name, settings, tmp_path):
+    recipe, ours = load_recipe(name, settings), load_recipe(name).origin
+    changed = [key for key in ("weight_decay",) if getattr(recipe, key) != 0]
+    expected = {origin: tuple(key for key in keys if key not in changed) for origin, keys in ours.items()}
+    assert recipe.origin == expected | ({"changed": tuple(changed)} if changed else {})
+    saved = write(tmp_path, yaml.safe_dump(recipe.to_dict()))
+    assert load_recipe(saved) == recipe  # what it says of itself holds when it is read again
+
+
+def test_a_value_that_another_recipe_claims_is_no_claim_of_a_copy():
+    """VARiant's learning rate is published, and a guess where it was carried to another model."""
+    for name in ("distil-d30", "mine"):
+        recipe = load_recipe("distil-d30", [f"name={name}", "learning_rate=1e-6"])
+        assert recipe.origin["changed"] == ("learning_rate",)
+
+
+def test_what_is_added_to_a_copy_is_changed_by_hand():
+    recipe = load_recipe("digits-guided", ["name=mine", "teacher_logits=stored", "teacher_top=16", "accumulation=2"])
+    assert recipe.origin["changed"] == ("teacher_logits", "teacher_top")
+
+
+def test_a_recipe_that_was_changed_from_python_claims_no_more(tiny):
+    recipe = with_origin(replace(load_recipe("variant-d30"), learning_rate=1e-5))
+    assert recipe.origin["changed"] == ("learning_rate",)
+    assert with_origin(recipe) == recipe
+    own = Recipe.from_dict(SMALL)
+    assert with_origin(own) == own
+
+
+def test_origins_are_set_as_a_mapping():
+    recipe = load_recipe("digits", ["origin={published: [cfg], embedded: [epochs]}"])
+    assert (recipe.origin["published"], recipe.origin["embedded"]) == (("cfg",), ("epochs",))
+    with pytest.raises(InputError, match="origin: published must be a list such as"):
+        load_recipe("digits", ["origin={published: cfg}"])
+
+
+def test_a_weight_of_nothing_is_a_loss_that_is_not_there():
+    guided = {**TAUGHT, **NONE, "cfg": 1.5}
+    assert Recipe.from_dict({**SMALL, **guided, "loss": {"kl": 1, "cross_entropy": 0}}).cfg == 1.5
+    assert Recipe.from_dict({**SMALL, "loss": {"kl": 0, "cross_entropy": 1}}).teacher == "none"
+
+
+# a key that does nothing, and what makes it do something
+IDLE = {
+    "p_start": (0.3, {**DRAWN}, {"epochs_full": 1}),
+    "p_end": (0.9, {"epochs_full": 1, "epochs_subnet": 0}, {}),
+    "epochs": (2, {}, DRAWN),
+    "together": (False, {}, DRAWN),
+    "teacher_dtype": ("bfloat16", {}, TAUGHT),
+    "teacher_logits": ("stored", {}, {**TAUGHT, "teacher_top": 8}),
+    "learning_rate_decay": ("cosine", {}, {"learning_rate_end": 0.1}),
+    "holdout_every": (10, {}, {"holdout": 0.1}),
+}
+
+
+@pytest.mark.parametrize("key", IDLE)
+def test_a_key_that_does_nothing_is_refused_and_left_out(key):
+    value, without, company = IDLE[key]
+    with pytest.raises(InputError, match=f"recipe: {key} goes with .*, without which it does nothing: leave"):
+        Recipe.from_dict({**SMALL, **without, key: value})
+    assert key not in Recipe.from_dict({**SMALL, **without}).to_dict()
+    assert Recipe.from_dict({**SMALL, **company, key: value}).to_dict()[key] == value
 
 
 def test_every_recipe_is_made_for_a_model_that_has_a_name():
@@ -146,8 +215,8 @@ def test_settings_override_the_file():
         ({"learning_rate": "fast"}, "learning_rate must be a number, not 'fast'"),
         ({"learning_rate": [1]}, "learning_rate must be a number"),
         ({"learning_rate": 0}, "learning_rate must be more than 0"),
-        ({"learning_rate": float("nan")}, "learning_rate must be at least 0, not nan"),
-        ({"weight_decay": float("inf")}, "weight_decay must be at least 0, not inf"),
+        ({"learning_rate": float("nan")}, "learning_rate must be a finite number, not nan"),
+        ({"weight_decay": float("inf")}, "weight_decay must be a finite number, not inf"),
         ({"activation_checkpointing": 1}, "activation_checkpointing must be true or false"),
         ({"name": None}, "name must be text"),
         ({"dtype": "float16"}, "dtype must be float32 or bfloat16, not 'float16'"),
@@ -167,7 +236,8 @@ def test_settings_override_the_file():
         ({**DRAWN, "depth_probability": {"half": 1}}, "depth_probability names half"),
         ({**DRAWN, "depth_probability": {4: 1.5}}, "depth_probability must be from 0 to 1, not 1.5"),
         ({**DRAWN, "depth_probability": {4: -1}}, "depth_probability must be from 0 to 1, not -1"),
-        ({**DRAWN, "depth_probability": {4: float("nan")}}, "depth_probability must be from 0 to 1, not nan"),
+        ({**DRAWN, "depth_probability": {4: float("nan")}}, "depth_probability must be a finite number, not nan"),
+        ({**DRAWN, "depth_probability": {4: 0.5, "4": 1}}, "depth_probability has a key twice: 4, 4"),
         (
             {**DRAWN, "depth_probability": {4: "often"}},
             "depth_probability must be a probability for each depth, such as {full: 0.25",
@@ -221,10 +291,12 @@ def test_settings_override_the_file():
         ({"layers": []}, "layers has 0 lists, of no layers, but depths are 4, 2"),
         ({"teacher_top": 8}, "teacher_logits: stored and teacher_top go together"),
         ({**TAUGHT, "teacher_logits": "stored"}, "teacher_logits: stored and teacher_top go together"),
-        ({"teacher_logits": "stored", "teacher_top": 8}, "stored needs a teacher"),
+        ({"teacher_logits": "stored", "teacher_top": 8}, "teacher_logits goes with teacher"),
         ({"betas": [0.9, 1]}, "betas must be from 0 to below 1, not 1"),
         ({"holdout": 0.9}, "holdout must be from 0 to 0.5, not 0.9"),
-        ({"origin": {"rumour": ["depths"]}}, "origin must be published, embedded, guess, not 'rumour'"),
+        ({"origin": {"rumour": ["depths"]}}, "origin must be published, embedded, guess, changed, not 'rumour'"),
+        ({"machine": "7 y"}, "recipe: machine '7 y': a memory of '7 y' is not understood"),
+        ({"machine": "two"}, "recipe: machine 'two'"),
         ({"origin": {"guess": ["depth"]}}, "origin names 'depth', which is no key of a recipe"),
         ({"batch_size": 10, "accumulation": 3}, "batch_size 10 does not divide into 3 passes"),
         ({"checkpoint_every": 0}, "checkpoint_every must be at least 1, not 0"),
@@ -249,6 +321,8 @@ def test_missing_keys_are_named():
         ("- 1\n- 2\n", "a recipe is a list of `key: value` lines"),
         ("", "a recipe is a list of `key: value` lines"),
         ("name: 2020-99-99", "not YAML"),
+        ("name: mine\nbridge: 2\nbridge: 3", "not YAML, line 3: the key bridge stands there twice"),
+        ("depth_probability: {16: 0.5, '16': 1}\nbridge: 2", "not YAML, line 1: the key 16 stands there twice"),
     ],
 )
 def test_a_file_that_is_no_recipe(tmp_path, text, message):
@@ -281,7 +355,7 @@ def test_views_may_be_as_many_as_epochs():
     assert load_recipe("digits", ["views=4"]).num_views == 4
 
 
-@pytest.mark.parametrize("setting", ["learning_rate", "=3", "depths=[1"])
+@pytest.mark.parametrize("setting", ["learning_rate", "=3", "depths=[1", "depth_probability={16: 1, 16: 0.5}"])
 def test_a_malformed_setting_is_refused(setting):
     with pytest.raises(InputError, match="--set"):
         load_recipe("digits", [setting])

@@ -7,19 +7,21 @@ import re
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 from PIL import Image
 from rich.console import Console
 
 from tests.conftest import random_model
 from varcompress.cost import describe
 from varcompress.errors import InputError
-from varcompress.models.elastic import ElasticVAR
+from varcompress.models.elastic import ElasticVAR, Provenance
 from varcompress.models.transformer import add_cfg_input
 from varcompress.profiling import profile
 from varcompress.report.format import NOT_GIVEN, count, mebibytes, number
 from varcompress.report.plots import plot_eval, plot_profile, plot_samples
 from varcompress.report.tables import demo_table, eval_table, inspect_table, profile_table
 from varcompress.sampling import Sampling
+from varcompress.training.recipe import load_recipe
 
 NAMES = ["full", "d16@6", "d8@6", "d4@6", "30x1,20x1,16x2,12x2,8x1,4x2,2x1", "30x6,16x2,8x2"]
 OWN = "d16@6,0+1+3+5+7+9+11-13+15+17+19+21+23+25+28"  # layers that are not equidistant
@@ -137,6 +139,14 @@ def test_inspect_sets_unguided_beside_guided(tiny):
     assert "guided image in" not in text.replace("unguided image", "")
 
 
+def test_inspect_says_what_a_recipe_reads(tiny):
+    for name, said, unsaid in (("digits", "epochs 8", "p_start"), ("variant-d30", "p_start 0.2", "together")):
+        model = ElasticVAR(tiny.var, tiny.tokenizer, provenance=Provenance("x", recipe=load_recipe(name).to_dict()))
+        text = " ".join(text_of(inspect_table(describe(model)), 80).split())
+        assert said in text
+        assert unsaid not in text
+
+
 def test_a_profile_of_unguided_calls_says_so(tiny):
     text = text_of(profile_table(profile(tiny, ["d2@1"], batch_size=2, runs=1, warmup=0, sampling=Sampling(cfg=0))), 80)
     assert "unguided" in text.split("Time of a batch")[0]
@@ -230,13 +240,35 @@ def test_bytes_and_counts():
     assert (count(1, "image"), count(2000, "image")) == ("1 image", "2,000 images")
 
 
+def demo(*schedules):
+    """A result of the demo, as far as its picture goes."""
+    row = {
+        "cache_bytes": 1,
+        "speedup": 2.5,
+        "untrained": 258.4,
+        "untrained_std": 6.62,
+        "score": 34.7,
+        "score_std": 1.45,
+    }
+    return {"score": "digits_fd", "teacher": row, "schedules": [row | {"schedule": name} for name in schedules]}
+
+
+def test_samples_stand_beside_their_scores_and_the_noise_of_these(tmp_path, monkeypatch):
+    drawn, save = [], Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *a, **k: (drawn.append(figure), save(figure, *a, **k)))
+    images = dict.fromkeys(("full", "d8@2"), np.zeros((2, 8, 8, 3), np.uint8))
+    plot_samples({"before": images, "after": images}, demo("full", "d8@2"), tmp_path / "samples.png")
+    before, after = (axis.get_ylabel() for axis in drawn[0].axes[2:])
+    assert before == "d8@2\ndigits FD\n258 ± 6.6"
+    assert after == "digits FD 34.7 ± 1.4\n2.50× speed\n100% cache"
+
+
 def test_a_full_disk_while_a_plot_is_drawn(tmp_path, monkeypatch):
     def full(*_, **__):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    row = {"schedule": "full", "cache_bytes": 1, "speedup": 1.0}
     images = {"full": np.zeros((2, 8, 8, 3), np.uint8)}
-    samples, result = {"untrained subnets": images, "distilled": images}, {"teacher": row, "schedules": [row, row]}
+    samples, result = {"untrained subnets": images, "distilled": images}, demo("full", "full")
     plot_samples(samples, result, tmp_path / "samples.png")
     before = (tmp_path / "samples.png").read_bytes()
     monkeypatch.setattr("matplotlib.figure.Figure.savefig", full)

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -126,7 +127,7 @@ def alone(tiny, images, tmp_path_factory):
 def test_processes_learn_together_what_one_learns(alone, start, tmp_path, way, how, processes, per_node):
     recipe, expected = alone(way)
     out = tmp_path / "run"
-    ended(start(changed(**{**recipe.to_dict(), "parallel": how}), out, processes, per_node))
+    ended(start(replace(recipe, parallel=how), out, processes, per_node))
     check_close(out, expected)
     digests = {(out / f"rank{rank}.txt").read_text() for rank in range(processes)}
     assert digests == {weights_digest(load_elastic(out))}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import pytest
 import torch
 
@@ -11,7 +13,7 @@ from varcompress.errors import InputError
 from varcompress.schedule import Schedule
 from varcompress.training.objective import Objective
 from varcompress.training.recipe import Recipe
-from varcompress.training.sensitivity import eliminate
+from varcompress.training.sensitivity import eliminate, losses_of
 from varcompress.training.teacher import Teacher
 
 FULL = Schedule.parse("full", depth=6, patch_nums=(1, 2, 3, 4), bridge=2)
@@ -52,6 +54,7 @@ def test_every_schedule_that_is_tried_runs_all_layers_up_to_the_bridge():
 
     eliminate(loss, FULL, 1, (3,), progress=lambda *how_far: told.append(how_far[:2]))
     assert len(tried) == len(set(tried)) == 6 + 5 + 4
+    assert Counter(len(schedule.layers[-1]) for schedule in tried) == losses_of(6, 3, 0)
     for schedule in tried:
         assert schedule.layers[0] == tuple(range(6))
         assert len(set(schedule.layers[1:])) == 1

@@ -6,6 +6,7 @@ import copy
 import re
 import sys
 import threading
+from dataclasses import replace
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -21,7 +22,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 TAUGHT = {"epochs_full": 0, "epochs_ramp": 0, "epochs_subnet": 0, "epochs": 3, "batch_size": 8, "teacher": "frozen"}
 TAUGHT |= {"loss": {"kl": 0.75, "cross_entropy": 0.25}, "depth_probability": {"full": 0.5, "4": 0.7, "2": 1}}
 UNWATCHED = changed(**TAUGHT, holdout=0.2, holdout_every=4)
-WATCHED = changed(**{**UNWATCHED.to_dict(), "tracker": "tensorboard"})
+WATCHED = replace(UNWATCHED, tracker="tensorboard")
 STEPS = 12
 
 

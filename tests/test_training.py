@@ -35,7 +35,7 @@ from varcompress.training.loop import check_fit
 from varcompress.training.objective import Objective
 from varcompress.training.optimizer import optimizer_of
 from varcompress.training.recipe import FULL, Recipe
-from varcompress.training.state import RunDirectory
+from varcompress.training.state import RunDirectory, _compare
 from varcompress.training.strategy import plan
 
 SMALL = Recipe(
@@ -330,6 +330,15 @@ def test_bfloat16_arithmetic_keeps_float32_weights(undisturbed, tiny, images, tm
     assert any(a["loss"] != b["loss"] for a, b in pairs)
     for exact, rounded in pairs:
         assert rounded["loss"] == pytest.approx(exact["loss"], rel=0.03)
+
+
+def test_a_key_that_a_run_did_not_say_was_as_by_default(tmp_path):
+    """So that a run goes on under a version whose recipes have more keys, or say fewer."""
+    started, now = {"recipe": SMALL.to_dict()}, {"recipe": SMALL.to_dict() | {"teacher_dtype": "float32"}}
+    for one, other in ((started, now), (now, started)):
+        _compare(tmp_path, one, other)
+    with pytest.raises(InputError, match="another recipe: teacher_dtype was float32, now bfloat16"):
+        _compare(tmp_path, started, {"recipe": SMALL.to_dict() | {"teacher_dtype": "bfloat16"}})
 
 
 def test_warmup_raises_the_learning_rate_linearly(tiny, images, tmp_path):

@@ -26,8 +26,9 @@ def _setting(default: float | None, help: str, **option: object) -> float:
 class Sampling:
     """How tokens are drawn. The defaults are the published settings of VAR's FID (arXiv 2404.02905).
 
-    cfg: weight of classifier-free guidance at the last scale (scale k of K, from 0, has k / (K - 1) of it), None for
-    what `resolved` puts in its place: the published 1.5, or what a model was distilled for;
+    cfg: weight of classifier-free guidance at the last scale (scale k of K, from 0, has k / (K - 1) of it), below 0 to
+    weaken the class (at -1 nothing is left of it, beyond that images turn away from it), None for what `resolved` puts
+    in its place: the published 1.5, or what a model was distilled for;
     top_k: tokens of the largest logits to draw from, 0 for all; top_p: mass of the most probable tokens to draw
     from, 0 and 1 for all; seed: of all images, image i of which has the random stream (seed, i).
     Whole numbers of numpy's and bools become int, cfg and top_p float.

@@ -47,7 +47,7 @@ from varcompress.sampling import PUBLISHED, Sampling
 from varcompress.schedule import Schedule
 
 ROOT = Path(__file__).parents[2]
-FOLDER, CODE = ROOT / "docs" / "benchmarks", ("varcompress", "kernels", "tests/benchmarks")
+FOLDER, CODE = ROOT / "docs" / "benchmarks", ("varcompress", "kernels", "recipes", "tests/benchmarks")
 PATCH_NUMS = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
 REFERENCE = "reference"
 COMPARED = 8  # images, at most, that are compared with the reference's
@@ -420,12 +420,12 @@ def _command(options: argparse.Namespace) -> str:
     return " ".join([*command, f"--runs {options.runs}", f"--name {options.name}"])
 
 
-def _commit() -> str | None:
+def commit() -> str | None:
     """The commit that ran, with a plus where code had changed since; None outside a repository."""
     git = partial(subprocess.run, cwd=ROOT, capture_output=True, text=True, check=True)
     try:
-        commit = git(["git", "rev-parse", "--short", "HEAD"]).stdout.strip()
-        return commit + ("+" if git(["git", "status", "--porcelain", "--", *CODE]).stdout else "")
+        short = git(["git", "rev-parse", "--short", "HEAD"]).stdout.strip()
+        return short + ("+" if git(["git", "status", "--porcelain", "--", *CODE]).stdout else "")
     except (OSError, subprocess.CalledProcessError):
         return None
 
@@ -438,7 +438,7 @@ def main() -> None:
         "kind": options.device.type,
         "torch": torch.__version__,
         "date": datetime.date.today().isoformat(),
-        "commit": _commit(),
+        "commit": commit(),
         "command": _command(options),
         "load_average_before": os.getloadavg()[0],
         "dtype": "bfloat16" if on_gpu else "float32",

@@ -20,9 +20,8 @@ from pathlib import Path
 
 import torch
 
-from tests.benchmarks.generation import random_weights
+from tests.benchmarks.generation import commit, random_weights
 from tests.benchmarks.tables import DOCS, write_section
-from tests.benchmarks.training import commit
 from varcompress.data.tokens import Samples
 from varcompress.hardware import choose_device, device_name, timed
 from varcompress.memory import LiveTensors

@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import subprocess
 import tempfile
 import time
 from collections.abc import Iterable
@@ -23,6 +22,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from tests.benchmarks.generation import commit
 from tests.benchmarks.tables import write_section
 from varcompress.data.sources import open_source
 from varcompress.data.tokens import TokenStore
@@ -44,19 +44,24 @@ NUM_IMAGES, RESAMPLES = 2000, 50
 
 @dataclass(frozen=True)
 class Row:
-    """One way to train: a recipe of the package, changed by settings. group: the table that it stands in."""
+    """One way to train: a recipe of the package, changed by settings. group: the table that it stands in.
+
+    commit: the version that ran it, where later ones have no such settings any more.
+    """
 
     group: str
     title: str
     recipe: str
     settings: tuple[str, ...] = ()
+    commit: str | None = None
 
     @property
     def command(self) -> str:
         settings = "".join(
             f" --set {setting!r}" if " " in setting else f" --set {setting}" for setting in self.settings
         )
-        return f"varcompress distill digits --recipe {self.recipe}{settings} --set seed=SEED --out DIR"
+        before = f"git checkout {self.commit} && " if self.commit else ""
+        return f"{before}varcompress distill digits --recipe {self.recipe}{settings} --set seed=SEED --out DIR"
 
 
 def _fixed(p: float) -> tuple[str, ...]:
@@ -67,6 +72,7 @@ def _stored(top: int) -> tuple[str, ...]:
     return "teacher_logits=stored", f"teacher_top={top}"
 
 
+BEFORE = "4260306"  # the last version with keys that did not help
 ONE = "{full: .25, 16: .1, 8: .1, 4: .1, 2: .1}"
 KL = ("loss=kl", "teacher=frozen")
 ROWS = {
@@ -78,11 +84,14 @@ ROWS = {
     "progressive-kl": Row("strategy", "progressive, KL to the teacher", "variant-digits", KL),
     "guided": Row("strategy", "`digits-guided`: several depths a step, KL to the teacher", "digits-guided"),
     "ours-short": Row(
-        "guidance", "`digits` in 6 epochs: guidance distilled too, at the cost of VARiant's", "digits", ("epochs=6",)
+        "guidance",
+        "`digits` in 6 epochs: guidance distilled too, at 1.1 times VARiant's cost",
+        "digits",
+        ("epochs=6",),
     ),
     "ours": Row("guidance", "`digits`", "digits"),
-    "ours-2x": Row("guidance", "the same in 12 epochs, twice the first", "digits", ("epochs=12",)),
-    "ours-4x": Row("guidance", "`digits-long`: 24 epochs, four times the first", "digits-long"),
+    "ours-2x": Row("guidance", "the same in 12 epochs, 2.2 times VARiant's cost", "digits", ("epochs=12",)),
+    "ours-4x": Row("guidance", "`digits-long`: 24 epochs, 4.4 times VARiant's cost", "digits-long"),
     "adamw": Row("options", "AdamW alone", "digits-guided", ("optimizer=adamw",)),
     "one-by-one": Row("options", "about one depth a step", "digits-guided", (f"depth_probability={ONE}",)),
     "half-kl": Row("options", "half KL, half cross-entropy", "digits-guided", ("loss={kl: 0.5, cross_entropy: 0.5}",)),
@@ -91,6 +100,10 @@ ROWS = {
     "bfloat16-teacher": Row("options", "teacher in bfloat16", "digits-guided", ("teacher_dtype=bfloat16",)),
     "stored-16": Row("options", "the teacher's 16 largest logits, stored", "digits-guided", _stored(16)),
     "stored-64": Row("options", "the teacher's 64 largest logits, stored", "digits-guided", _stored(64)),
+    "ema": Row("options", "a running mean of the weights, decay 0.98", "digits-guided", ("ema=0.98",), BEFORE),
+    "scales": Row("options", "the same weight for each scale", "digits-guided", ("scale_weights=scales",), BEFORE),
+    "lognormal": Row("options", "HMAR's weights of scales", "digits-guided", ("scale_weights=lognormal",), BEFORE),
+    "drop-path": Row("options", "drop path 0.125", "digits-guided", ("drop_path=0.125",), BEFORE),
 }
 
 
@@ -113,6 +126,7 @@ def run(name: str, seed: int) -> dict:
         "row": name,
         "seed": seed,
         "recipe": recipe.to_dict(),
+        "subnets": {str(depth): list(layers) for depth, layers in model.subnets.items()},  # but for equidistant ones
         "units": 0 if name == "teacher" else units(recipe),
         "seconds": seconds,
         "threads": torch.get_num_threads(),
@@ -176,12 +190,6 @@ def units(recipe: Recipe) -> float:
     return (rows / whole * recipe.batch_size + taught) / 64
 
 
-def commit() -> str:
-    """The commit of this tree, + where it was changed since."""
-    ask = ["git", "-C", str(ROOT), "describe", "--always", "--dirty=+", "--exclude=*"]
-    return subprocess.run(ask, capture_output=True, text=True, check=False).stdout.strip()
-
-
 # -- tables ---------------------------------------------------------------------------------------
 
 
@@ -196,11 +204,13 @@ def table(group: str) -> str:
         *(f"KL {label}" for label in LABELS),
     ]
     lines = [header, ["---"] * len(header)]
-    for name, row in ROWS.items():
-        found = [json.loads(path.read_text()) for path in sorted(FOLDER.glob(f"{name}-[0-9].json"))]
-        if row.group == group and found:
-            lines.append(_line(row, found))
+    lines += [_line(row, found) for name, row in ROWS.items() if row.group == group and (found := _found(name))]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) if len(lines) > 2 else "Not measured."
+
+
+def _found(name: str) -> list[dict]:
+    """What was measured of a row, seed by seed."""
+    return [json.loads(path.read_text()) for path in sorted(FOLDER.glob(f"{name}-[0-9].json"))]
 
 
 LABELS = [FULL, "d16", "d8", "d4", "d2"]
@@ -213,13 +223,17 @@ def _line(row: Row, found: list[dict]) -> list[str]:
     fd = [_spread([run["fd"][label] for run in found], 1) for label in LABELS]
     kl = [_spread([run["heldout"]["kl"][label] for run in found], 3) for label in LABELS]
     return [
-        row.title,
+        "; ".join([row.title, *dict.fromkeys(_layers(run["subnets"]) for run in found if run.get("subnets"))]),
         str(len(found)),
         f"{steps} x {recipe.batch_size}" if steps else "–",
         f"{found[0]['units']:.0f}",
         *fd,
         *kl,
     ]
+
+
+def _layers(subnets: dict[str, list[int]]) -> str:
+    return ", ".join(f"d{depth} {{{', '.join(map(str, layers))}}}" for depth, layers in subnets.items())
 
 
 def _spread(values: Iterable[float], digits: int) -> str:
@@ -229,8 +243,10 @@ def _spread(values: Iterable[float], digits: int) -> str:
 
 
 def commands() -> str:
-    """What each row runs."""
-    return "\n".join(f"- {row.title}: `{row.command}`" for name, row in ROWS.items() if name != "teacher")
+    """What each row ran that was measured."""
+    return "\n".join(
+        f"- {row.title}: `{row.command}`" for name, row in ROWS.items() if name != "teacher" and _found(name)
+    )
 
 
 def main() -> None:
@@ -242,6 +258,8 @@ def main() -> None:
     options = parser.parse_args()
     if unknown := [name for name in options.rows if name not in ROWS]:
         parser.error(f"no row is called {unknown[0]}: there are {', '.join(ROWS)}")
+    if gone := [name for name in options.rows if ROWS[name].commit]:
+        parser.error(f"{gone[0]} has keys of an earlier version: git checkout {ROWS[gone[0]].commit}")
     torch.set_num_threads(1)
     FOLDER.mkdir(parents=True, exist_ok=True)
     for name in options.rows:

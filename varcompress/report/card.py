@@ -246,6 +246,7 @@ ORIGIN = {
     "published": "published",
     "embedded": "found on the small model embedded in varcompress",
     "guess": "a guess that nobody has run at this size",
+    "changed": "changed by hand",
 }
 
 

@@ -39,6 +39,11 @@ def score(row: dict, key: str) -> str:
     return number(row.get(key)) + (f" ± {number(spread)}" if spread is not None else "")
 
 
+def scattered(row: dict, key: str) -> str:
+    """A score of a row over the choice of images: its mean, and two figures of its standard deviation."""
+    return NOT_GIVEN if row[key] is None else f"{number(row[key])} ± {row[f'{key}_std']:.2g}"
+
+
 def joined(values: Iterable) -> str:
     """1, 2, 3."""
     return ", ".join(map(str, values))

@@ -10,7 +10,7 @@ import numpy as np
 
 from varcompress.files import disk_errors, replacing
 from varcompress.metrics import METRICS
-from varcompress.report.format import MIB, count, folded, number, percent, where
+from varcompress.report.format import MIB, count, folded, number, percent, scattered, where
 from varcompress.results import EVAL, PROFILE, DemoResult, EvalResult, ProfileResult
 
 if TYPE_CHECKING:
@@ -62,11 +62,11 @@ def plot_eval(result: EvalResult, path: str | Path) -> Path:
 
 
 def plot_samples(samples: dict[str, dict[str, np.ndarray]], result: DemoResult, path: str | Path) -> Path:
-    """A PNG of rows of samples, one panel per state of the weights, with what each schedule saves of the teacher.
+    """A PNG of rows of samples, before and after distilling, with scores and what each schedule saves of the teacher.
 
     samples: title of a panel -> schedule -> images (N, H, W, 3) uint8, ten of which stand in a line.
     """
-    rows = result["schedules"]
+    rows, metric = result["schedules"], METRICS[result["score"]].name
     shown = len(next(iter(samples.values()))[rows[0]["schedule"]])
     height = (0.1 + 0.62 * -(-shown // PER_LINE)) * len(rows) + 0.4
     figure, axes = _figure(width=13, height=height, columns=len(samples), rows=len(rows))
@@ -77,11 +77,12 @@ def plot_samples(samples: dict[str, dict[str, np.ndarray]], result: DemoResult, 
             axis.set(xticks=[], yticks=[])
             axis.spines[:].set_visible(False)
     for axis, row in zip(axes[:, 0], rows, strict=True):
-        axis.set_ylabel(row["schedule"], rotation=0, ha="right", va="center", fontsize=11)
+        label = f"{row['schedule']}\n{metric}\n{scattered(row, 'untrained')}"
+        axis.set_ylabel(label, rotation=0, ha="right", va="center", fontsize=10)
     for axis, row in zip(axes[:, -1], rows, strict=True):
         axis.yaxis.set_label_position("right")
         cache = row["cache_bytes"] / result["teacher"]["cache_bytes"]
-        label = f"{number(row['speedup'])}× speed\n{percent(cache)} cache"
+        label = f"{metric} {scattered(row, 'score')}\n{number(row['speedup'])}× speed\n{percent(cache)} cache"
         axis.set_ylabel(label, rotation=0, ha="left", va="center", fontsize=10)
     return _save(figure, path)
 

@@ -12,13 +12,13 @@ from rich.text import Text
 from varcompress.metrics import METRICS, Metric
 from varcompress.report.format import (
     MIB,
-    NOT_GIVEN,
     count,
     folded,
     joined,
     mebibytes,
     number,
     percent,
+    scattered,
     score,
     settings,
     where,
@@ -120,8 +120,8 @@ def demo_table(result: DemoResult) -> RenderableType:
         "± one standard deviation over the choice of images"
     )
     columns = {
-        "before": lambda r: _scattered(r, "untrained"),
-        "after": lambda r: _scattered(r, "score"),
+        "before": lambda r: scattered(r, "untrained"),
+        "after": lambda r: scattered(r, "score"),
         "of the teacher's": lambda r: _beside_teacher(r, teacher),
         "speed-up": lambda r: number(r["speedup"]),
         "cache, MiB": lambda r: mebibytes(r["cache_bytes"]),
@@ -136,11 +136,6 @@ def demo_table(result: DemoResult) -> RenderableType:
         "seed moves a score as well: see docs/training.md."
     )
     return _stacked(head, _table(title, columns, [first, *result["schedules"]]), Text(foot))
-
-
-def _scattered(row: dict, key: str) -> str:
-    """A score and two figures of its spread."""
-    return NOT_GIVEN if row[key] is None else f"{number(row[key])} ± {row[f'{key}_std']:.2g}"
 
 
 def _beside_teacher(row: dict, teacher: dict) -> str:

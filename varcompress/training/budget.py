@@ -25,6 +25,7 @@ from varcompress.report.format import settings
 from varcompress.schedule import Schedule, Together
 from varcompress.training.optimizer import FLOAT32, moments_bytes, muon_matrices
 from varcompress.training.recipe import FULL, Machine, Recipe, machine_fields
+from varcompress.training.sensitivity import SENSITIVITY_IMAGES, kept, losses_of
 from varcompress.training.strategy import Step, plan
 
 BFLOAT16, INT64 = 2, 8
@@ -112,6 +113,36 @@ def run_flops(model: ElasticVAR, recipe: Recipe, steps: list[Step], images: int,
         total["teacher"] += teacher_flops(model, recipe, images * stored_answers(recipe))
     if recipe.optimizer == "muon":
         total["optimiser"] += len(steps) * devices * muon_flops(model)
+    total["held-out images"] += heldout_flops(model, recipe, steps, images, devices)
+    if recipe.layers == "sensitivity":
+        total["choice of layers"] += sensitivity_flops(model, recipe, images - recipe.held_out(images))
+    return total
+
+
+def heldout_flops(model: ElasticVAR, recipe: Recipe, steps: list[Step], images: int, devices: int) -> int:
+    """FLOPs of all measurements of the images held out, each under all schedules in one pass, and by the teacher.
+
+    Where the passes do not divide evenly, devices without one of their own run the last once more.
+    """
+    heldout, size = recipe.held_out(images), recipe.pass_size(devices)
+    if not heldout:
+        return 0
+    passes = -(-heldout // size)
+    run = heldout + -passes % devices * (heldout - (passes - 1) * size)
+    together = Together(tuple(schedules_of(model, recipe, (FULL, *recipe.depths))))
+    once = sum(forward_flops(model.var.config, together, run))
+    once += teacher_flops(model, recipe, run) if recipe.teacher_logits == "live" else 0
+    return once * sum(step.number % recipe.holdout_every == 0 or step is steps[-1] for step in steps)
+
+
+def sensitivity_flops(model: ElasticVAR, recipe: Recipe, images: int) -> int:
+    """FLOPs of choosing layers by sensitivity, of so many images in training: by one device, all others wait."""
+    config, count = model.var.config, min(images, SENSITIVITY_IMAGES)
+    total = teacher_flops(model, recipe, count)
+    for layers, losses in losses_of(config.depth, recipe.depths[-1], len(kept(config.depth))).items():
+        options = {"depth": config.depth, "patch_nums": config.patch_nums, "bridge": recipe.bridge}
+        together = Together((Schedule.after_bridge(tuple(range(layers)), **options),))
+        total += losses * sum(forward_flops(config, together, count))
     return total
 
 

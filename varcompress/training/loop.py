@@ -35,9 +35,9 @@ from varcompress.training.log import StepLog, step_text
 from varcompress.training.objective import Objective
 from varcompress.training.optimizer import Optimizer, learning_rate_at, optimizer_of
 from varcompress.training.parallel import full, gathered, parallelize
-from varcompress.training.recipe import FULL, Recipe, load_recipe
+from varcompress.training.recipe import FULL, Recipe, load_recipe, with_origin
 from varcompress.training.samples import draw_grid
-from varcompress.training.sensitivity import eliminate
+from varcompress.training.sensitivity import SENSITIVITY_IMAGES, eliminate, kept
 from varcompress.training.state import RunDirectory
 from varcompress.training.states import METADATA, tensors_of
 from varcompress.training.stopping import Stopper
@@ -46,7 +46,6 @@ from varcompress.training.teacher import StoredTeacher, Teacher
 from varcompress.training.tracker import Tracker, check_tracker
 
 SAME_MODEL = "open the same file everywhere, or one --revision of the Hub's"
-SENSITIVITY_IMAGES = 64  # that decide which layers the late scales miss least
 SHARE_OUT = "the output directory must be the same one on all machines"
 
 
@@ -73,7 +72,7 @@ def distill(
     data, for an `out` that holds anything else, and for processes that opened different weights;
     Stopped where a SIGTERM or Ctrl-C came during training, once the state is saved.
     """
-    recipe = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
+    recipe = with_origin(recipe) if isinstance(recipe, Recipe) else load_recipe(recipe)
     directory = RunDirectory(out, recipe.keep)
     try:
         return _distill(model, recipe, directory, data, tokens, resume=resume, progress=progress, note=note)
@@ -368,9 +367,9 @@ def subnets_of(objective: Objective, data: TokenData, ranks: Ranks, progress: Pr
         return {}
     if recipe.layers != "sensitivity":
         return dict(zip(recipe.depths, recipe.layers, strict=True))
-    full = model.schedule(FULL)
+    whole = model.schedule(FULL)
     loss = objective.loss_of(in_first_view(data, recipe.pass_size(ranks.count), SENSITIVITY_IMAGES))
-    return eliminate(loss, full, recipe.bridge, recipe.depths, keep=(0, full.depth - 1), progress=progress)
+    return eliminate(loss, whole, recipe.bridge, recipe.depths, keep=kept(whole.depth), progress=progress)
 
 
 def in_first_view(data: TokenData, size: int, count: int | None = None) -> list[Samples]:
@@ -385,7 +384,7 @@ def teacher_of(model: ElasticVAR, recipe: Recipe) -> Teacher | None:
         return None
     guided = recipe.cfg is not None
     options = {"dtype": recipe.teacher_dtype, "guided": guided, "compiled": recipe.compile}
-    return Teacher(model.var, model.schedule("full"), **options)
+    return Teacher(model.var, model.schedule(FULL), **options)
 
 
 def check_finite(model: ElasticVAR) -> None:
@@ -434,7 +433,8 @@ def _check_size(recipe: Recipe, num_images: int) -> None:
     kept_aside = recipe.held_out(num_images)
     if recipe.holdout and not kept_aside:
         raise InputError(
-            f"recipe: holdout {recipe.holdout:g} of {num_images} images is none of them: raise it, or set 0"
+            f"recipe: holdout {recipe.holdout:g} of {num_images} images is none of them: raise it, or set 0 and leave "
+            "out holdout_every"
         )
     if num_images - kept_aside < recipe.batch_size:
         aside = f" ({kept_aside} of {num_images} are held out)" if kept_aside else ""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple, Protocol
+from typing import ClassVar, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -45,13 +45,20 @@ class Distribution(NamedTuple):
 
 
 class Loss(Protocol):
-    """The loss of each token: log-probabilities (B, n, V) float32 and their targets -> (B, n) float32, in nats."""
+    """The loss of each token: log-probabilities (B, n, V) float32 and their targets -> (B, n) float32, in nats.
+
+    needs_teacher: whether it reads the teacher's distributions; else it goes by the data's tokens.
+    """
+
+    needs_teacher: ClassVar[bool]
 
     def __call__(self, log_probs: Tensor, targets: Targets) -> Tensor: ...
 
 
 class CrossEntropy:
     """-log q(token), the loss of VAR and of VARiant (arXiv 2511.16546, section 3)."""
+
+    needs_teacher = False
 
     def __call__(self, log_probs: Tensor, targets: Targets) -> Tensor:
         return -log_probs.gather(-1, targets.tokens[..., None]).squeeze(-1)
@@ -63,11 +70,11 @@ class KullbackLeibler:
     Of a teacher of whom only the largest probabilities are known, the rest is one event on both sides: a lower bound.
     """
 
+    needs_teacher = True
+
     def __call__(self, log_probs: Tensor, targets: Targets) -> Tensor:
         teacher = targets.teacher
-        if teacher.tokens is None:
-            return F.kl_div(log_probs, teacher.log_probs, log_target=True, reduction="none").sum(-1)
-        known = part(log_probs, teacher.tokens)
+        known = log_probs if teacher.tokens is None else part(log_probs, teacher.tokens)
         return F.kl_div(known, teacher.log_probs, log_target=True, reduction="none").sum(-1)
 
 

@@ -39,7 +39,7 @@ class Objective:
     def __init__(self, model: ElasticVAR, recipe: Recipe, teacher: Teacher | StoredTeacher | None = None) -> None:
         self.model, self.recipe, self.teacher = model, recipe, teacher
         # all that can be measured are, for the log
-        self.losses = {name: loss() for name, loss in LOSSES.items() if name != "kl" or teacher}
+        self.losses = {name: loss() for name, loss in LOSSES.items() if teacher or not loss.needs_teacher}
         device = model.device
         self._weights = torch.tensor([recipe.loss.get(name, 0.0) for name in self.losses], device=device)
 

@@ -7,6 +7,7 @@ import math
 import re
 from collections.abc import Iterable
 from dataclasses import MISSING, Field, asdict, dataclass, field, fields, replace
+from functools import cache
 from importlib import resources
 from pathlib import Path
 from types import NoneType, UnionType
@@ -22,9 +23,13 @@ from varcompress.training.losses import LOSSES
 FULL = "full"  # the full network's place among the depths
 EPOCHS = "epochs"  # as many views as epochs
 MAX_VIEWS = 256
-ORIGINS = ("published", "embedded", "guess")  # a paper's figure, carried over from the embedded model, run by nobody
+# a paper's figure, carried over from the embedded model, run by nobody, and what `with_origin` finds changed since
+CHANGED = "changed"
+ORIGINS = ("published", "embedded", "guess", CHANGED)
 BELOW_ONE = 1 - 1e-9
 LAYERS = ("equidistant", "sensitivity")  # ways to choose the layers of a depth
+TAUGHT = [name for name, loss in LOSSES.items() if loss.needs_teacher]
+PHASES = ("epochs_full", "epochs_ramp", "epochs_subnet")
 EXAMPLES = {float: "[0.9, 0.95]", int: "[16, 8, 4, 2]", str: "[depths, bridge]"}  # of a list, by what it holds
 # the recipes made for a model that has a name; the first is taken where none is asked for
 MADE_FOR = {
@@ -49,8 +54,11 @@ class Machine:
             return cls()
         devices, x, size = text.rpartition("x")
         if (x and not devices.strip().isdecimal()) or devices.strip() == "0":
-            raise InputError(f"machine {text!r} is not understood: write 8 x 80GB, 80GB or cpu")
-        return cls(int(devices or 1), parse_bytes(size))
+            raise InputError(f"recipe: machine {text!r} is not understood: write 8 x 80GB, 80GB or cpu")
+        try:
+            return cls(int(devices or 1), parse_bytes(size))
+        except InputError as error:
+            raise InputError(f"recipe: machine {text!r}: {error}") from None
 
 
 def parse_bytes(text: str) -> int:
@@ -70,7 +78,7 @@ def _plain(default: object, **metadata: object) -> object:
     """A field with what is known of it.
 
     machine: it says only how the machine is used, as `machine_fields` has it; accepts: what it can be, in words, where
-    that is more than one type.
+    that is more than one type; goes_with: fields of which one at least must not be as by default, or it does nothing.
     """
     if isinstance(default, dict):
         return field(default_factory=default.copy, metadata=metadata)
@@ -97,22 +105,24 @@ class Recipe:
     epochs_full: int = _within(0, default=0)  # phase 1: a subnet with probability p_start
     epochs_ramp: int = _within(0, default=0)  # phase 2: the probability rises linearly
     epochs_subnet: int = _within(0, default=0)  # phase 3: a subnet with probability p_end
-    p_start: float = _within(0, 1, default=0.2)
-    p_end: float = _within(0, 1, default=1.0)
+    p_start: float = _within(0, 1, default=0.2, goes_with=PHASES[:2])
+    p_end: float = _within(0, 1, default=1.0, goes_with=PHASES[1:])
     # of each depth, in every step
     depth_probability: dict[str, float] | None = _within(
         0, 1, default=None, accepts="a probability for each depth, such as {full: 0.25, 16: 0.5, 2: 1}"
     )
-    epochs: int = _within(0, default=0)  # passes over the data, with depth_probability
-    together: bool = _plain(True, machine=True)  # the depths of a step in one pass, or one after another
+    epochs: int = _within(0, default=0, goes_with=("depth_probability",))  # passes over the data
+    # the depths of a step in one pass, or one after another
+    together: bool = _plain(True, machine=True, goes_with=("depth_probability",))
 
     # weights of the losses in losses.py
     loss: dict[str, float] = _within(
         0, default={"cross_entropy": 1.0}, accepts=f"{' or '.join(LOSSES)}, or a weight for each"
     )
     teacher: Literal["none", "frozen"] = "none"  # frozen: the network that the run starts from
-    teacher_dtype: Literal["float32", "bfloat16"] = "float32"  # of its weights
-    teacher_logits: Literal["live", "stored"] = "live"  # stored: computed once, the largest kept with the tokens
+    teacher_dtype: Literal["float32", "bfloat16"] = _plain("float32", goes_with=("teacher",))  # of its weights
+    # stored: computed once, the largest kept with the tokens
+    teacher_logits: Literal["live", "stored"] = _plain("live", goes_with=("teacher",))
     teacher_top: int | None = _within(1, default=None)  # how many are stored of each token
     guidance: Literal["classifier-free", "none"] = "classifier-free"  # none: distilled, so that no second pass is run
     # what guidance to distil; of a range, each call gives the model one
@@ -122,7 +132,8 @@ class Recipe:
     optimizer: Literal["adamw", "adamw8bit", "muon"] = "adamw"
     learning_rate: float = _within(0, default=1e-6)
     learning_rate_end: float = _within(0, 1, default=1.0)  # the share of it left at the last step
-    learning_rate_decay: Literal["linear", "cosine"] = "linear"  # how it falls to that
+    # how it falls to that
+    learning_rate_decay: Literal["linear", "cosine"] = _plain("linear", goes_with=("learning_rate_end",))
     warmup_steps: int = _within(0, default=0)  # the learning rate rises linearly over so many steps
     weight_decay: float = _within(0, default=0.0)  # on the matrices of linear layers
     betas: tuple[float, float] = _within(0, BELOW_ONE, default=(0.9, 0.95))
@@ -136,7 +147,8 @@ class Recipe:
     # of each image: the centre, then random crops; epochs: one for each epoch, as when images are cropped anew
     views: int | str = _within(1, MAX_VIEWS, default=1, accepts=f"a whole number, or {EPOCHS}: one for each epoch")
     holdout: float = _within(0, 0.5, default=0.0)  # share of the images that are never trained on, to measure on
-    holdout_every: int = _within(1, default=500, machine=True)  # steps between two measurements
+    # steps between two measurements
+    holdout_every: int = _within(1, default=500, machine=True, goes_with=("holdout",))
 
     dtype: Literal["float32", "bfloat16"] = "bfloat16"  # of the arithmetic; weights and optimiser are float32
     # recompute activations in the backward pass: slower, far less memory
@@ -149,7 +161,8 @@ class Recipe:
     tracker: Literal["none", "tensorboard", "wandb", "trackio"] = _plain("none", machine=True)  # to watch the run in
     seed: int = _within(0, MAX_SEED, default=0)
     machine: str = _plain("cpu", machine=True)  # what the sizes above are made for, such as 8 x 80GB
-    # where figures come from: their names under published, embedded (carried over from the embedded model) or guess
+    # where figures come from: their names under published, embedded (carried over from the embedded model), guess, or
+    # changed (by a user: `with_origin`)
     origin: dict[str, tuple[str, ...]] = _plain({}, machine=True)
 
     def __post_init__(self) -> None:
@@ -157,6 +170,7 @@ class Recipe:
             self._check_bounds(item)
         if not self.depths or list(self.depths) != sorted(set(self.depths), reverse=True):
             raise InputError(f"recipe: depths must run from large to small, each once, not {list(self.depths)}")
+        self._check_idle()
         self._check_strategy()
         self._check_views()
         self._check_layers()
@@ -178,18 +192,35 @@ class Recipe:
             return
         high = item.metadata["high"]
         for number in value.values() if isinstance(value, dict) else value if isinstance(value, tuple) else (value,):
-            if not low <= number <= high or not math.isfinite(number):
+            if not math.isfinite(number):
+                raise InputError(f"recipe: {item.name} must be a finite number, not {number:g}")
+            if not low <= number <= high:
                 limits = f"from {low:g} to {'below ' * (high == BELOW_ONE)}{high:g}"
                 limits = limits if math.isfinite(high) else f"at least {low:g}"
                 raise InputError(f"recipe: {item.name} must be {limits}, not {number:g}")
 
+    def _check_idle(self) -> None:
+        for item in fields(self):
+            if item.name in self._without_company() and getattr(self, item.name) != item.default:
+                raise InputError(
+                    f"recipe: {item.name} goes with {' or '.join(item.metadata['goes_with'])}, without which it does "
+                    f"nothing: leave it out, or set {str(item.default).lower()}"
+                )
+
+    def _without_company(self) -> set[str]:
+        """Names of the keys that do nothing, because all that they go with is as by default."""
+        usual = defaults()
+        return {
+            item.name
+            for item in fields(self)
+            if (others := item.metadata.get("goes_with")) and all(getattr(self, key) == usual[key] for key in others)
+        }
+
     def _check_strategy(self) -> None:
-        phases = self.epochs_full + self.epochs_ramp + self.epochs_subnet
+        phases = sum(getattr(self, phase) for phase in PHASES)
         if self.depth_probability is None:
-            if self.epochs:
-                raise InputError("recipe: epochs goes with depth_probability: the phases have epochs of their own")
             if not phases:
-                raise InputError("recipe: epochs_full, epochs_ramp and epochs_subnet are all 0: nothing to train")
+                raise InputError(f"recipe: {', '.join(PHASES[:2])} and {PHASES[2]} are all 0: nothing to train")
             return
         if phases or not self.epochs:
             raise InputError(
@@ -233,14 +264,14 @@ class Recipe:
             raise InputError(f"recipe: loss must be {_accepts('loss')}, not {unknown[0]!r}")
         if not any(self.loss.values()):
             raise InputError("recipe: loss gives every kind a weight of 0: nothing to learn")
-        if bool(self.loss.get("kl")) != (self.teacher != "none"):
+        if any(map(self.loss.get, TAUGHT)) != (self.teacher != "none"):
+            taught = " or ".join(TAUGHT)
             raise InputError(
-                "recipe: the loss kl and a teacher go together: set teacher: frozen and loss: kl, or neither"
+                f"recipe: the loss {taught} and a teacher go together: set teacher: frozen and loss: {taught}, or "
+                "neither"
             )
         if (self.teacher_logits == "stored") != (self.teacher_top is not None):
             raise InputError("recipe: teacher_logits: stored and teacher_top go together: set both, or neither")
-        if self.teacher_logits == "stored" and self.teacher == "none":
-            raise InputError("recipe: teacher_logits: stored needs a teacher: set teacher: frozen and loss: kl")
 
     def _check_guidance(self) -> None:
         if (self.guidance == "none") != (self.cfg is not None):
@@ -248,10 +279,10 @@ class Recipe:
         if self.cfg is None:
             return
         checked_cfg(self.cfg, "recipe: cfg")
-        if self.loss.keys() != {"kl"} or self.label_drop:
+        if any(weight for name, weight in self.loss.items() if name not in TAUGHT) or self.label_drop:
             raise InputError(
-                "recipe: guidance: none distils the teacher's guided logits: set teacher: frozen, loss: kl and "
-                "label_drop: 0"
+                f"recipe: guidance: none distils the teacher's guided logits: set teacher: frozen, loss: "
+                f"{' or '.join(TAUGHT)} and label_drop: 0"
             )
         if self.teacher_logits == "stored" and isinstance(self.cfg, tuple):
             raise InputError(
@@ -271,7 +302,7 @@ class Recipe:
         """How many views of each image are encoded."""
         if self.views != EPOCHS:
             return self.views
-        return self.epochs or self.epochs_full + self.epochs_ramp + self.epochs_subnet
+        return self.epochs or sum(getattr(self, phase) for phase in PHASES)
 
     def pass_size(self, processes: int = 1) -> int:
         """Images of one pass of a process."""
@@ -296,12 +327,22 @@ class Recipe:
         return cls(**converted)
 
     def to_dict(self) -> dict:
-        """Plain values, as they stand in a YAML file."""
-        return {key: _as_plain(value) for key, value in asdict(self).items()}
+        """Plain values, as they stand in a YAML file, without the keys that do nothing in this recipe."""
+        idle = self._without_company() | (set() if self.depth_probability is None else set(PHASES))
+        return {key: _as_plain(value) for key, value in asdict(self).items() if key not in idle}
 
 
 def _required(item: Field) -> bool:
     return item.default is MISSING and item.default_factory is MISSING
+
+
+def defaults() -> dict[str, object]:
+    """What a recipe has where it says nothing, as plain values, of all keys that it may leave out."""
+    return {
+        item.name: _as_plain(item.default_factory() if item.default is MISSING else item.default)
+        for item in fields(Recipe)
+        if not _required(item)
+    }
 
 
 def machine_fields() -> frozenset[str]:
@@ -315,23 +356,49 @@ def machine_fields() -> frozenset[str]:
 def load_recipe(source: str | Path, settings: Iterable[str] = ()) -> Recipe:
     """A recipe by name or from a YAML file, with `key=value` settings applied on top."""
     where, text = _source(source)
-    try:
-        values = yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date that is none
-        mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None) or "not readable"
-        raise InputError(f"{where}: not YAML{f', line {mark.line + 1}' if mark else ''}: {problem}") from error
+    values = _read(text, where)
     if not isinstance(values, dict):
         raise InputError(f"{where}: a recipe is a list of `key: value` lines")
-    recipe = Recipe.from_dict({**values, **dict(map(_setting, settings))}, where)
-    if recipe.name not in recipe_names():
+    return with_origin(Recipe.from_dict({**values, **dict(map(_setting, settings))}, where))
+
+
+def with_origin(recipe: Recipe) -> Recipe:
+    """A recipe whose figures claim no more than a recipe of the package that they equal; the others are `changed`.
+
+    What a user changes, in a copy of whatever name, by a setting or from Python, comes from nowhere but from them. A
+    copy under another name is held against the recipe whose claims it can make most of. Who claims nothing is left
+    alone.
+    """
+    claimed = {key for keys in recipe.origin.values() for key in keys}
+    if not claimed:
         return recipe
-    # what a user changes, in a copy or by a setting, comes from nowhere but from them
-    ours = Recipe.from_dict(yaml.safe_load(recipe_text(recipe.name)))
-    origin = {
-        name: tuple(key for key in keys if getattr(recipe, key) == getattr(ours, key))
-        for name, keys in recipe.origin.items()
+    names = recipe_names()
+    ours = map(_of_package, [recipe.name] if recipe.name in names else names)
+    origin = max((_held(recipe, one) for one in ours), key=lambda held: sum(map(len, held.values())))
+    usual, held = defaults(), {key for keys in origin.values() for key in keys}
+    own = [
+        item.name
+        for item in fields(recipe)
+        if item.name not in {*held, "name", "seed", *machine_fields()}
+        and (item.name in claimed or _as_plain(getattr(recipe, item.name)) != usual.get(item.name))
+    ]
+    return replace(recipe, origin={name: keys for name, keys in {**origin, CHANGED: tuple(own)}.items() if keys})
+
+
+@cache
+def _of_package(name: str) -> Recipe:
+    return Recipe.from_dict(yaml.safe_load(recipe_text(name)))
+
+
+def _held(recipe: Recipe, ours: Recipe) -> dict[str, tuple[str, ...]]:
+    """The claims of a recipe that one of the package makes too, of the same figures."""
+    return {
+        origin: tuple(
+            key for key in keys if key in ours.origin.get(origin, ()) and getattr(recipe, key) == getattr(ours, key)
+        )
+        for origin, keys in recipe.origin.items()
+        if origin != CHANGED
     }
-    return replace(recipe, origin=origin)
 
 
 def recipe_names() -> list[str]:
@@ -401,13 +468,35 @@ def _setting(text: str) -> tuple[str, object]:
     if not equals or not key:
         raise InputError(f"--set {text!r}: write key=value, such as learning_rate=1e-5")
     hint = get_type_hints(Recipe).get(key)
-    is_list = get_origin(hint) is tuple or ("," in value and tuple in map(get_origin, get_args(hint)))
+    one_of = get_args(hint) if get_origin(hint) in (Union, UnionType) else ()
+    is_list = get_origin(hint) is tuple or ("," in value and tuple in map(get_origin, one_of))
     if is_list and not value.startswith("["):
         value = f"[{value}]"
+    return key, _read(value, f"--set {text!r}")
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe YAML that holds each key once, as YAML says it must; PyYAML alone takes the last and is silent."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        found = set()
+        for key, _ in node.value:
+            name = str(key.value)
+            if name in found:
+                problem = f"the key {name} stands there twice"
+                raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
+            found.add(name)
+        return super().construct_mapping(node, deep)
+
+
+def _read(text: str, where: object) -> object:
+    """What a YAML text says. Raises InputError, after `where` it stands, for one that is none."""
     try:
-        return key, yaml.safe_load(value)
-    except (yaml.YAMLError, ValueError) as error:
-        raise InputError(f"--set {text!r}: the value is not readable") from error
+        return yaml.load(text, _Loader)
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date that is none
+        mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None) or "not readable"
+        line = f", line {mark.line + 1}" if mark and "\n" in text else ""
+        raise InputError(f"{where}: not YAML{line}: {problem}") from error
 
 
 def _as_plain(value: object) -> object:
@@ -425,6 +514,8 @@ def _converted(where: object, key: str, hint: object, value: object) -> object:
     """The value of a recipe's key as the type of its field, or InputError."""
     if key == "loss" and isinstance(value, str):
         value = {value: 1.0}  # one alone
+    if isinstance(value, dict) and len(value) > len(set(map(str, value))):  # as a key a depth is text
+        raise InputError(f"{where}: {key} has a key twice: {', '.join(sorted(map(str, value)))}")
     try:
         return _convert(f"{where}: {key}", hint, value)
     except InputError:
@@ -446,7 +537,7 @@ def _convert(what: str, hint: object, value: object) -> object:
     if origin is dict:
         if not isinstance(value, dict):
             raise InputError(f"{what} must be a list of `name: value` lines, not {value!r}")
-        # a depth is text as a key, which it becomes in JSON at the latest
+        # as a key a depth is text, which it becomes in JSON at the latest
         return {str(key): _convert(f"{what}: {key}", options[1], item) for key, item in value.items()}
     if origin is tuple:
         kind, *rest = options

@@ -13,6 +13,18 @@ from varcompress.errors import InputError
 from varcompress.progress import Progress, Steps, silent
 from varcompress.schedule import Schedule
 
+SENSITIVITY_IMAGES = 64  # that decide
+
+
+def kept(depth: int) -> tuple[int, int]:
+    """The layers of a model that all subnets of a recipe keep: the first and the last."""
+    return 0, depth - 1
+
+
+def losses_of(depth: int, last: int, keep: int) -> dict[int, int]:
+    """How many losses `eliminate` takes from a model of `depth` layers to `last`: {layers that run late: losses}."""
+    return {layers: layers + 1 - keep for layers in range(last, depth)}
+
 
 def eliminate(
     loss_of: Callable[[Schedule], float],

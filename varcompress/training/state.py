@@ -36,7 +36,7 @@ from varcompress.files import disk_errors, replacing, sweep, write_json, write_t
 from varcompress.models.elastic import ElasticVAR
 from varcompress.progress import Note
 from varcompress.publish import save
-from varcompress.training.recipe import Recipe, machine_fields
+from varcompress.training.recipe import Recipe, defaults, machine_fields
 from varcompress.training.states import WEIGHT, States, read
 
 ANEW = "choose another output directory"
@@ -244,7 +244,7 @@ class RunDirectory:
 
 def _compare(out: Path, started: dict, now: dict) -> None:
     """Refuse to go on with a run that is not this one, naming what differs; how the machine is used may differ."""
-    before, after = started["recipe"], now["recipe"]
+    before, after = ({**defaults(), **part["recipe"]} for part in (started, now))
     differences = [
         f"{key} was {before.get(key)}, now {after.get(key)}"
         for key in {**before, **after}
