@@ -117,8 +117,6 @@ IDLE = {
     "together": (False, {}, DRAWN),
     "teacher_dtype": ("bfloat16", {}, TAUGHT),
     "teacher_logits": ("stored", {}, {**TAUGHT, "teacher_top": 8}),
-    "learning_rate_decay": ("cosine", {}, {"learning_rate_end": 0.1}),
-    "holdout_every": (10, {}, {"holdout": 0.1}),
 }
 
 

@@ -133,7 +133,7 @@ class Recipe:
     learning_rate: float = _within(0, default=1e-6)
     learning_rate_end: float = _within(0, 1, default=1.0)  # the share of it left at the last step
     # how it falls to that
-    learning_rate_decay: Literal["linear", "cosine"] = _plain("linear", goes_with=("learning_rate_end",))
+    learning_rate_decay: Literal["linear", "cosine"] = "linear"
     warmup_steps: int = _within(0, default=0)  # the learning rate rises linearly over so many steps
     weight_decay: float = _within(0, default=0.0)  # on the matrices of linear layers
     betas: tuple[float, float] = _within(0, BELOW_ONE, default=(0.9, 0.95))
@@ -148,7 +148,7 @@ class Recipe:
     views: int | str = _within(1, MAX_VIEWS, default=1, accepts=f"a whole number, or {EPOCHS}: one for each epoch")
     holdout: float = _within(0, 0.5, default=0.0)  # share of the images that are never trained on, to measure on
     # steps between two measurements
-    holdout_every: int = _within(1, default=500, machine=True, goes_with=("holdout",))
+    holdout_every: int = _within(1, default=500, machine=True)
 
     dtype: Literal["float32", "bfloat16"] = "bfloat16"  # of the arithmetic; weights and optimiser are float32
     # recompute activations in the backward pass: slower, far less memory
