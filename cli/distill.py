@@ -173,6 +173,7 @@ def planned(
 def _resuming() -> str:
     """The command that continues what this one began."""
     arguments = sys.argv[1:] if "--resume" in sys.argv else [*sys.argv[1:], "--resume"]
-    processes = os.environ.get("WORLD_SIZE", "1")
-    launcher = ["varcompress"] if processes == "1" else ["torchrun", "…", "-m", "varcompress"]
+    processes, nodes = os.environ.get("WORLD_SIZE", "1"), os.environ.get("GROUP_WORLD_SIZE", "1")
+    how = ["--nproc-per-node", processes] if nodes == "1" else ["…"]
+    launcher = ["varcompress"] if processes == "1" else ["torchrun", *how, "-m", "varcompress"]
     return shlex.join(launcher + arguments).replace("'…'", "…")

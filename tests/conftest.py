@@ -26,6 +26,10 @@ from varcompress.publish import save
 RECIPE = {"depths": [4, 2], "bridge": 2, "learning_rate": 1e-4, "seed": 0}
 
 
+# each process of pytest-xdist has its share of the cores
+torch.set_num_threads(max(1, torch.get_num_threads() // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))))
+
+
 @pytest.fixture(autouse=True, scope="session")
 def packed_weights():
     """Weights are packed wherever they can be, not where a trial of this moment says that it is faster."""

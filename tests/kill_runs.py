@@ -41,10 +41,8 @@ def killed(out: Path, processes: int, after: float) -> bool:
         process.wait(after)
     found = [process.pid] if processes == 1 else [process.pid, *_children(process.pid)]
     for pid in found:  # torchrun's processes have sessions of their own
-        try:
+        with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
-        except ProcessLookupError:
-            return False
     return process.wait() == -signal.SIGKILL
 
 

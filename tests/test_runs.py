@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
 
@@ -227,11 +228,42 @@ def test_a_disk_without_room_for_the_next_state_is_said_before_the_step(
     with monkeypatch.context() as patch:
         full = type("Usage", (), {"free": 2**18})
         patch.setattr("varcompress.training.loop.shutil.disk_usage", lambda path: full)
-        with pytest.raises(InputError, match=r"0 MiB are free, and the next state needs \d+: free some"):
+        with pytest.raises(InputError, match=r"0 MiB are free, and what is saved next needs \d+: free some"):
             distill(copy.deepcopy(tiny), SMALL, data=images, out=out)
     assert len(losses(out)) == 2
     distill(copy.deepcopy(tiny), SMALL, data=images, out=out)
     assert weights(out) == weights(undisturbed)
+
+
+def test_a_state_that_fails_in_the_background_ends_the_run_at_once(tiny, images, tmp_path, monkeypatch):
+    failed, reached = Future(), []
+    failed.set_exception(OSError(28, "No space left on device"))
+    monkeypatch.setattr("varcompress.training.states.dcp.async_save", lambda *_, **__: failed)
+    with pytest.raises(InputError, match="No space left on device"):
+        distill(
+            copy.deepcopy(tiny),
+            SMALL,
+            data=images,
+            out=tmp_path / "out",
+            progress=lambda done, total, what: reached.append(done) if what.startswith("distill") else None,
+        )
+    assert reached[-1] <= SMALL.checkpoint_every
+
+
+def test_what_is_no_whole_state_counts_as_none(tiny, images, tmp_path):
+    out = tmp_path / "out"
+    with pytest.raises(Interrupt):
+        distill(copy.deepcopy(tiny), SMALL, data=images, out=out, progress=interrupt_at(7))
+    before, last = RunDirectory(out).states.steps
+    (out / ".training" / f"step-{last}" / ".metadata").unlink()  # which is written last
+    assert RunDirectory(out).step() == before < last
+
+
+@pytest.mark.parametrize("line", [b"[1, 2]", b"\xff\xfe", b'{"epoch": 1}', b'{"step": "x"}'])
+def test_a_damaged_log_is_read_as_far_as_it_goes(tmp_path, line):
+    path = tmp_path / "steps.jsonl"
+    path.write_bytes(b'{"step": 1}\n' + line + b'\n{"step": 3}\n')
+    assert read_steps(path) == [{"step": 1}]
 
 
 def test_a_state_is_what_was_when_it_was_saved(tiny, images, tmp_path):

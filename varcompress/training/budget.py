@@ -24,7 +24,7 @@ from varcompress.models.transformer import VARConfig
 from varcompress.report.format import settings
 from varcompress.schedule import Schedule, Together
 from varcompress.training.optimizer import FLOAT32, moments_bytes, muon_matrices
-from varcompress.training.recipe import FULL, Machine, Recipe, machine_fields
+from varcompress.training.recipe import FULL, PHASES, Machine, Recipe, machine_fields
 from varcompress.training.sensitivity import SENSITIVITY_IMAGES, kept, losses_of
 from varcompress.training.strategy import Step, plan
 
@@ -172,7 +172,9 @@ def memory(
     """
     held = _held(model, recipe, shards_of(recipe, devices))
     moments = [{**held, **_encoding(model)}]
-    if recipe.parallel == "fsdp" and devices > 1:  # whole weights, for a checkpoint or samples
+    if recipe.parallel == "fsdp" and devices > 1:
+        moments.append({**_held(model, recipe, 1), **_encoding(model)})  # before anything is shared out
+        # whole weights, for a checkpoint or samples
         moments.append({**held, "gathered weights": FLOAT32 * parameter_count(model, recipe)})
     for together in _passes(model, recipe, depths):
         running = _Pass(model, recipe, together, devices, accumulated=recipe.accumulation > 1 and not first)
@@ -403,8 +405,17 @@ class _Pass:
 
 def host_bytes(model: ElasticVAR, recipe: Recipe, devices: int) -> int:
     """Bytes of the host of one node while a state is written: what each of its devices holds of weights and moments."""
-    state = FLOAT32 * parameter_count(model, recipe) + optimizer_bytes(model, recipe)
-    return min(devices, NODE) * (state // shards_of(recipe, devices))
+    return min(devices, NODE) * (state_bytes(model, recipe) // shards_of(recipe, devices))
+
+
+def state_bytes(model: ElasticVAR, recipe: Recipe) -> int:
+    """Bytes of a state to continue from: weights and moments."""
+    return FLOAT32 * parameter_count(model, recipe) + optimizer_bytes(model, recipe)
+
+
+def checkpoint_bytes(model: ElasticVAR, recipe: Recipe) -> int:
+    """Bytes of an elastic checkpoint in float32, as training writes it."""
+    return FLOAT32 * (parameter_count(model, recipe) + sum(p.numel() for p in model.tokenizer.parameters()))
 
 
 # -- disk ---------------------------------------------------------------------------------------
@@ -415,13 +426,13 @@ def disk(model: ElasticVAR, recipe: Recipe, images: int) -> Bytes:
     config, views = model.var.config, images * recipe.num_views
     narrow = 2 if config.vocab <= 2**16 else 4  # of a token
     top = min(recipe.teacher_top or 0, config.vocab)
-    weights = FLOAT32 * parameter_count(model, recipe)
+    phases = sum(getattr(recipe, phase) > 0 for phase in PHASES)  # each of which leaves a checkpoint
     answers = images * stored_answers(recipe) * config.tokens * (2 * (top + 1) + narrow * top) if top else 0
     parts = {
         "tokens": views * config.tokens * narrow,
         "teacher's logits": answers,
-        "states": (recipe.keep + 1) * (weights + optimizer_bytes(model, recipe)),
-        "checkpoint": weights + FLOAT32 * sum(p.numel() for p in model.tokenizer.parameters()),
+        "states": (recipe.keep + 1) * state_bytes(model, recipe),
+        "checkpoints": max(1, phases) * checkpoint_bytes(model, recipe),
     }
     return {part: size for part, size in parts.items() if size}
 

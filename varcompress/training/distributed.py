@@ -89,13 +89,12 @@ class Ranks:
             dist.broadcast(tensor, 0)
         return tensor
 
-    def largest(self, number: int) -> int:
-        """The largest of a number of each process."""
+    def largest(self, *numbers: int) -> list[int]:
+        """Of each number the largest that any process has."""
+        found = torch.tensor(numbers)
         if self.count > 1:
-            found = torch.tensor([number])
             dist.all_reduce(found, dist.ReduceOp.MAX)
-            number = int(found)
-        return number
+        return found.tolist()
 
 
 def _check_equal(found: list[str], what: str, remedy: str) -> None:

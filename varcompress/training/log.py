@@ -37,15 +37,18 @@ class StepLog:
 
 
 def read_steps(path: Path) -> list[dict]:
-    """The steps in a log, in order. Stops at a line that a killed process left unfinished."""
+    """The steps in a log, in order. Stops at a line that a killed process left unfinished, or that is damaged."""
     steps: list[dict] = []
     if not path.is_file():
         return steps
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
-            steps.append(json.loads(line))
-        except json.JSONDecodeError:
+            step = json.loads(line)
+        except (json.JSONDecodeError, RecursionError):
             break
+        if not isinstance(step, dict) or not isinstance(step.get("step"), int):
+            break
+        steps.append(step)
     return steps
 
 

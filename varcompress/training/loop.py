@@ -21,7 +21,7 @@ from varcompress.data.sources import open_source
 from varcompress.data.tokens import Samples, TokenData, TokenStore, store_of
 from varcompress.errors import InputError, Stopped
 from varcompress.fingerprint import weights_digest
-from varcompress.hardware import peak_bytes
+from varcompress.hardware import compiling, peak_bytes
 from varcompress.images import skipped_note
 from varcompress.models.elastic import ElasticVAR
 from varcompress.models.linear import unpack
@@ -29,7 +29,7 @@ from varcompress.models.transformer import add_cfg_input
 from varcompress.progress import Note, Progress, silent
 from varcompress.schedule import Schedule, is_subnet
 from varcompress.training.batches import Batch, Batches, ended, loader
-from varcompress.training.budget import check_memory, optimizer_bytes
+from varcompress.training.budget import check_memory, checkpoint_bytes, state_bytes
 from varcompress.training.distributed import Ranks, joined, local_device
 from varcompress.training.log import StepLog, step_text
 from varcompress.training.objective import Objective
@@ -183,18 +183,20 @@ def train(
     if done:
         ranks.check_same(partial(_identity, states.path(done)), "the state to continue from", SHARE_OUT)
         states.load(done, var, optimizer)
-    state_bytes = sum(parameter.nbytes for parameter in var.parameters()) + optimizer_bytes(model, recipe)
     batches = Batches(run.data, recipe, ranks, run.steps[done:], var.config.classes)
     reading, heldout, bad = iter(loader(batches, recipe.workers, var.device)), {}, 0
     with Stopper() as stopper, states.writing(ranks), ended(reading):
         for step in run.steps[done:]:
             saves = step.number % recipe.checkpoint_every == 0 or step.ends_phase
             if saves:
-                ranks.on_rank_zero(partial(_check_room, run.directory.out, state_bytes))
-            began = time.perf_counter()
-            batch = next(reading)
-            waited = time.perf_counter() - began
-            line = take_step(run, step, batch, optimizer)
+                states.wait()
+                ranks.on_rank_zero(partial(_check_room, run, step))
+            began, schedules = time.perf_counter(), schedules_of(model, step.depths)
+            with _kept(run, step, optimizer, stopper):
+                batch = next(reading)
+                waited = time.perf_counter() - began
+                found = gradients(run, step, batch, list(schedules.values()))
+            line = take_step(run, step, schedules, *found, optimizer)
             bad = bad + 1 if "skipped" in line else 0
             spent = {"seconds": round(time.perf_counter() - began, 4), "waited": round(waited, 4)}
             line |= {**spent, "memory_bytes": peak_bytes(var.device)}
@@ -204,7 +206,9 @@ def train(
                 watching.append(line)
             if recipe.samples_every and (step.number % recipe.samples_every == 0 or step.number == last):
                 _draw_samples(run, step)
-            stopped = ranks.largest(stopper.signal)
+            stopped, writing = ranks.largest(stopper.signal, states.busy)
+            if not writing:  # a state takes its place, or its failure is told, at once
+                states.wait()
             ends = stopped or bad == recipe.max_bad_steps
             if step.ends_phase and step.number < last:  # before the state: a run that goes on from it finds it done
                 _finish_phase(run, step)
@@ -222,14 +226,44 @@ def _identity(state: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "none"
 
 
-def _check_room(out: Path, state_bytes: int) -> None:
-    """Before a step whose state would be lost. Raises InputError where the disk has no room for it."""
-    free = shutil.disk_usage(out).free
-    if free < state_bytes:
+def _check_room(run: Run, step: Step) -> None:
+    """Before a step whose files would be lost. Raises InputError where the disk has no room for them."""
+    needed = state_bytes(run.model, run.recipe)
+    needed += checkpoint_bytes(run.model, run.recipe) if step.ends_phase else 0
+    free = shutil.disk_usage(run.directory.out).free
+    if free < needed:
         raise InputError(
-            f"{out}: {free / 2**20:,.0f} MiB are free, and the next state needs {state_bytes / 2**20:,.0f}: free some, "
-            "then continue with --resume"
+            f"{run.directory.out}: {free / 2**20:,.0f} MiB are free, and what is saved next needs "
+            f"{needed / 2**20:,.0f}: free some, then continue with --resume"
         )
+
+
+@contextmanager
+def _kept(run: Run, step: Step, optimizer: Optimizer, stopper: Stopper) -> Iterator[None]:
+    """A block that reads a batch and makes its gradients: what fails there costs a single process no earlier step.
+
+    A process that reads may be killed; a compiler that gets the signal meant for the run dies of it.
+    """
+    try:
+        with compiling():
+            yield
+    except (RuntimeError, InputError) as error:
+        dead = "DataLoader worker" in str(error)
+        if run.ranks.count > 1 or not (dead or stopper.signal):
+            raise
+        optimizer.drop()
+        states, before = run.directory.states, step.number - 1
+        states.wait()
+        if before > max(states.steps, default=0):
+            states.save(before, tensors_of(run.model.var, optimizer))
+            states.wait()
+        if stopper.signal:
+            message = f"stopped after step {before} of {len(run.steps)}, whose state is saved"
+            raise Stopped(message, stopper.signal) from error
+        raise InputError(
+            f"step {step.number}: a process that read batches has died ({error}): the state of step {before} is saved: "
+            "continue with --resume, and fewer workers where memory was short"
+        ) from error
 
 
 def _end(run: Run, line: dict, stopped: int) -> None:
@@ -275,10 +309,16 @@ def _draw_samples(run: Run, step: Step) -> None:
         run.ranks.on_rank_zero(draw)
 
 
-def take_step(run: Run, step: Step, batch: Batch, optimizer: Optimizer) -> dict:
-    """Move the weights by one step, unless it has no finite gradient. Returns what the log says of it."""
-    schedules = schedules_of(run.model, step.depths)
-    losses, loss, gradient_norm = gradients(run, step, batch, list(schedules.values()))
+def take_step(
+    run: Run,
+    step: Step,
+    schedules: dict[str, Schedule],
+    losses: Tensor,
+    loss: float,
+    gradient_norm: float,
+    optimizer: Optimizer,
+) -> dict:
+    """Move the weights by what `gradients` found, unless that is not finite. Returns what the log says of it."""
     learning_rate = learning_rate_at(step.number, len(run.steps), run.recipe)
     if skipped := _not_finite(loss, gradient_norm):
         optimizer.drop()

@@ -24,7 +24,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from varcompress.errors import InputError
 from varcompress.files import disk_errors
 from varcompress.models.transformer import VAR
-from varcompress.training.distributed import Ranks
+from varcompress.training.distributed import PATIENCE, Ranks
 from varcompress.training.optimizer import Optimizer
 
 # what a run of one process is: no news
@@ -45,7 +45,7 @@ class States:
     def steps(self) -> list[int]:
         """The steps that there is a state of, ascending."""
         found = (re.fullmatch(r"step-(\d+)", path.name) for path in self.folder.glob("step-*"))
-        return sorted(int(match[1]) for match in found if match)
+        return sorted(int(match[1]) for match in found if match and (self.folder / match[0] / METADATA).is_file())
 
     def path(self, step: int) -> Path:
         return self.folder / f"step-{step}"
@@ -54,7 +54,9 @@ class States:
     def writing(self, ranks: Ranks) -> Iterator[States]:
         """A block in which states are saved; at its end they are all on the disk."""
         # a group of its own: what is written in the background must not meet the collectives of training
-        self._ranks, self._group = ranks, dist.new_group(backend="gloo") if ranks.count > 1 else None
+        self._ranks, self._group = ranks, None
+        if ranks.count > 1:
+            self._group = dist.new_group(backend="gloo", timeout=PATIENCE)
         try:
             yield self
         finally:
@@ -89,10 +91,21 @@ class States:
                 if self._ranks.is_rank_zero:
                     os.replace(aside, self.path(step))
                     for old in self.steps[: -self._keep]:
-                        shutil.rmtree(self.path(old), ignore_errors=True)
+                        self._drop(old)
         except InputError:
             shutil.rmtree(aside, ignore_errors=True)
             raise
+
+    def _drop(self, step: int) -> None:
+        """Delete a state, which is whole under its name or not there."""
+        going = self.path(step).with_name(f"step-{step}.old.tmp")
+        os.replace(self.path(step), going)
+        shutil.rmtree(going, ignore_errors=True)
+
+    @property
+    def busy(self) -> bool:
+        """Whether this process is still writing a state; where not, `wait` returns, or raises, at once."""
+        return self._pending is not None and not self._pending[1].done()
 
     def load(self, step: int, var: VAR, optimizer: Optimizer) -> None:
         """Put a state into the weights and the optimiser, each tensor in its own place and shards.
@@ -138,7 +151,7 @@ def _readable(path: Path) -> Iterator[None]:
         raise
     except (Exception, CheckpointException) as error:  # torch raises what unpickling and its planner do
         cause = next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
-        if isinstance(cause, OSError):
+        if isinstance(cause, OSError) and not isinstance(cause, FileNotFoundError):
             raise InputError(f"{path}: could not be read ({cause.strerror or cause})") from error
         raise InputError(f"{path}: damaged; delete it to continue from an earlier state, or to begin anew") from error
 
