@@ -22,10 +22,10 @@ from tests.test_training import ENVIRONMENT, SMALL, WORKER, Interrupt, changed, 
 from tests.test_training import images as images
 from tests.test_training import undisturbed as undisturbed
 from varcompress.checkpoint import load_elastic
-from varcompress.errors import InputError
+from varcompress.errors import InputError, Stopped
 from varcompress.fingerprint import weights_digest
 from varcompress.images import pixels, to_uint8
-from varcompress.training import distill
+from varcompress.training import distill, loop
 from varcompress.training.log import read_steps
 from varcompress.training.parallel import mesh_shape
 from varcompress.training.state import RunDirectory
@@ -248,6 +248,34 @@ def test_a_state_that_fails_in_the_background_ends_the_run_at_once(tiny, images,
             progress=lambda done, total, what: reached.append(done) if what.startswith("distill") else None,
         )
     assert reached[-1] <= SMALL.checkpoint_every
+
+
+@pytest.mark.parametrize("signalled", [False, True])
+def test_what_fails_before_the_weights_move_costs_no_earlier_step(
+    undisturbed, tiny, images, tmp_path, monkeypatch, signalled
+):
+    """A reader that was killed; a compiler that died of the signal meant for the run."""
+    out, gradients = tmp_path / "out", loop.gradients
+
+    def failing(run, step, *rest):
+        if step.number < 8:
+            return gradients(run, step, *rest)
+        if not signalled:
+            raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. ")
+        os.kill(os.getpid(), signal.SIGTERM)
+        raise InputError("torch.compile fails here")
+
+    recipe = changed(checkpoint_every=1000)
+    monkeypatch.setattr(loop, "gradients", failing)
+    what = (
+        "stopped after step 7 of 20" if signalled else "step 8: a process that read batches has died .* step 7 is saved"
+    )
+    with pytest.raises(Stopped if signalled else InputError, match=what):
+        distill(copy.deepcopy(tiny), recipe, data=images, out=out)
+    monkeypatch.undo()
+    assert RunDirectory(out).step() == 7
+    distill(copy.deepcopy(tiny), recipe, data=images, out=out, resume=True)
+    assert weights(out) == weights(undisturbed)
 
 
 def test_what_is_no_whole_state_counts_as_none(tiny, images, tmp_path):
