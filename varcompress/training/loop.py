@@ -34,7 +34,7 @@ from varcompress.training.distributed import Ranks, joined, local_device
 from varcompress.training.log import StepLog, step_text
 from varcompress.training.objective import Objective
 from varcompress.training.optimizer import Optimizer, learning_rate_at, optimizer_of
-from varcompress.training.parallel import full, gathered, parallelize
+from varcompress.training.parallel import average_gradients, full, gathered, parallelize
 from varcompress.training.recipe import FULL, Recipe, load_recipe, with_origin
 from varcompress.training.samples import draw_grid
 from varcompress.training.sensitivity import SENSITIVITY_IMAGES, eliminate, kept
@@ -342,8 +342,11 @@ def gradients(run: Run, step: Step, batch: Batch, schedules: list[Schedule]) -> 
     Returns the losses by kind, schedule and token (N, S, L), the one that is minimised, and the norm of the gradient
     before clipping; of a step that is to be skipped they are not finite.
     """
-    ranks = run.ranks
-    losses = sum(run.objective.backward(samples, places, step.number, schedules) for places, samples in batch)
+    ranks, losses = run.ranks, run.objective.zeros(len(schedules))
+    for number, (places, samples) in enumerate(batch, 1):
+        # once a step, where all its passes run the same layers
+        average_gradients(run.model.var, number == len(batch) or not run.recipe.together)
+        losses += run.objective.backward(samples, places, step.number, schedules)
     losses = ranks.sum_(losses) / ranks.count
     # Layers that a step leaves out have no gradient: neither clipping nor the optimiser touches them.
     trained = [parameter for parameter in run.model.var.parameters() if parameter.grad is not None]

@@ -15,7 +15,7 @@ import warnings
 import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
 from varcompress.models.transformer import VAR
@@ -37,6 +37,15 @@ def parallelize(var: VAR, how: str, ranks: Ranks) -> None:
     mesh = _mesh(how, ranks.count, int(os.environ.get("LOCAL_WORLD_SIZE", ranks.count)), var.device.type)
     for module in (*var.blocks, var):  # whose weights are let go after every pass, also one without a backward pass
         fully_shard(module, mesh=mesh, reshard_after_forward=True)
+
+
+def average_gradients(var: VAR, now: bool) -> None:
+    """Whether backward passes from here on average gradients between copies of the weights, or leave it to a later one.
+
+    A later one averages what has come together of the layers that it runs itself.
+    """
+    if isinstance(var, FSDPModule):
+        var.set_requires_all_reduce(now)
 
 
 def _mesh(how: str, count: int, per_node: int, device: str) -> DeviceMesh:
