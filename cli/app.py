@@ -55,6 +55,7 @@ COMMANDS = (
     ("plot", "plot", "plot"),
     ("profile", "profile", "profile"),
     ("eval", "eval", "evaluate"),
+    ("report", "report", "report"),
     ("push", "push", "push"),
 )
 SHARED = ("distill", "tokenize", "eval")  # the commands whose processes, started by torchrun, share the work

@@ -24,6 +24,7 @@ LAYERS = (
     {"loading", "profiling", "evaluation"},
     {"publish"},
     {"training"},
+    {"reporting"},
     {"demo", "tokenizing"},
     {"recipes"},
     {"cli"},

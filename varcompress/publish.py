@@ -19,6 +19,7 @@ from varcompress.loading import NAMED, OFFICIAL_REPO, download_elastic, is_hub_i
 from varcompress.models.elastic import ElasticVAR
 from varcompress.progress import Progress, silent
 from varcompress.report.card import CARD, is_generated, model_card
+from varcompress.report.format import public
 from varcompress.report.plots import PLOTS
 from varcompress.report.store_card import store_card
 from varcompress.results import (
@@ -241,19 +242,11 @@ def _results(folder: Path, given: Iterable[str | Path | dict]) -> dict[str, dict
     for number, item in enumerate(given):
         in_memory = isinstance(item, dict)
         source = f"results[{number}]" if in_memory else str(item)
-        results[source] = _public(check_result(source, item) if in_memory else read_result(item))
+        results[source] = public(check_result(source, item) if in_memory else read_result(item))
     for path, result in results_in(folder).items():
-        if (found := _public(result)) not in results.values():
+        if (found := public(result)) not in results.values():
             results[str(path)] = found
     return results
-
-
-def _public(result: dict) -> dict:
-    """A result without the folders in which its reference and files lay: the publisher's paths stay private."""
-    shown = {"reference": Path(str(result["reference"])).name} if "reference" in result else {}
-    if result.get("command"):
-        shown["command"] = re.sub(r"(?<![\w:])[~.]*/[^\s'=]*/", "", str(result["command"]))
-    return result | shown
 
 
 def _measured(model: ElasticVAR, results: dict[str, dict], weights: set[str], folder: Path) -> dict[str, dict]:

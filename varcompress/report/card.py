@@ -79,7 +79,7 @@ def model_card(
         measured=[SECTIONS[result["kind"]](result) for result in results],
         plots=plots or {},
         samples=samples,
-        recipe=recipe and _recipe(recipe),
+        recipe=recipe and recipe_text(recipe),
         origin=recipe and _origin(recipe),
     )
     return sealed(f"{card}\n")
@@ -259,7 +259,7 @@ ORIGIN = {
 }
 
 
-def _recipe(recipe: dict) -> str:
+def recipe_text(recipe: dict) -> str:
     """A recipe as YAML, without what is said of it elsewhere and what it leaves as it is."""
     shown = {key: value for key, value in recipe.items() if key != "origin" and value is not None}
     return yaml.safe_dump(shown, sort_keys=False, allow_unicode=True).strip()

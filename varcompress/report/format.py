@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from pathlib import Path
 
 from varcompress.results import EvalResult, Score
 
@@ -102,3 +103,11 @@ def settings(change: dict) -> str:
     """Values of a recipe as options of `distill` that set them."""
     written = {key: str(value).lower() if isinstance(value, bool) else value for key, value in change.items()}
     return " ".join(f"--set {key}={value}" for key, value in written.items())
+
+
+def public(result: dict) -> dict:
+    """A result without the folders in which its reference and files lay: the publisher's paths stay private."""
+    shown = {"reference": Path(str(result["reference"])).name} if "reference" in result else {}
+    if result.get("command"):
+        shown["command"] = re.sub(r"(?<![\w:])[~.]*/[^\s'=]*/", "", str(result["command"]))
+    return result | shown

@@ -112,7 +112,7 @@ def plot_run(steps: Sequence[dict], title: str, path: str | Path) -> Path:
             numbers, losses = np.array(curves[schedule]).T
             style = {"color": colours[schedule], "label": folded(schedule)}
             if curves is trained:
-                axis.plot(numbers, _smoothed(losses), **style)
+                axis.plot(numbers, smoothed(losses), **style)
             else:
                 axis.plot(numbers, losses, marker=".", **style)
         axis.set_xlabel("step")
@@ -124,7 +124,7 @@ def plot_run(steps: Sequence[dict], title: str, path: str | Path) -> Path:
     return _save(figure, path)
 
 
-def _smoothed(values: np.ndarray) -> np.ndarray:
+def smoothed(values: np.ndarray) -> np.ndarray:
     """The mean of each value and those before it, a fiftieth of all at most."""
     width = max(1, len(values) // 50)
     sums = np.cumsum(np.concatenate(([0.0], values)))

@@ -1,0 +1,153 @@
+"""What lies in elastic directories, run directories and folders of results, as one page: reads, draws, and writes it."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from varcompress.checkpoint import is_elastic
+from varcompress.cost import describe
+from varcompress.drawing import draw_images
+from varcompress.errors import InputError
+from varcompress.files import disk_errors, write_text
+from varcompress.fingerprint import fingerprint
+from varcompress.images import pixels
+from varcompress.loading import load
+from varcompress.models.elastic import ElasticVAR
+from varcompress.progress import Progress, silent
+from varcompress.publish import SAMPLES
+from varcompress.report.page import PAGE, Subject, render
+from varcompress.results import DEMO, check_result, check_weights, results_in
+from varcompress.training.log import read_steps
+from varcompress.training.state import RunDirectory
+
+SENSITIVITY = "sensitivity"
+NUM_SAMPLES = 10
+LOSSLESS_PIXELS = 64  # the side up to which a sample keeps every bit
+PICTURE_PIXELS = 2400  # the side of the largest picture that is taken in
+
+
+def write_report(
+    folders: Sequence[str | Path],
+    out: str | Path | None = None,
+    *,
+    samples: int = NUM_SAMPLES,
+    device: str | None = None,
+    progress: Progress = silent,
+) -> Path:
+    """Write one page of HTML about what lies in some directories, side by side. Returns its path.
+
+    folders: elastic directories, run directories, under way or finished, and folders of results; out: by default
+    report.html in the directory where there is one alone, else here; samples: images that are drawn under each
+    schedule of each model, from the same random streams, 0 for none; device: on which.
+    Raises InputError for a directory that holds nothing to show, for results of other weights than the model beside
+    them, for results that cannot be compared with each other, and for damaged ones. Nothing is written then.
+    """
+    paths = list({Path(folder).expanduser().resolve(): None for folder in folders})
+    out = Path(out).expanduser() if out else (paths[0] / PAGE if len(paths) == 1 else Path(PAGE))
+    if out.is_dir():
+        raise InputError(f"{out}: is a directory: name a file in it")
+    subjects = [subject for path in paths for subject in _read(path, _name(path, paths))]
+    render(subjects)  # what cannot be shown is refused before images are drawn, which may take long
+    for path in paths:
+        if is_elastic(path):
+            place = next(i for i, subject in enumerate(subjects) if subject.name == _name(path, paths))
+            subjects[place] = _with_model(subjects[place], load(path, device=device), samples, progress)
+    with disk_errors(out):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        write_text(out, render(subjects, drawn_without=_why_none(subjects, samples)))
+    return out
+
+
+def _name(path: Path, paths: Sequence[Path]) -> str:
+    """What a directory is called on the page: no more of its path than tells it from the others."""
+    alike = [other for other in paths if other.name == path.name]
+    return path.name if len(alike) == 1 else f"{path.parent.name}/{path.name}"
+
+
+def _why_none(subjects: Sequence[Subject], samples: int) -> str | None:
+    if not any(subject.model for subject in subjects):
+        return "there is no model to draw them with"
+    return None if samples else "they were left out with --samples 0"
+
+
+# -- reading ------------------------------------------------------------------------------------
+
+
+def _read(path: Path, name: str) -> list[Subject]:
+    """What lies in a directory, without what needs its model; and, of a demo, the model before it was distilled."""
+    if not path.is_dir():
+        raise InputError(f"{path}: no such directory")
+    demo, sensitivity = _json(path / f"{DEMO}.json", DEMO), _json(path / f"{SENSITIVITY}.json", SENSITIVITY)
+    found = Subject(
+        name,
+        results={file.name: result for file, result in results_in(path).items()},
+        steps=read_steps(RunDirectory(path).steps_path),
+        picture=_picture(path / SAMPLES),
+        sensitivity=sensitivity,
+    )
+    if not (found.results or found.steps or found.sensitivity or is_elastic(path)):
+        raise InputError(f"{path}: holds no model, no result and no log of a run: give what save, eval or distill wrote")
+    if demo is None:
+        return [found]
+    before = check_result(f"{name}/{DEMO}.json", demo.get("untrained"))
+    return [found, Subject(f"{name}, before distilling", results={f"{DEMO}.json": before})]
+
+
+def _json(path: Path, kind: str) -> dict | None:
+    """The result of a kind in a file; None where there is none, or something else."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return content if isinstance(content, dict) and content.get("kind") == kind else None
+
+
+def _picture(path: Path) -> bytes | None:
+    """A picture, written anew, so that nothing but its pixels comes along; None where there is none."""
+    try:
+        with Image.open(path) as image:
+            image.thumbnail((PICTURE_PIXELS, PICTURE_PIXELS))
+            return _encoded(image.convert("RGB"), "PNG", optimize=True)
+    except (OSError, ValueError, Image.DecompressionBombError):
+        return None
+
+
+# -- the model ----------------------------------------------------------------------------------
+
+
+def _with_model(subject: Subject, model: ElasticVAR, samples: int, progress: Progress) -> Subject:
+    """What needs the model: what it is, that all results are of it, and images that it draws."""
+    weights = fingerprint(model)
+    named = {file: result for file, result in subject.results.items()}
+    if subject.sensitivity:
+        named[f"{SENSITIVITY}.json"] = subject.sensitivity
+    for file, result in named.items():
+        check_weights(f"{subject.name}/{file}", result, [weights])
+    found = replace(subject, model={**describe(model), "weights": weights})
+    if not samples:
+        return found
+    classes = torch.linspace(0, model.var.config.classes - 1, samples).round().long().tolist()
+    drawn = {
+        str(schedule): [_webp(image) for image in pixels(draw_images(model, classes, schedule, progress=progress))]
+        for schedule in model.default_schedules()
+    }
+    return replace(found, samples=drawn, classes=classes, picture=None)
+
+
+def _webp(image: np.ndarray) -> bytes:
+    """An image (H, W, 3) uint8: every bit of a small one, a large one as good as the eye can tell."""
+    return _encoded(Image.fromarray(image), "WEBP", lossless=max(image.shape) <= LOSSLESS_PIXELS, quality=92)
+
+
+def _encoded(image: Image.Image, form: str, **options: object) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, format=form, **options)
+    return buffer.getvalue()
