@@ -18,6 +18,7 @@ __all__ = [
     "push",
     "save",
     "tokenize",
+    "write_report",
 ]
 
 # Names are looked up on first use, so that `varcompress --help` does not wait for torch.
@@ -32,6 +33,7 @@ _HOMES = {
     "push": "varcompress.publish",
     "save": "varcompress.publish",
     "tokenize": "varcompress.tokenizing",
+    "write_report": "varcompress.reporting",
 }
 
 if TYPE_CHECKING:
@@ -40,6 +42,7 @@ if TYPE_CHECKING:
     from varcompress.loading import load
     from varcompress.profiling import profile
     from varcompress.publish import push, save
+    from varcompress.reporting import write_report
     from varcompress.sampling import Sampling
     from varcompress.schedule import Schedule
     from varcompress.tokenizing import tokenize

@@ -17,6 +17,7 @@ from varcompress.profiling import profile
 from varcompress.progress import Note, Progress, silent
 from varcompress.publish import SAMPLES, record
 from varcompress.report.plots import plot_samples
+from varcompress.reporting import write_report
 from varcompress.results import DEMO, DemoCost, DemoResult, EvalRow, ProfileRow, write_result
 from varcompress.sampling import Sampling
 from varcompress.training import distill
@@ -73,6 +74,7 @@ def run_demo(out: str | Path, *, progress: Progress = silent, note: Note = warni
     for measured in (after, costs):
         record(measured, out)
     write_result(result, out)
+    write_report([out], progress=progress)
     result["files"] = sorted(str(path) for path in out.iterdir() if not path.name.startswith("."))
     return result
 

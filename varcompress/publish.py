@@ -20,6 +20,7 @@ from varcompress.models.elastic import ElasticVAR
 from varcompress.progress import Progress, silent
 from varcompress.report.card import CARD, is_generated, model_card
 from varcompress.report.format import public
+from varcompress.report.page import PAGE
 from varcompress.report.plots import PLOTS
 from varcompress.report.store_card import store_card
 from varcompress.results import (
@@ -34,7 +35,7 @@ from varcompress.results import (
 
 SAMPLES = "samples.png"  # a picture that the card shows
 # What an earlier push may have left that does not hold for other weights
-OURS = re.compile(rf"({'|'.join(MEASURED)})(-\d+)?\.(json|png)|{re.escape(RECIPE)}|{re.escape(SAMPLES)}")
+OURS = re.compile(rf"({'|'.join(MEASURED)})(-\d+)?\.(json|png)|{'|'.join(map(re.escape, (RECIPE, SAMPLES, PAGE)))}")
 
 
 # -- beside a model on a disk -------------------------------------------------------------------
@@ -126,7 +127,7 @@ def push(
     model: an elastic directory, a loaded model, or whatever `load` opens with `vae` and `revision`; or the directory of
     a finished token store, which becomes a data set; branch: the one to commit to. results: of `profile` and
     `evaluate`, as dicts or JSON files; those that lie in the model's directory, here or on the Hub, come along unasked,
-    and so does a picture samples.png.
+    and so do a picture samples.png and the page of `report`, report.html.
     base_model, license: the Hub's ids of what the model was made from, where the model does not know them.
     Results, samples and recipe of an earlier push that have no successor are removed.
     A README.md in the directory that is not the generated card is published as it is.
@@ -144,13 +145,15 @@ def push(
         progress(0, 3, "read the model and its results")
         folder = _elastic_folder(model, vae, revision, scratch / "model")
         loaded = load_elastic(folder)
-        files = {name: folder / name for name in (CONFIG, WEIGHTS, RECIPE, SAMPLES) if (folder / name).is_file()}
+        files = {name: folder / name for name in (CONFIG, WEIGHTS, RECIPE, SAMPLES, PAGE) if (folder / name).is_file()}
         if (base_model, license) != (None, None):
             _state_origin(loaded, base_model, license)
             files[CONFIG] = _write(scratch / CONFIG, config_text(loaded))
         weights = {fingerprint(each) for each in (loaded, model) if isinstance(each, ElasticVAR)}
         measured = _measured(loaded, _results(folder, results), weights, scratch)
         files |= {name: scratch / name for stem in measured for name in (f"{stem}.json", f"{stem}.png")}
+        if PAGE in files:
+            _check_page(files[PAGE], weights)
         samples = SAMPLES if SAMPLES in files else None
 
         def card(repo: str) -> str:
@@ -223,8 +226,14 @@ def _elastic_folder(
         return save_elastic(model, scratch) if in_memory else Path(model).expanduser()
     if is_hub_id(str(model)):
         refuse(vae, "vae", "a transformer .pth")
-        return download_elastic(str(model), revision, also=[f"{kind}*.json" for kind in MEASURED] + [SAMPLES])
+        return download_elastic(str(model), revision, also=[f"{kind}*.json" for kind in MEASURED] + [SAMPLES, PAGE])
     return save_elastic(open_model(str(model), vae, revision), scratch)
+
+
+def _check_page(page: Path, weights: set[str]) -> None:
+    """Raises InputError for a page of other weights: it is not made anew by itself."""
+    if not any(each in page.read_text(encoding="utf-8", errors="replace") for each in weights):
+        raise InputError(f"{page}: does not show these weights: write it anew with `varcompress report`")
 
 
 def _state_origin(model: ElasticVAR, base_model: str | None, license: str | None) -> None:

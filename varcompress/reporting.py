@@ -1,4 +1,4 @@
-"""What lies in elastic directories, run directories and folders of results, as one page: reads, draws, and writes it."""
+"""What lies in elastic directories, run directories and folders of results, as one page."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from varcompress.results import DEMO, check_result, check_weights, results_in
 from varcompress.training.log import read_steps
 from varcompress.training.state import RunDirectory
 
-SENSITIVITY = "sensitivity"
+SENSITIVITY, PAGE_SUFFIX = "sensitivity", ".html"
 NUM_SAMPLES = 10
 LOSSLESS_PIXELS = 64  # the side up to which a sample keeps every bit
 PICTURE_PIXELS = 2400  # the side of the largest picture that is taken in
@@ -52,10 +52,11 @@ def write_report(
     """
     paths = list({Path(folder).expanduser().resolve(): None for folder in folders})
     out = Path(out).expanduser() if out else (paths[0] / PAGE if len(paths) == 1 else Path(PAGE))
-    if out.is_dir():
-        raise InputError(f"{out}: is a directory: name a file in it")
+    if out.suffix != PAGE_SUFFIX or out.is_dir():
+        raise InputError(f"{out}: name a file that ends in {PAGE_SUFFIX}")
     subjects = [subject for path in paths for subject in _read(path, _name(path, paths))]
-    render(subjects)  # what cannot be shown is refused before images are drawn, which may take long
+    if samples and any(map(is_elastic, paths)):
+        render(subjects)  # what cannot be shown is refused before images are drawn, which may take long
     for path in paths:
         if is_elastic(path):
             place = next(i for i, subject in enumerate(subjects) if subject.name == _name(path, paths))
@@ -94,7 +95,9 @@ def _read(path: Path, name: str) -> list[Subject]:
         sensitivity=sensitivity,
     )
     if not (found.results or found.steps or found.sensitivity or is_elastic(path)):
-        raise InputError(f"{path}: holds no model, no result and no log of a run: give what save, eval or distill wrote")
+        raise InputError(
+            f"{path}: holds no model, no result and no log of a run: give what save, eval or distill wrote"
+        )
     if demo is None:
         return [found]
     before = check_result(f"{name}/{DEMO}.json", demo.get("untrained"))
@@ -126,7 +129,7 @@ def _picture(path: Path) -> bytes | None:
 def _with_model(subject: Subject, model: ElasticVAR, samples: int, progress: Progress) -> Subject:
     """What needs the model: what it is, that all results are of it, and images that it draws."""
     weights = fingerprint(model)
-    named = {file: result for file, result in subject.results.items()}
+    named = dict(subject.results)
     if subject.sensitivity:
         named[f"{SENSITIVITY}.json"] = subject.sensitivity
     for file, result in named.items():

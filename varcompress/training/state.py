@@ -36,6 +36,7 @@ from varcompress.files import disk_errors, replacing, sweep, write_json, write_t
 from varcompress.models.elastic import ElasticVAR
 from varcompress.progress import Note
 from varcompress.publish import save
+from varcompress.report.page import PAGE
 from varcompress.training.recipe import Recipe, defaults, machine_fields
 from varcompress.training.states import WEIGHT, States, read
 
@@ -77,7 +78,7 @@ class RunDirectory:
         if self.work.is_dir():
             if self.step() and not resume:
                 raise InputError(f"{self.out}: holds an unfinished run: continue it with --resume, or choose another")
-            ours = {STEPS, WORK, PICTURE, SAMPLES, TENSORBOARD, WANDB}
+            ours = {STEPS, WORK, PICTURE, SAMPLES, TENSORBOARD, WANDB, PAGE}
             others = sorted(
                 path.name for path in self.out.iterdir() if path.name not in ours and not path.name.startswith(PHASE)
             )
