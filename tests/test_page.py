@@ -146,11 +146,11 @@ def test_everything_that_is_known_is_shown(page, model_folder):
     for part in (
         fingerprint(load(model_folder, device="cpu")),
         "depths 4, 2 of 6",
-        "digits FD ↓",
+        "digits FD\N{NO-BREAK SPACE}↓",
         "12.2 ± 0.75",
         "11.5 to 13.0",
         "12.5 ± 1.5 ≈",
-        "+0.25 ≈",
+        "+0.250 ≈",
         "smaller",
         "on the front of",
         "departs from its protocol",
@@ -446,8 +446,8 @@ def test_push_publishes_the_page_of_these_weights_alone(elastic, hub, tmp_path):
 
 CHROMIUM = shutil.which("chromium")
 PHONE, DESK = 390, 1280
-# Unfolds all and chooses the second schedule, then tells which samples were seen before and after, what the page loaded,
-# and which elements lie beyond its edge outside boxes that scroll.
+# Unfolds all and chooses the second schedule, then tells which samples were seen before and after, what the page
+# loaded, and which elements lie beyond its edge outside boxes that scroll.
 PROBE = """<script>addEventListener("load", () => {
   for (const details of document.querySelectorAll("details")) details.open = true;
   const beyond = [...document.querySelectorAll("body *")].filter(element =>

@@ -56,6 +56,8 @@ def front_of(points: Sequence[tuple[float, float]], *, more_is_better: bool) -> 
 
 def front_chart(points: Sequence[Point], *, cost: str, score: str, title: str) -> Markup:
     """A score with intervals against a cost; the front is filled and joined by a line."""
+    from matplotlib.ticker import MaxNLocator
+
     with _chart(title) as (figure, axis, made):
         for point in points:
             colour = SERIES[point.series % len(SERIES)]
@@ -70,7 +72,9 @@ def front_chart(points: Sequence[Point], *, cost: str, score: str, title: str) -
         axis.margins(x=0.14, y=0.14)
         axis.set_xlabel(cost)
         axis.set_ylabel(score)
-        _label(figure, axis, points)
+        axis.xaxis.set_major_locator(MaxNLocator(5))
+        axis.xaxis.set_major_formatter(lambda value, _: f"{value:,.6g}")
+        _label(figure, axis, sorted(points, key=lambda point: not point.front))
     return made[0]
 
 
@@ -124,7 +128,10 @@ def _chart(title: str, height: float = HEIGHT_INCHES) -> Iterator[tuple[Figure, 
 
 
 def _label(figure: Figure, axis: Axes, points: Sequence[Point]) -> None:
-    """Write beside each point what it is, where it covers no other label and no point, if there is such a place."""
+    """Write beside each point what it is, where that covers no other label and no point: the first points go first.
+
+    A point without such a place has no label; the tables name it.
+    """
     figure.draw_without_rendering()  # settles where the axes are
     renderer, inside = figure.canvas.get_renderer(), axis.get_window_extent()
     at = [axis.transData.transform((point.cost, point.score)) for point in points]
@@ -146,8 +153,9 @@ def _label(figure: Figure, axis: Axes, points: Sequence[Point]) -> None:
             )
             if free and inside.containsx(box.x0) and inside.containsx(box.x1):
                 break
-            if (offset, side, height) != PLACES[-1]:
-                text.remove()
+            text.remove()
+        else:
+            continue
         taken.append(box)
 
 

@@ -7,6 +7,7 @@ there only where there is something to show.
 from __future__ import annotations
 
 import base64
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -89,7 +90,7 @@ def render(subjects: Sequence[Subject], *, drawn_without: str | None = None) -> 
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
         lstrip_blocks=True,
     )  # fmt: skip
-    environment.filters["data_uri"] = _data_uri
+    environment.filters |= {"data_uri": _data_uri, "breakable": _breakable}
     evals, profiles = (
         [(subject, file, result) for subject in subjects for file, result in subject.results.items()
          if result["kind"] == kind]
@@ -115,6 +116,11 @@ def render(subjects: Sequence[Subject], *, drawn_without: str | None = None) -> 
 
 def _data_uri(content: bytes, kind: str) -> Markup:
     return Markup(f"data:image/{kind};base64,{base64.b64encode(content).decode()}")
+
+
+def _breakable(name: str) -> Markup:
+    """The name of a schedule, which may be broken behind a comma or a plus."""
+    return Markup("<wbr>").join(re.split(r"(?<=[,+])", str(name)))
 
 
 @contextmanager
@@ -204,12 +210,13 @@ def _score(found: dict) -> dict:
     said = {"text": score(found), "interval": f"{number(low)} to {number(high)}", "difference": None}
     if "difference" in found:
         low, high = found["difference_interval"]
-        said |= {"difference": f"{found['difference']:+.3g}", "between": f"{number(low)} to {number(high)}"}
+        sign = "−" if found["difference"] < 0 else "+"
+        said |= {"difference": sign + number(abs(found["difference"])), "between": f"{number(low)} to {number(high)}"}
     return said | {"noise": within_noise(found)}
 
 
 def _heading(metric: Metric, features: str) -> str:
-    return f"{metric.name(features)} {'↑' if metric.more_is_better else '↓'}"
+    return f"{metric.name(features)}\N{NO-BREAK SPACE}{'↑' if metric.more_is_better else '↓'}"
 
 
 def _front(lines: Sequence[dict], key: str, cost: tuple[str, str, str, float], name: str) -> dict:
@@ -249,7 +256,9 @@ def _published(evals: Sequence[tuple[Subject, str, dict]], lines: Sequence[dict]
         for line in rows:
             found = line["row"]["scores"][key]
             speedup = full["latency_ms"] / line["row"]["latency_ms"]
-            points.append(Point(line["label"], speedup, found["value"], found["interval"], series, True))
+            points.append(Point(line["label"], speedup, found["value"], found["interval"], series, front=False))
+    fronts = front_of([(-point.cost, point.score) for point in points], more_is_better=False)
+    points = [point._replace(front=front) for point, front in zip(points, fronts, strict=True)]
     theirs = [
         Point(f"{each.method.partition(',')[0]} *", each.speedup, each.fid, None, PUBLISHED_SERIES, False, "D")
         for each in PUBLISHED
