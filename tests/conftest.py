@@ -38,6 +38,14 @@ def packed_weights():
         yield
 
 
+@pytest.fixture(autouse=True, scope="session")
+def own_cache(tmp_path_factory):
+    """References are kept in a folder of the session, not in the user's cache."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VARCOMPRESS_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @pytest.fixture
 def one_thread():
     """Small models train faster so, and alike on every machine."""
