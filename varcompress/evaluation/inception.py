@@ -74,6 +74,4 @@ def _download(path: Path) -> None:
         ) from error
 
 
-INCEPTION = FeatureNetwork(
-    name="inception", printed="inception-v3", weights=inception_weights, load=InceptionFeatures
-)
+INCEPTION = FeatureNetwork(name="inception", printed="inception-v3", weights=inception_weights, load=InceptionFeatures)
