@@ -84,6 +84,11 @@ def tiny() -> ElasticVAR:
     return random_model()
 
 
+def score_of(value: float, half: float = 1.0, **more: object) -> dict:
+    """A score as a result holds it."""
+    return {"value": value, "interval": [value - half, value + half], **more}
+
+
 class OnDevice(torch.Tensor):
     """A tensor that numpy cannot read, as one on a GPU, until it was brought to the CPU."""
 
