@@ -24,7 +24,7 @@ from varcompress.models.elastic import ElasticVAR
 from varcompress.progress import Progress, silent
 from varcompress.publish import SAMPLES
 from varcompress.report.page import PAGE, Subject, render
-from varcompress.results import DEMO, check_result, check_weights, results_in
+from varcompress.results import DEMO, EVAL, PROFILE, check_result, check_weights, results_in
 from varcompress.training.log import read_steps
 from varcompress.training.state import RunDirectory
 
@@ -89,7 +89,7 @@ def _read(path: Path, name: str) -> list[Subject]:
     demo, sensitivity = _json(path / f"{DEMO}.json", DEMO), _json(path / f"{SENSITIVITY}.json", SENSITIVITY)
     found = Subject(
         name,
-        results={file.name: result for file, result in results_in(path).items()},
+        results={file.name: each for file, each in results_in(path).items() if each["kind"] in (EVAL, PROFILE)},
         steps=read_steps(RunDirectory(path).steps_path),
         picture=_picture(path / SAMPLES),
         sensitivity=sensitivity,
