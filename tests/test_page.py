@@ -212,9 +212,11 @@ def test_a_folder_of_results_needs_no_model(tmp_path):
 
 
 def test_comparable_results_stand_side_by_side(tmp_path):
-    folders = [results_folder(tmp_path, name, eval=EVAL, profile=PROFILE) for name in ("one", "two")]
-    text = write_report(folders, tmp_path / "a.html").read_text()
-    assert "<h1>one, two</h1>" in text
+    for parent in ("one", "two"):
+        (tmp_path / parent).mkdir()
+    folders = [results_folder(tmp_path, f"{name}/run", eval=EVAL, profile=PROFILE) for name in ("one", "two")]
+    text = write_report([*folders, folders[0]], tmp_path / "a.html").read_text()
+    assert "<h1>one/run, two/run</h1>" in text
     assert words(text).count("12.2 ± 0.75") == 2
     assert 'class="legend"' in text
 
@@ -361,35 +363,43 @@ def test_what_cannot_be_shown_is_refused(arguments, told, tmp_path, monkeypatch,
 EVIL = "<script>alert(1)</script><img src=x onerror=alert(2)>\"'$x$ {{ 7 * 7 }}"
 
 
-def spiked(value):
-    """Every text in a result, and every name of a setting, with EVIL in it."""
+LONG = "x" * 300  # where no line can be broken
+
+
+def spiked(value, text):
+    """A result in which `text` follows every text."""
     if isinstance(value, dict):
-        return {key: spiked(item) for key, item in value.items()}
+        return {key: spiked(item, text) for key, item in value.items()}
     if isinstance(value, list):
-        return [spiked(item) for item in value]
-    return value + EVIL if isinstance(value, str) else value
+        return [spiked(item, text) for item in value]
+    return value + text if isinstance(value, str) else value
 
 
-def test_text_of_foreign_results_stays_text():
+def foreign_page(text):
+    """A page of everything, with `text` wherever a result, a model or a log can have one."""
     evil = {
-        "eval": spiked(EVAL) | {"kind": "eval", "weights": EVIL},
-        "profile": spiked(PROFILE) | {"kind": "profile", "weights": EVIL},
+        "eval": spiked(EVAL, text) | {"kind": "eval", "weights": text},
+        "profile": spiked(PROFILE, text) | {"kind": "profile", "weights": text},
     }
-    evil["eval"]["settings"][EVIL] = EVIL
+    evil["eval"]["settings"][text] = text
     evil["eval"]["features"]["name"] = "inception"
-    steps = [{"step": step, "losses": {EVIL: 1.0}, "heldout": {"losses": {EVIL: 1.0}}} for step in (1, 2)]
-    model = {**spiked(describe(random_model())), "weights": EVIL, "recipe": {EVIL: EVIL}}
+    steps = [{"step": step, "losses": {text: 1.0}, "heldout": {"losses": {text: 1.0}}} for step in (1, 2)]
+    model = {**spiked(describe(random_model()), text), "weights": text, "recipe": {text: text}}
     subject = Subject(
-        EVIL,
+        text,
         model=model | {"image_size": 8},
         results=evil,
         steps=steps,
-        samples={EVIL: [b"image"]},
+        samples={text: [b"image"], "other": [b"image"]},
         classes=[0],
         picture=b"picture",
-        sensitivity=spiked(SENSITIVITY),
+        sensitivity=spiked(SENSITIVITY, text),
     )
-    text = render([subject, Subject("other", steps=steps)])
+    return render([subject, Subject("other", steps=steps)])
+
+
+def test_text_of_foreign_results_stays_text():
+    text = foreign_page(EVIL)
     elements = Elements(text).found
     assert not [tag for tag, _ in elements if tag in ("script", "iframe", "object", "embed", "base", "form")]
     assert not [name for _, attributes in elements for name in attributes if name.startswith("on")]
@@ -508,6 +518,12 @@ def test_nothing_overflows_and_no_request_leaves_the_page(page, tmp_path, width)
     inked = (picture.min(axis=2) < 128).mean(axis=1) > 0  # lines on which something dark stands
     assert 0.2 < inked.mean() < 1
     assert (picture[:, -4:] > 240).all()  # the right margin is empty
+
+
+@needs_browser
+def test_long_words_of_foreign_results_overflow_nothing(tmp_path):
+    told = probed(tmp_path, foreign_page(LONG), PHONE)
+    assert (told["scroll"], told["beyond"], told["requests"]) == (PHONE, [], [])
 
 
 @needs_browser

@@ -6,6 +6,7 @@ import io
 import json
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -54,13 +55,15 @@ def write_report(
     out = Path(out).expanduser() if out else (paths[0] / PAGE if len(paths) == 1 else Path(PAGE))
     if out.suffix != PAGE_SUFFIX or out.is_dir():
         raise InputError(f"{out}: name a file that ends in {PAGE_SUFFIX}")
-    subjects = [subject for path in paths for subject in _read(path, _name(path, paths))]
-    if samples and any(map(is_elastic, paths)):
-        render(subjects)  # what cannot be shown is refused before images are drawn, which may take long
-    for path in paths:
-        if is_elastic(path):
-            place = next(i for i, subject in enumerate(subjects) if subject.name == _name(path, paths))
-            subjects[place] = _with_model(subjects[place], load(path, device=device), samples, progress)
+    found = {path: _read(path, _name(path, paths)) for path in paths}
+    elastic = [path for path in paths if is_elastic(path)]
+    if samples and elastic:
+        render(
+            [*chain(*found.values())]
+        )  # what cannot be shown is refused before images are drawn, which may take long
+    for path in elastic:
+        found[path][0] = _with_model(found[path][0], load(path, device=device), samples, progress)
+    subjects = [*chain(*found.values())]
     with disk_errors(out):
         out.parent.mkdir(parents=True, exist_ok=True)
         write_text(out, render(subjects, drawn_without=_why_none(subjects, samples)))
@@ -69,8 +72,8 @@ def write_report(
 
 def _name(path: Path, paths: Sequence[Path]) -> str:
     """What a directory is called on the page: no more of its path than tells it from the others."""
-    alike = [other for other in paths if other.name == path.name]
-    return path.name if len(alike) == 1 else f"{path.parent.name}/{path.name}"
+    tails = (path.parts[-count:] for count in range(1, len(path.parts) + 1))
+    return "/".join(next(tail for tail in tails if sum(other.parts[-len(tail) :] == tail for other in paths) == 1))
 
 
 def _why_none(subjects: Sequence[Subject], samples: int) -> str | None:

@@ -23,7 +23,7 @@ SERIES = tuple(f"#0{i}0{i}0{i}" for i in range(3, 9))
 CSS = {INK: "currentColor", LINE: "var(--line)"} | {hex_: f"var(--series-{i})" for i, hex_ in enumerate(SERIES)}
 WIDTH_INCHES, HEIGHT_INCHES = 4.7, 3.5  # about a phone's width at one CSS pixel a point
 FONT_SIZE = 10.5
-LONGEST_LABEL = 18
+LONGEST_LABEL, LONGEST_AXIS = 18, 44
 DRAWN = 400  # points of a curve
 # where a label may stand beside its point: offset in points, then how it is aligned there
 PLACES = (
@@ -71,7 +71,7 @@ def front_chart(points: Sequence[Point], *, cost: str, score: str, title: str) -
             axis.plot(*np.array(best).T, color=INK, linewidth=1, linestyle=":", zorder=1)
         axis.margins(x=0.14, y=0.14)
         axis.set_xlabel(cost)
-        axis.set_ylabel(score)
+        axis.set_ylabel(_short(score, LONGEST_AXIS))
         axis.xaxis.set_major_locator(MaxNLocator(5))
         axis.xaxis.set_major_formatter(lambda value, _: f"{value:,.6g}")
         _label(figure, axis, sorted(points, key=lambda point: not point.front))
@@ -159,8 +159,8 @@ def _label(figure: Figure, axis: Axes, points: Sequence[Point]) -> None:
         taken.append(box)
 
 
-def _short(label: str) -> str:
-    return label if len(label) <= LONGEST_LABEL else f"{label[: LONGEST_LABEL - 1]}…"
+def _short(label: str, longest: int = LONGEST_LABEL) -> str:
+    return label if len(label) <= longest else f"{label[: longest - 1]}…"
 
 
 def _svg(figure: Figure, title: str) -> Markup:
