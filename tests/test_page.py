@@ -223,7 +223,7 @@ def test_comparable_results_stand_side_by_side(tmp_path):
 
 def test_a_demo_shows_what_was_before(tmp_path):
     folder = results_folder(tmp_path, eval=EVAL, demo={"kind": "demo", "untrained": EVAL | {"weights": "eeee"}})
-    assert "results, before distilling" in write_report([folder]).read_text()
+    assert "results (before distilling)" in write_report([folder]).read_text()
 
 
 IMAGENET = EVAL | {

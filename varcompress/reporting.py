@@ -104,7 +104,7 @@ def _read(path: Path, name: str) -> list[Subject]:
     if demo is None:
         return [found]
     before = check_result(f"{name}/{DEMO}.json", demo.get("untrained"))
-    return [found, Subject(f"{name}, before distilling", results={f"{DEMO}.json": before})]
+    return [found, Subject(f"{name} (before distilling)", results={f"{DEMO}.json": before})]
 
 
 def _json(path: Path, kind: str) -> dict | None:

@@ -24,6 +24,7 @@ CSS = {INK: "currentColor", LINE: "var(--line)"} | {hex_: f"var(--series-{i})" f
 WIDTH_INCHES, HEIGHT_INCHES = 4.7, 3.5  # about a phone's width at one CSS pixel a point
 FONT_SIZE = 10.5
 LONGEST_LABEL, LONGEST_AXIS = 18, 44
+LINEAR_TO = 8  # largest over smallest value
 DRAWN = 400  # points of a curve
 # where a label may stand beside its point: offset in points, then how it is aligned there
 PLACES = (
@@ -56,8 +57,6 @@ def front_of(points: Sequence[tuple[float, float]], *, more_is_better: bool) -> 
 
 def front_chart(points: Sequence[Point], *, cost: str, score: str, title: str) -> Markup:
     """A score with intervals against a cost; the front is filled and joined by a line."""
-    from matplotlib.ticker import MaxNLocator
-
     with _chart(title) as (figure, axis, made):
         for point in points:
             colour = SERIES[point.series % len(SERIES)]
@@ -72,8 +71,8 @@ def front_chart(points: Sequence[Point], *, cost: str, score: str, title: str) -
         axis.margins(x=0.14, y=0.14)
         axis.set_xlabel(cost)
         axis.set_ylabel(_short(score, LONGEST_AXIS))
-        axis.xaxis.set_major_locator(MaxNLocator(5))
-        axis.xaxis.set_major_formatter(lambda value, _: f"{value:,.6g}")
+        _scale(axis, "x", [point.cost for point in points])
+        _scale(axis, "y", [value for point in points for value in (point.score, *(point.interval or ()))])
         _label(figure, axis, sorted(points, key=lambda point: not point.front))
     return made[0]
 
@@ -125,6 +124,20 @@ def _chart(title: str, height: float = HEIGHT_INCHES) -> Iterator[tuple[Figure, 
         made: list[Markup] = []
         yield figure, axis, made
         made.append(_svg(figure, title))
+
+
+def _scale(axis: Axes, name: str, values: Sequence[float]) -> None:
+    """Ticks of an axis, whose scale is logarithmic where its values reach over more than LINEAR_TO."""
+    from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
+
+    side = {"x": axis.xaxis, "y": axis.yaxis}[name]
+    if min(values) > 0 and max(values) / min(values) > LINEAR_TO:
+        axis.set(**{f"{name}scale": "log"})
+        side.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        side.set_minor_locator(NullLocator())
+    else:
+        side.set_major_locator(MaxNLocator(5))
+    side.set_major_formatter(lambda value, _: f"{value:,.6g}")
 
 
 def _label(figure: Figure, axis: Axes, points: Sequence[Point]) -> None:

@@ -125,11 +125,11 @@ def _breakable(name: str) -> Markup:
 
 @contextmanager
 def _sound(source: str, result: dict) -> Iterator[None]:
-    """`intact`, for numbers that no float holds as well."""
+    """`intact`, also for numbers that no float holds, and for zeros to divide by."""
     with intact(source, result):
         try:
             yield
-        except OverflowError as error:
+        except ArithmeticError as error:
             raise ValueError(str(error)) from error
 
 
