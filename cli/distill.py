@@ -102,7 +102,7 @@ def distill(
         print_json(result) if as_json else out.print(plan_table(result))
         return
     if is_rank_zero():
-        check_tracker(chosen.tracker)
+        check_tracker(chosen.tracker)  # before a download, too
     loaded = Loading(vae, str(local_device(device)), revision=revision).open(model)
     options = {"data": data, "out": directory, "resume": resume, "tokens": tokens, "note": note}
     try:
@@ -145,8 +145,8 @@ def planned(
     from varcompress.data.sources import open_source, own_source
     from varcompress.loading import outline
     from varcompress.training.budget import GPUS, IMAGENET, UTILISATION, budget
+    from varcompress.training.checks import check_fit
     from varcompress.training.distributed import Ranks
-    from varcompress.training.loop import check_fit
     from varcompress.training.recipe import Machine, parse_bytes
 
     if gpu is not None and gpu not in GPUS:

@@ -7,30 +7,31 @@ import math
 import shutil
 import time
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from varcompress.data.sources import open_source
-from varcompress.data.tokens import Samples, TokenData, TokenStore, store_of
+from varcompress.data.tokens import TokenData, TokenStore, store_of
 from varcompress.errors import InputError, Stopped
 from varcompress.fingerprint import weights_digest
-from varcompress.hardware import compiling, peak_bytes
+from varcompress.hardware import compiling, most_held_bytes
 from varcompress.images import skipped_note
 from varcompress.models.elastic import ElasticVAR
 from varcompress.models.linear import unpack
 from varcompress.models.transformer import add_cfg_input
 from varcompress.progress import Note, Progress, silent
-from varcompress.schedule import Schedule, is_subnet
+from varcompress.schedule import Schedule
 from varcompress.training.batches import Batch, Batches, ended, loader
 from varcompress.training.budget import check_memory, checkpoint_bytes, state_bytes
+from varcompress.training.checks import check_finite, check_fit, check_size
 from varcompress.training.distributed import Ranks, joined, local_device
+from varcompress.training.heldout import in_first_view, loss_fields, measure_heldout
 from varcompress.training.log import StepLog, step_text
 from varcompress.training.objective import Objective
 from varcompress.training.optimizer import Optimizer, learning_rate_at, optimizer_of
@@ -41,7 +42,7 @@ from varcompress.training.sensitivity import SENSITIVITY_IMAGES, eliminate, kept
 from varcompress.training.state import RunDirectory
 from varcompress.training.states import METADATA, tensors_of
 from varcompress.training.stopping import Stopper
-from varcompress.training.strategy import Step, plan
+from varcompress.training.strategy import Step, plan, schedules_of
 from varcompress.training.teacher import StoredTeacher, Teacher
 from varcompress.training.tracker import Tracker, check_tracker
 
@@ -108,7 +109,7 @@ def _distill(
             return directory.result(recipe).to(model.device)
 
         source = ranks.on_rank_zero(lambda: open_source(data, model))
-        ranks.on_rank_zero(lambda: _check_size(recipe, len(source)))
+        ranks.on_rank_zero(lambda: check_size(recipe, len(source)))
         digest = ranks.check_same(partial(weights_digest, model), "the weights of the model", SAME_MODEL)
         teacher = teacher_of(model, recipe)  # a copy taken before the weights of a state to continue from
         identity = {"recipe": recipe.to_dict(), "model": digest, "data": source.digest}
@@ -122,7 +123,7 @@ def _distill(
         ranks.on_rank_zero(lambda: directory.begin_store(store))
         encoded = _encode(store, ranks, progress, note)
         data, heldout = encoded.split(recipe.held_out(len(encoded)))
-        ranks.on_rank_zero(lambda: _check_size(recipe, len(encoded)))  # again, now that unreadable ones are out
+        ranks.on_rank_zero(lambda: check_size(recipe, len(encoded)))  # again, now that unreadable ones are out
         model.bridge, model.depths = recipe.bridge, recipe.depths
         objective = Objective(model, recipe, teacher)
         model.subnets = ranks.on_rank_zero(
@@ -199,9 +200,9 @@ def train(
             line = take_step(run, step, schedules, *found, optimizer)
             bad = bad + 1 if "skipped" in line else 0
             spent = {"seconds": round(time.perf_counter() - began, 4), "waited": round(waited, 4)}
-            line |= {**spent, "memory_bytes": peak_bytes(var.device)}
+            line |= {**spent, "memory_bytes": most_held_bytes(var.device)}
             if len(run.heldout) and (step.number % recipe.holdout_every == 0 or step.number == last):
-                line["heldout"] = heldout = measure_heldout(run)
+                line["heldout"] = heldout = measure_heldout(run.objective, run.heldout, ranks)
             for watching in filter(None, (log, tracker)):
                 watching.append(line)
             if recipe.samples_every and (step.number % recipe.samples_every == 0 or step.number == last):
@@ -325,7 +326,7 @@ def take_step(
         found = {"skipped": skipped}
     else:
         optimizer.step(learning_rate)
-        found = loss_line(run.objective, losses, loss, gradient_norm, schedules)
+        found = {"loss": loss, **loss_fields(run.objective, losses, schedules), "gradient_norm": gradient_norm}
     phase = {} if step.phase is None else {"phase": step.phase, "p": round(step.p, 6)}
     return {"step": step.number, "epoch": step.epoch, **phase, **found, "learning_rate": learning_rate}
 
@@ -357,52 +358,6 @@ def gradients(run: Run, step: Step, batch: Batch, schedules: list[Schedule]) -> 
     return losses, loss, norm
 
 
-def loss_line(
-    objective: Objective, losses: Tensor, loss: float, gradient_norm: float, schedules: dict[str, Schedule]
-) -> dict:
-    """What the log says of a step's losses."""
-    return {"loss": loss, **loss_fields(objective, losses, schedules), "gradient_norm": gradient_norm}
-
-
-@torch.no_grad()
-def measure_heldout(run: Run) -> dict:
-    """The losses of images that are never trained on, under the full network and every depth.
-
-    Each image in its first view and with its label, so that the figures of all steps and runs compare.
-    """
-    recipe, ranks = run.recipe, run.ranks
-    schedules = schedules_of(run.model, (FULL, *recipe.depths))
-    losses = run.objective.zeros(len(schedules))
-    parts = in_first_view(run.heldout, recipe.pass_size(ranks.count))
-    for first in range(0, len(parts), ranks.count):  # all run equally many passes, in which they gather weights
-        mine = first + ranks.rank
-        samples = parts[min(mine, len(parts) - 1)]
-        images = len(samples.labels) if mine < len(parts) else 0
-        losses += run.objective.evaluate(samples, list(schedules.values())) * images
-    losses = ranks.sum_(losses) / len(run.heldout)
-    return {"loss": run.objective.total(losses).item(), **loss_fields(run.objective, losses, schedules)}
-
-
-def loss_fields(objective: Objective, losses: Tensor, schedules: dict[str, Schedule]) -> dict:
-    """What the log says of losses (N, S, L): of each schedule the loss, and each kind of it scale by scale."""
-    counts = [side * side for side in objective.model.var.config.patch_nums]
-    per_scale = torch.stack([part.mean(-1) for part in losses.split(counts, dim=-1)], dim=-1)  # (N, S, K)
-    kinds, of_schedules = per_scale.tolist(), objective.of_schedules(losses).tolist()
-    return {
-        "losses": dict(zip(schedules, of_schedules, strict=True)),
-        **{
-            kind: dict(zip(schedules, values, strict=True))
-            for kind, values in zip(objective.losses, kinds, strict=True)
-        },
-    }
-
-
-def schedules_of(model: ElasticVAR, depths: Iterable[str | int]) -> dict[str, Schedule]:
-    """The schedules of these depths, by their texts."""
-    chosen = [model.schedule(depth if depth == FULL else f"d{depth}") for depth in depths]
-    return {str(schedule): schedule for schedule in chosen}
-
-
 def subnets_of(objective: Objective, data: TokenData, ranks: Ranks, progress: Progress) -> dict[int, tuple[int, ...]]:
     """The layers of each depth, where they are not the equidistant ones."""
     model, recipe = objective.model, objective.recipe
@@ -415,12 +370,6 @@ def subnets_of(objective: Objective, data: TokenData, ranks: Ranks, progress: Pr
     return eliminate(loss, whole, recipe.bridge, recipe.depths, keep=kept(whole.depth), progress=progress)
 
 
-def in_first_view(data: TokenData, size: int, count: int | None = None) -> list[Samples]:
-    """The first `count` images, or all, in their first view and with their labels, `size` at a time."""
-    places = np.arange(len(data))[:count]
-    return [data.samples(part, np.zeros_like(part)) for part in np.split(places, range(size, len(places), size))]
-
-
 def teacher_of(model: ElasticVAR, recipe: Recipe) -> Teacher | None:
     """The teacher that a recipe asks for: the model as it is now."""
     if recipe.teacher == "none":
@@ -428,63 +377,6 @@ def teacher_of(model: ElasticVAR, recipe: Recipe) -> Teacher | None:
     guided = recipe.cfg is not None
     options = {"dtype": recipe.teacher_dtype, "guided": guided, "compiled": recipe.compile}
     return Teacher(model.var, model.schedule(FULL), **options)
-
-
-def check_finite(model: ElasticVAR) -> None:
-    """Refuse weights that are not finite, of which nothing can be learnt."""
-    spoilt = [name for name, weight in model.named_parameters() if not weight.isfinite().all()]
-    if spoilt:
-        raise InputError(f"{model.provenance.name}: {spoilt[0]} holds NaN or infinite weights: get the model again")
-
-
-def check_fit(recipe: Recipe, model: ElasticVAR, ranks: Ranks) -> None:
-    """Refuse a recipe that asks for what the model, or the number of processes, has no room for."""
-    depth, scales = model.var.config.depth, len(model.var.config.patch_nums)
-    if model.distilled_cfg is not None:
-        raise InputError(
-            f"{model.provenance.name}: guidance is distilled into it already: start from the model that it "
-            "was made from"
-        )
-    if recipe.depths[0] >= depth:
-        raise InputError(
-            f"recipe: depths names {recipe.depths[0]}, but the model has {depth} layers: list fewer than that"
-        )
-    numbered = [] if isinstance(recipe.layers, str) else recipe.layers
-    if any(not is_subnet(layers, depth) or {layers[0], layers[-1]} != {0, depth - 1} for layers in numbered):
-        raise InputError(
-            f"recipe: each list of layers must hold the first and the last layer of the model, 0 and {depth - 1}, "
-            "and ascend between them"
-        )
-    if recipe.bridge >= scales:
-        raise InputError(
-            f"recipe: a bridge of {recipe.bridge} leaves nothing to thin out: "
-            f"the model has {scales} scales, choose fewer"
-        )
-    if recipe.optimizer == "adamw8bit" and ranks.count > 1:
-        raise InputError(
-            "recipe: optimizer: adamw8bit is for one device: on several set optimizer=adamw and parallel=fsdp, "
-            "which divides its moments"
-        )
-    if recipe.batch_size % (ranks.count * recipe.accumulation):
-        raise InputError(
-            f"recipe: batch_size {recipe.batch_size} does not divide into "
-            f"{ranks.count} processes x {recipe.accumulation} passes (accumulation): choose a multiple"
-        )
-
-
-def _check_size(recipe: Recipe, num_images: int) -> None:
-    kept_aside = recipe.held_out(num_images)
-    if recipe.holdout and not kept_aside:
-        raise InputError(
-            f"recipe: holdout {recipe.holdout:g} of {num_images} images is none of them: raise it, or set 0 and leave "
-            "out holdout_every"
-        )
-    if num_images - kept_aside < recipe.batch_size:
-        aside = f" ({kept_aside} of {num_images} are held out)" if kept_aside else ""
-        raise InputError(
-            f"recipe: batch_size {recipe.batch_size} is more than the {num_images - kept_aside} images there are"
-            f"{aside}: lower it"
-        )
 
 
 def _encode(store: TokenStore, ranks: Ranks, progress: Progress, note: Note) -> TokenData:
