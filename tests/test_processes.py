@@ -89,10 +89,13 @@ def refused(process) -> list[str]:
 
 def kill(process) -> None:
     """As kill -9 of a launcher and all that it started does."""
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    for pid in (process.pid, *map(int, children)):
+    for pid in (process.pid, *children(process.pid)):
         os.kill(pid, signal.SIGKILL)
     process.communicate()
+
+
+def children(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
 def wait_for_steps(out, count, process):
@@ -196,6 +199,42 @@ def test_a_killed_run_goes_on_with_other_processes(undisturbed, start, tmp_path)
     ended(start(SMALL, out))
     check_close(out, undisturbed)
     assert not (out / ".training").exists()
+
+
+def test_a_killed_run_is_continued_by_other_processes_exported_and_evaluated(run, tmp_path):
+    """By the commands, on the embedded model."""
+    out, exported = tmp_path / "run", tmp_path / "exported"
+    settings = ("batch_size=16", "checkpoint_every=1", "holdout=0", "activation_checkpointing=false")
+    for processes, how, steps in ((4, "fsdp", 3), (2, "ddp", 6)):
+        given = [
+            "--recipe",
+            "variant-digits",
+            *(part for one in (*settings, f"parallel={how}") for part in ("--set", one)),
+        ]
+        command = ["-m", "varcompress", "distill", "digits", *given, "--out", out, "--resume"]
+        launcher = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={processes}"]
+        launcher += ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]
+        pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
+        process = subprocess.Popen([*launcher, *map(str, command)], env=ENVIRONMENT, text=True, **pipes)
+        wait_for_steps(out, steps, process)
+        kill(process)
+        assert steps - 2 <= RunDirectory(out).step() <= len(read_steps(out / "steps.jsonl"))
+    assert run("export", out, "--out", exported)[0] == 0
+    status, printed, _ = run("eval", exported, "-s", "full", "-s", "d2", "--images", 32, "--json")
+    assert status == 0
+    full, subnet = json.loads(printed)["schedules"]
+    assert 0 < full["digits_fd"] < subnet["digits_fd"]
+
+
+def test_a_reader_that_is_killed_ends_all_processes_with_their_state_saved(start, tmp_path):
+    out = tmp_path / "run"
+    process = start(changed(workers=1, checkpoint_every=1000, epochs_ramp=200), out, 2)
+    wait_for_steps(out, 6, process)
+    (reader,) = children(children(process.pid)[1])
+    os.kill(reader, signal.SIGKILL)
+    (line,) = refused(process)
+    assert "a process that read batches has died: the state of step" in line
+    assert RunDirectory(out).step() == len(losses(out)) > 5
 
 
 def test_killed_at_random_moments_it_reaches_the_same_weights(tiny_files, images, start, tmp_path):

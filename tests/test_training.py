@@ -357,6 +357,9 @@ def test_a_shared_token_store_is_kept(tiny, images, tmp_path):
         distill(copy.deepcopy(tiny), once, data=images, out=tmp_path / name, tokens=tmp_path / "tokens")
     assert weights(tmp_path / "first") == weights(tmp_path / "second")
     assert (tmp_path / "tokens" / "store.json").is_file()
+    with pytest.raises(InputError, match="holds tokens with views 2, not 1"):
+        distill(copy.deepcopy(tiny), changed(views=1), data=images, out=tmp_path / "third", tokens=tmp_path / "tokens")
+    assert not (tmp_path / "third").exists()
 
 
 def test_unreadable_images_are_named(tiny, images, tmp_path):

@@ -27,7 +27,7 @@ from varcompress.models.linear import unpack
 from varcompress.models.transformer import add_cfg_input
 from varcompress.progress import Note, Progress, silent
 from varcompress.schedule import Schedule
-from varcompress.training.batches import Batch, Batches, ended, loader
+from varcompress.training.batches import Batch, Batches, ReaderDied, ended, loader, next_batch
 from varcompress.training.budget import check_memory, checkpoint_bytes, state_bytes
 from varcompress.training.checks import check_finite, check_fit, check_size
 from varcompress.training.distributed import Ranks, joined, local_device
@@ -111,6 +111,8 @@ def _distill(
         source = ranks.on_rank_zero(lambda: open_source(data, model))
         ranks.on_rank_zero(lambda: check_size(recipe, len(source)))
         digest = ranks.check_same(partial(weights_digest, model), "the weights of the model", SAME_MODEL)
+        store = store_of(source, model, recipe.num_views, path=tokens, work=directory.tokens_path)
+        ranks.on_rank_zero(lambda: directory.check_store(store))
         teacher = teacher_of(model, recipe)  # a copy taken before the weights of a state to continue from
         identity = {"recipe": recipe.to_dict(), "model": digest, "data": source.digest}
         identity |= {"teacher": teacher.digest} if teacher and ranks.is_rank_zero else {}
@@ -119,7 +121,6 @@ def _distill(
         if isinstance(recipe.cfg, tuple):
             add_cfg_input(model.var)
 
-        store = store_of(source, model, recipe.num_views, path=tokens, work=directory.tokens_path)
         ranks.on_rank_zero(lambda: directory.begin_store(store))
         encoded = _encode(store, ranks, progress, note)
         data, heldout = encoded.split(recipe.held_out(len(encoded)))
@@ -194,7 +195,7 @@ def train(
                 ranks.on_rank_zero(partial(_check_room, run, step))
             began, schedules = time.perf_counter(), schedules_of(model, step.depths)
             with _kept(run, step, optimizer, stopper):
-                batch = next(reading)
+                batch = next_batch(reading, ranks)
                 waited = time.perf_counter() - began
                 found = gradients(run, step, batch, list(schedules.values()))
             line = take_step(run, step, schedules, *found, optimizer)
@@ -217,7 +218,7 @@ def train(
                 states.save(step.number, tensors_of(var, optimizer))
             if ends:
                 states.wait()
-                _end(run, line, stopped)
+                _end(run, step.number, stopped, _bad_steps(run, line))
             progress(step.number, last, f"distill: {step_text(line, recipe.batch_size, heldout)}")
 
 
@@ -241,44 +242,44 @@ def _check_room(run: Run, step: Step) -> None:
 
 @contextmanager
 def _kept(run: Run, step: Step, optimizer: Optimizer, stopper: Stopper) -> Iterator[None]:
-    """A block that reads a batch and makes its gradients: what fails there costs a single process no earlier step.
+    """A block that reads a batch and makes its gradients: what fails there costs no earlier step.
 
-    A process that reads may be killed; a compiler that gets the signal meant for the run dies of it.
+    That is a process that reads, which was killed, and in a run of a single process a compiler, which gets the signal
+    meant for the run and dies of it.
     """
+    ranks, states, before = run.ranks, run.directory.states, step.number - 1
     try:
         with compiling():
             yield
-    except (RuntimeError, InputError) as error:
-        dead = "DataLoader worker" in str(error)
-        if run.ranks.count > 1 or not (dead or stopper.signal):
+    except (ReaderDied, RuntimeError, InputError) as error:
+        if not isinstance(error, ReaderDied) and (ranks.count > 1 or not stopper.signal):
             raise
         optimizer.drop()
-        states, before = run.directory.states, step.number - 1
         states.wait()
-        if before > max(states.steps, default=0):
+        if ranks.on_rank_zero(lambda: before > max(states.steps, default=0)):
             states.save(before, tensors_of(run.model.var, optimizer))
             states.wait()
-        if stopper.signal:
-            message = f"stopped after step {before} of {len(run.steps)}, whose state is saved"
-            raise Stopped(message, stopper.signal) from error
-        raise InputError(
-            f"step {step.number}: a process that read batches has died ({error}): the state of step {before} is saved: "
-            "continue with --resume, and fewer workers where memory was short"
-        ) from error
+        (stopped,) = ranks.largest(stopper.signal)
+        why = f"{error}: the state of step {before} is saved: continue with --resume, and fewer workers where memory "
+        _end(run, before, stopped, f"step {step.number}: {why}was short")
 
 
-def _end(run: Run, line: dict, stopped: int) -> None:
-    """Leave a run whose state is saved: for the signal `stopped`, or since too many steps were skipped."""
+def _end(run: Run, saved: int, stopped: int, why: str) -> None:
+    """Leave a run of which the state of a step is saved: for the signal `stopped`, or for what is an error."""
     if stopped:
-        raise Stopped(f"stopped after step {line['step']} of {len(run.steps)}, whose state is saved", stopped)
+        raise Stopped(f"stopped after step {saved} of {len(run.steps)}, whose state is saved", stopped)
 
     def refuse() -> None:
-        raise InputError(
-            f"step {line['step']}: {line['skipped']}, and so it was for {run.recipe.max_bad_steps} steps, which were "
-            "skipped; the state is saved: start anew with a lower learning_rate, or resume with more max_bad_steps"
-        )
+        raise InputError(why)
 
     run.ranks.on_rank_zero(refuse)
+
+
+def _bad_steps(run: Run, line: dict) -> str:
+    return (
+        f"step {line['step']}: {line.get('skipped')}, and so it was for {run.recipe.max_bad_steps} steps, which were "
+        "skipped; the state is saved: start anew with a lower learning_rate, or resume with more max_bad_steps"
+    )
 
 
 @contextmanager
