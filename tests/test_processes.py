@@ -204,7 +204,7 @@ def test_a_killed_run_goes_on_with_other_processes(undisturbed, start, tmp_path)
 def test_a_killed_run_is_continued_by_other_processes_exported_and_evaluated(run, tmp_path):
     """By the commands, on the embedded model."""
     out, exported = tmp_path / "run", tmp_path / "exported"
-    settings = ("batch_size=16", "checkpoint_every=1", "holdout=0", "activation_checkpointing=false")
+    settings = ("batch_size=8", "checkpoint_every=1", "views=1")
     for processes, how, steps in ((4, "fsdp", 3), (2, "ddp", 6)):
         given = [
             "--recipe",

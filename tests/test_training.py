@@ -6,6 +6,7 @@ import contextlib
 import copy
 import resource
 import shutil
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -20,8 +21,8 @@ from varcompress.checkpoint import is_elastic, load_elastic
 from varcompress.data.tokens import Samples
 from varcompress.errors import InputError
 from varcompress.fingerprint import weights_digest
-from varcompress.training import distill
-from varcompress.training.batches import passes
+from varcompress.training import distill, loop
+from varcompress.training.batches import Batches, passes
 from varcompress.training.checks import check_fit
 from varcompress.training.distributed import Ranks
 from varcompress.training.log import read_steps, summary
@@ -99,7 +100,7 @@ def weights(out) -> bytes:
 
 def losses(out) -> list[dict]:
     return [
-        {k: v for k, v in step.items() if k not in ("seconds", "waited", "memory_bytes")}
+        {k: v for k, v in step.items() if k not in ("seconds", "waited", "between", "memory_bytes")}
         for step in read_steps(Path(out) / "steps.jsonl")
     ]
 
@@ -286,6 +287,27 @@ def test_every_step_is_logged(undisturbed):
         assert "kl" not in line
         assert line["learning_rate"] == pytest.approx(SMALL.learning_rate * (1 - 0.5 * step.number / STEPS))
         assert line["seconds"] > 0
+
+
+def test_a_step_says_what_of_its_time_it_waited_and_what_went_by_before_it(tiny, images, tmp_path, monkeypatch):
+    """By what a slow reader, and slow losses of images held out, take at the least."""
+
+    def slow(function):
+        def called(*arguments):
+            time.sleep(0.05)
+            return function(*arguments)
+
+        return called
+
+    monkeypatch.setattr(Batches, "__getitem__", slow(Batches.__getitem__))
+    monkeypatch.setattr(loop, "measure_heldout", slow(loop.measure_heldout))
+    recipe = changed(epochs_ramp=0, epochs_subnet=0, batch_size=4, holdout=0.2, holdout_every=3)
+    distill(copy.deepcopy(tiny), recipe, data=images, out=tmp_path / "out")
+    first, *lines = read_steps(tmp_path / "out" / "steps.jsonl")
+    assert first["between"] == 0
+    for before, line in zip((first, *lines), lines, strict=False):
+        assert 0.05 <= line["waited"] < line["seconds"]
+        assert line["between"] > (0.05 if "heldout" in before else 0)
 
 
 def test_training_helps_the_subnets(tiny, images, tmp_path):

@@ -187,6 +187,7 @@ def train(
         states.load(done, var, optimizer)
     batches = Batches(run.data, recipe, ranks, run.steps[done:], var.config.classes)
     reading, heldout, bad = iter(loader(batches, recipe.workers, var.device)), {}, 0
+    over = None  # when the step before was
     with Stopper() as stopper, states.writing(ranks), ended(reading):
         for step in run.steps[done:]:
             saves = step.number % recipe.checkpoint_every == 0 or step.ends_phase
@@ -200,8 +201,10 @@ def train(
                 found = gradients(run, step, batch, list(schedules.values()))
             line = take_step(run, step, schedules, *found, optimizer)
             bad = bad + 1 if "skipped" in line else 0
-            spent = {"seconds": round(time.perf_counter() - began, 4), "waited": round(waited, 4)}
-            line |= {**spent, "memory_bytes": most_held_bytes(var.device)}
+            between, over = began - (over or began), time.perf_counter()
+            spent = {"seconds": over - began, "waited": waited, "between": between}
+            line |= {what: round(seconds, 4) for what, seconds in spent.items()}
+            line["memory_bytes"] = most_held_bytes(var.device)
             if len(run.heldout) and (step.number % recipe.holdout_every == 0 or step.number == last):
                 line["heldout"] = heldout = measure_heldout(run.objective, run.heldout, ranks)
             for watching in filter(None, (log, tracker)):
