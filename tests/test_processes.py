@@ -169,7 +169,7 @@ def alone(tiny, images, tmp_path_factory):
         ("taught", "ddp", 3, None),
         ("progressive", "ddp", 4, None),
         ("taught", "fsdp", 2, None),
-        ("progressive", "fsdp", 3, None),
+        ("no bridge", "fsdp", 3, None),
         ("taught one by one", "fsdp", 4, 2),  # two machines, each with a copy of the weights in two parts
     ],
 )

@@ -132,7 +132,7 @@ def test_a_reader_that_is_killed_costs_no_step(undisturbed, tiny, images, tmp_pa
         if step.number == 8:
             for reader in multiprocessing.active_children():
                 reader.kill()
-                os.waitid(os.P_PID, reader.pid, os.WEXITED | os.WNOWAIT)  # by whom torch may learn of it
+                os.waitid(os.P_PID, reader.pid, os.WEXITED | os.WNOWAIT)  # unreaped, so that torch would see it
         return doing(run, step, *rest)
 
     monkeypatch.setattr(loop, meanwhile, killing)
