@@ -102,7 +102,7 @@ def distill(
         print_json(result) if as_json else out.print(plan_table(result))
         return
     if is_rank_zero():
-        check_tracker(chosen.tracker)
+        check_tracker(chosen.tracker)  # before a download, too
     loaded = Loading(vae, str(local_device(device)), revision=revision).open(model)
     options = {"data": data, "out": directory, "resume": resume, "tokens": tokens, "note": note}
     try:
@@ -146,7 +146,7 @@ def planned(
     from varcompress.distributed import Ranks
     from varcompress.loading import outline
     from varcompress.training.budget import GPUS, IMAGENET, UTILISATION, budget
-    from varcompress.training.loop import check_fit
+    from varcompress.training.checks import check_fit
     from varcompress.training.recipe import Machine, parse_bytes
 
     if gpu is not None and gpu not in GPUS:

@@ -53,7 +53,7 @@ def _children(pid: int) -> list[int]:
 
 def learnt(out: Path) -> dict[str, object]:
     """Weights, steps without their times, and the names of all files."""
-    clocks = ("seconds", "waited", "memory_bytes")
+    clocks = ("seconds", "waited", "between", "memory_bytes")
     return {
         "weights": (out / "model.safetensors").read_bytes(),
         "steps": [{k: v for k, v in step.items() if k not in clocks} for step in read_steps(out / "steps.jsonl")],

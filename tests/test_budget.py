@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import warnings
 from dataclasses import replace
 
 import numpy as np
@@ -31,7 +30,8 @@ from varcompress.progress import silent
 from varcompress.schedule import Together
 from varcompress.training import budget, distill
 from varcompress.training.budget import GB, GPUS, cheapest_change, forward_flops, memory, optimizer_bytes, schedules_of
-from varcompress.training.loop import Run, measure_heldout, subnets_of, teacher_of
+from varcompress.training.heldout import measure_heldout
+from varcompress.training.loop import subnets_of, teacher_of
 from varcompress.training.objective import Objective
 from varcompress.training.optimizer import optimizer_of
 from varcompress.training.recipe import FULL, MADE_FOR, Machine, Recipe, load_recipe, recipe_names
@@ -259,11 +259,10 @@ def test_flops_of_the_images_held_out(change):
     """20 of 100, in passes of 16 and 4, after every third of eight steps and the last."""
     recipe, model = replace(SMALL, **change, holdout=0.2, holdout_every=3), small_model()
     model.bridge, model.depths = recipe.bridge, recipe.depths
-    data, heldout = small_data(model, 100).split(recipe.held_out(100))
+    _, heldout = small_data(model, 100).split(recipe.held_out(100))
     objective = Objective(model, recipe, teacher_of(model, recipe))
-    run = Run(model, recipe, [], data, heldout, None, Ranks(), objective, warnings.warn)
     with FlopCounterMode(display=False, custom_mapping={ATTENTION: attention_flops}) as flops:
-        measure_heldout(run)
+        measure_heldout(objective, heldout, Ranks())
     steps = plan(replace(recipe, **({"epochs": 2} if recipe.epochs else {"epochs_subnet": 2})), 4)
     found = budget.heldout_flops(model, recipe, steps, 100, 1)
     assert found == pytest.approx(3 * flops.get_total_flops(), rel=TOKENIZER_PRODUCTS)

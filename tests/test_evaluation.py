@@ -18,7 +18,7 @@ from torch.utils.data import Dataset
 
 from tests import fidelity
 from tests.conftest import official_state, random_model
-from tests.processes import evaluation, free_port
+from tests.forked import evaluation, free_port
 from tests.test_reference import CPU, SIZE, write_folder, write_npz
 from varcompress.data.digits import load_digits
 from varcompress.errors import InputError

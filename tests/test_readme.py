@@ -11,7 +11,7 @@ import torch
 import typer
 from torch.utils.flop_counter import FlopCounterMode
 
-from tests.benchmarks import attention, plans, saves, step, tables, training
+from tests.benchmarks import attention, plans, saves, scores, step, tables, training
 from varcompress.cli.app import COMMANDS, app
 from varcompress.loading import outline
 from varcompress.training.budget import GPUS, IMAGENET, UTILISATION, budget
@@ -46,15 +46,17 @@ def test_links_to_files_lead_somewhere():
 
 def commands():
     """Every call of `varcompress` in a block of commands: its arguments."""
-    for text in (README, training.PAGE.read_text(encoding="utf-8")):
+    for text in (README, *(page.PAGE.read_text(encoding="utf-8") for page in (training, scores))):
         for block in re.findall(r"^```bash\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL):
-            yield from re.findall(r"varcompress ([a-z].*)$", block, flags=re.MULTILINE)
+            yield from re.findall(r"varcompress ([a-z].*)$", block.replace("\\\n", " "), flags=re.MULTILINE)
 
 
 @pytest.mark.parametrize("arguments", list(dict.fromkeys(commands())))
 def test_commands_are_spelt_as_they_are_read(arguments):
     name, *rest = shlex.split(arguments)
     command = typer.main.get_command(app).commands[name]
+    while rest and rest[0] in getattr(command, "commands", ()):
+        command = command.commands[rest.pop(0)]
     given = command.make_context(name, rest).params  # raises for an option that there is not
     if name == "distill" and given["recipe"]:
         load_recipe(given["recipe"], given["settings"] or ())
@@ -99,6 +101,8 @@ def sections():
         yield training.PAGE, group, training.table(group)
     yield training.PAGE, "commands", training.commands()
     yield plans.PAGE, "plans", plans.table()
+    for name, text in scores.sections().items():
+        yield scores.PAGE, name, text
     for module, name in ((step, "step"), (attention, "attention"), (saves, "saves")):
         yield module.PAGE, name, module.tables()
 

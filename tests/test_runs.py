@@ -1,24 +1,24 @@
-"""Runs that can be trusted: several processes, signals, one writer, states, checkpoints of what is not finished."""
+"""Runs that can be trusted: signals, one writer, states, checkpoints of what is not finished."""
 
 from __future__ import annotations
 
 import copy
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
 import sys
-import time
 from concurrent.futures import Future
-from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from tests.test_training import ENVIRONMENT, SMALL, WORKER, Interrupt, changed, interrupt_at, losses, weights
+from tests.test_processes import ENVIRONMENT, ended, wait_for_steps
+from tests.test_processes import start as start
+from tests.test_training import SMALL, STEPS, Interrupt, changed, interrupt_at, losses, weights
 from tests.test_training import images as images
 from tests.test_training import undisturbed as undisturbed
 from varcompress.checkpoint import load_elastic
@@ -27,136 +27,9 @@ from varcompress.fingerprint import weights_digest
 from varcompress.images import pixels, to_uint8
 from varcompress.training import distill, loop
 from varcompress.training.log import read_steps
-from varcompress.training.parallel import mesh_shape
 from varcompress.training.state import RunDirectory
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-@pytest.fixture(scope="module")
-def start(tmp_path_factory, tiny_files, images):
-    """Starts a run in processes of its own: start(recipe, out, processes) -> Popen."""
-    folder = tmp_path_factory.mktemp("worker")
-    (folder / "worker.py").write_text(WORKER)
-
-    def run(recipe, out, processes=1, per_node=None, **options):
-        file = folder / f"{Path(out).name}.yaml"
-        file.write_text(json.dumps(recipe.to_dict()))
-        launcher = ["-m", "torch.distributed.run", f"--nproc-per-node={processes}"]
-        launcher += ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]
-        arguments = map(str, (folder / "worker.py", tiny_files, file, images, out))
-        command = [sys.executable, *(launcher if processes > 1 else []), *arguments]
-        pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
-        environment = {**ENVIRONMENT, **({"NODE": str(per_node)} if per_node else {})}
-        return subprocess.Popen(command, env=environment, text=True, **pipes, **options)
-
-    return run
-
-
-def ended(process):
-    _, err = process.communicate(timeout=180)
-    assert process.returncode == 0, err
-
-
-def wait_for_steps(out, count, process):
-    while len(read_steps(Path(out) / "steps.jsonl")) < count:
-        assert process.poll() is None, "the run was over too soon"
-        time.sleep(0.01)
-
-
-def check_close(out, expected, rel=1e-4):
-    """Two runs learnt the same but for rounding."""
-    for one, two in zip(losses(out), losses(expected), strict=True):
-        same = ("step", "epoch", "learning_rate")
-        assert [one[key] for key in same] == [two[key] for key in same]
-        assert one["loss"] == pytest.approx(two["loss"], rel=rel)
-        assert one["gradient_norm"] == pytest.approx(two["gradient_norm"], rel=10 * rel)
-
-
-# -- several processes ----------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("how", "count", "per_node", "shape"),
-    [
-        ("ddp", 4, 4, (4, 1)),
-        ("ddp", 16, 8, (16, 1)),
-        ("fsdp", 3, 3, (3,)),
-        ("fsdp", 16, 8, (2, 8)),
-        ("fsdp", 10, 4, (10,)),
-    ],
-)
-def test_copies_of_the_weights_and_processes_that_share_one(how, count, per_node, shape):
-    assert mesh_shape(how, count, per_node) == shape
-
-
-WAYS = {
-    "progressive": {},
-    "no bridge": {"bridge": 0},  # a step of a subnet leaves layers out
-    "taught": {
-        **{"epochs_full": 0, "epochs_ramp": 0, "epochs_subnet": 0, "epochs": 4, "teacher": "frozen", "loss": "kl"},
-        **{"depth_probability": {"full": 0.5, "4": 0.7, "2": 1}, "optimizer": "muon", "holdout": 0.2},
-        **{"holdout_every": 4, "learning_rate_end": 0.1, "warmup_steps": 2, "together": False},
-        **{"tracker": "tensorboard", "samples_every": 5},
-    },
-}
-
-
-@pytest.fixture(scope="module")
-def alone(tiny, images, tmp_path_factory):
-    """A recipe by its name in WAYS, and the run of one process under it."""
-
-    def run(way):
-        recipe, out = changed(**{"batch_size": 12, **WAYS[way]}), folder / way
-        if not out.exists():
-            distill(copy.deepcopy(tiny), recipe, data=images, out=out)
-        return recipe, out
-
-    folder = tmp_path_factory.mktemp("alone")
-    return run
-
-
-@pytest.mark.parametrize(
-    ("way", "how", "processes", "per_node"),
-    [
-        ("progressive", "fsdp", 3, None),
-        ("no bridge", "ddp", 2, None),
-        ("taught", "ddp", 3, None),
-        ("taught", "fsdp", 4, 2),  # two machines, each with a copy of the weights in two parts
-    ],
-)
-def test_processes_learn_together_what_one_learns(alone, start, tmp_path, way, how, processes, per_node):
-    recipe, expected = alone(way)
-    out = tmp_path / "run"
-    ended(start(replace(recipe, parallel=how), out, processes, per_node))
-    check_close(out, expected)
-    digests = {(out / f"rank{rank}.txt").read_text() for rank in range(processes)}
-    assert digests == {weights_digest(load_elastic(out))}
-    assert len(list(out.glob("tensorboard/*"))) == (way == "taught")  # of rank 0 alone
-    drawn = [sorted(path.name for path in run.glob("samples/*")) for run in (out, expected)]
-    assert drawn[0] == drawn[1]
-    for one, two in zip(losses(out), losses(expected), strict=True):
-        assert ("heldout" in one) == ("heldout" in two)
-        if "heldout" in two:
-            assert one["heldout"]["loss"] == pytest.approx(two["heldout"]["loss"], rel=1e-4)
-
-
-def test_a_killed_run_goes_on_with_other_processes(undisturbed, start, tmp_path):
-    """Four processes that share the weights, killed; two that each hold all of them, killed; then one."""
-    out = tmp_path / "run"
-    for processes, how, steps in ((4, "fsdp", 7), (2, "ddp", 13)):
-        process = start(changed(parallel=how), out, processes)
-        wait_for_steps(out, steps, process)
-        workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-        for pid in (process.pid, *map(int, workers)):
-            os.kill(pid, signal.SIGKILL)
-        process.communicate()
-        model = RunDirectory(out).unfinished()
-        assert model.depths == (4, 2)
-        assert model.generate([1, 2], "d2").isfinite().all()
-    ended(start(SMALL, out))
-    check_close(out, undisturbed)
-    assert not (out / ".training").exists()
 
 
 # -- signals --------------------------------------------------------------------------------------
@@ -250,27 +123,42 @@ def test_a_state_that_fails_in_the_background_ends_the_run_at_once(tiny, images,
     assert reached[-1] <= SMALL.checkpoint_every
 
 
-@pytest.mark.parametrize("signalled", [False, True])
-def test_what_fails_before_the_weights_move_costs_no_earlier_step(
-    undisturbed, tiny, images, tmp_path, monkeypatch, signalled
+@pytest.mark.parametrize("meanwhile", ["gradients", "take_step"])
+def test_a_reader_that_is_killed_costs_no_step(undisturbed, tiny, images, tmp_path, monkeypatch, meanwhile):
+    """Whatever the run does meanwhile: the weights may be about to move."""
+    out, doing = tmp_path / "out", getattr(loop, meanwhile)
+
+    def killing(run, step, *rest):
+        if step.number == 8:
+            for reader in multiprocessing.active_children():
+                reader.kill()
+                os.waitid(os.P_PID, reader.pid, os.WEXITED | os.WNOWAIT)  # unreaped, so that torch would see it
+        return doing(run, step, *rest)
+
+    monkeypatch.setattr(loop, meanwhile, killing)
+    with pytest.raises(InputError, match=r"step \d+: a process that read batches has died: the state of") as caught:
+        distill(copy.deepcopy(tiny), changed(workers=2, checkpoint_every=1000), data=images, out=out)
+    assert "\n" not in str(caught.value)
+    monkeypatch.undo()
+    assert 7 < RunDirectory(out).step() == len(losses(out)) < STEPS
+    distill(copy.deepcopy(tiny), SMALL, data=images, out=out, resume=True, note=str)
+    assert weights(out) == weights(undisturbed)
+
+
+def test_a_compiler_that_dies_of_the_signal_meant_for_the_run_costs_no_step(
+    undisturbed, tiny, images, tmp_path, monkeypatch
 ):
-    """A reader that was killed; a compiler that died of the signal meant for the run."""
     out, gradients = tmp_path / "out", loop.gradients
 
     def failing(run, step, *rest):
         if step.number < 8:
             return gradients(run, step, *rest)
-        if not signalled:
-            raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. ")
         os.kill(os.getpid(), signal.SIGTERM)
         raise InputError("torch.compile fails here")
 
     recipe = changed(checkpoint_every=1000)
     monkeypatch.setattr(loop, "gradients", failing)
-    what = (
-        "stopped after step 7 of 20" if signalled else "step 8: a process that read batches has died .* step 7 is saved"
-    )
-    with pytest.raises(Stopped if signalled else InputError, match=what):
+    with pytest.raises(Stopped, match="stopped after step 7 of 20"):
         distill(copy.deepcopy(tiny), recipe, data=images, out=out)
     monkeypatch.undo()
     assert RunDirectory(out).step() == 7

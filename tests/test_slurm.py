@@ -14,7 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.test_training import ENVIRONMENT, changed
+from tests.test_processes import ENVIRONMENT
+from tests.test_training import changed
 from tests.test_training import images as images
 from varcompress.checkpoint import is_elastic
 from varcompress.training.log import read_steps

@@ -6,7 +6,6 @@ import copy
 import json
 import math
 import re
-import subprocess
 
 import numpy as np
 import pytest
@@ -14,14 +13,11 @@ import torch
 
 from tests.conftest import random_model
 from tests.test_training import (  # noqa: F401  (fixtures are found by their names)
-    ENVIRONMENT,
-    TORCHRUN,
     Interrupt,
     images,
     interrupt_at,
     losses,
     weights,
-    worker,
 )
 from varcompress.checkpoint import load_elastic
 from varcompress.errors import InputError
@@ -236,15 +232,6 @@ def test_a_run_knows_its_teacher_and_refuses_another(tiny, images, tmp_path):  #
     run.write_text(json.dumps(started))
     with pytest.raises(InputError, match="was started with another model"):
         distill(random_model(seed=1), TAUGHT, data=images, out=out, resume=True)
-
-
-def test_two_processes_are_taught_as_one_is(undisturbed, worker, tmp_path):  # noqa: F811
-    command = worker(TAUGHT, tmp_path / "two", *TORCHRUN)
-    subprocess.run(command, env=ENVIRONMENT, check=True, capture_output=True, timeout=180)
-    for one, two in zip(losses(undisturbed), losses(tmp_path / "two"), strict=True):
-        assert two["loss"] == pytest.approx(one["loss"], rel=1e-3)
-        if "heldout" in one:
-            assert two["heldout"]["losses"] == pytest.approx(one["heldout"]["losses"], rel=1e-3)
 
 
 # -- other layers ---------------------------------------------------------------------------------

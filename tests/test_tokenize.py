@@ -237,6 +237,7 @@ def test_a_store_does_not_go_with_another(store, tiny, tmp_path):
     with pytest.raises(InputError, match="made with another tokenizer: encode the images anew with this model"):
         distill(other, SMALL, data=store, out=tmp_path / "other")
     assert set(content(store)) == set(FILES)
+    assert [path.name for path in tmp_path.iterdir()] == []  # nothing was begun
 
 
 def test_a_view_for_each_epoch(images, tiny, tmp_path):

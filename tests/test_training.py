@@ -1,17 +1,11 @@
-"""Distillation: the progressive strategy, the step, the states to continue from, several processes."""
+"""Distillation: the progressive strategy, the step, and a run that was interrupted."""
 
 from __future__ import annotations
 
 import contextlib
 import copy
-import json
-import os
-import random
 import resource
 import shutil
-import signal
-import subprocess
-import sys
 import time
 from collections import Counter
 from pathlib import Path
@@ -23,15 +17,15 @@ import torch.nn.functional as F
 from PIL import Image
 
 from tests.conftest import random_model
-from varcompress.checkpoint import is_elastic, load_elastic, load_official
+from varcompress.checkpoint import is_elastic, load_elastic
 from varcompress.data.tokens import Samples
 from varcompress.distributed import Ranks
 from varcompress.errors import InputError
 from varcompress.fingerprint import weights_digest
-from varcompress.training import distill
-from varcompress.training.batches import passes
+from varcompress.training import distill, loop
+from varcompress.training.batches import Batches, passes
+from varcompress.training.checks import check_fit
 from varcompress.training.log import read_steps, summary
-from varcompress.training.loop import check_fit
 from varcompress.training.objective import Objective
 from varcompress.training.optimizer import optimizer_of
 from varcompress.training.recipe import FULL, Recipe
@@ -56,7 +50,6 @@ SMALL = Recipe(
 STEPS = 20  # of SMALL on `images`
 IN_WORK = ["lock", "run.json", "start", "step-3", "subnets.json", "tokens", "writer"]  # after three steps of it
 pytestmark = pytest.mark.usefixtures("one_thread")
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
 
 def changed(**values) -> Recipe:
@@ -107,7 +100,7 @@ def weights(out) -> bytes:
 
 def losses(out) -> list[dict]:
     return [
-        {k: v for k, v in step.items() if k not in ("seconds", "waited", "memory_bytes")}
+        {k: v for k, v in step.items() if k not in ("seconds", "waited", "between", "memory_bytes")}
         for step in read_steps(Path(out) / "steps.jsonl")
     ]
 
@@ -296,6 +289,27 @@ def test_every_step_is_logged(undisturbed):
         assert line["seconds"] > 0
 
 
+def test_a_step_says_what_of_its_time_it_waited_and_what_went_by_before_it(tiny, images, tmp_path, monkeypatch):
+    """By what a slow reader, and slow losses of images held out, take at the least."""
+
+    def slow(function):
+        def called(*arguments):
+            time.sleep(0.05)
+            return function(*arguments)
+
+        return called
+
+    monkeypatch.setattr(Batches, "__getitem__", slow(Batches.__getitem__))
+    monkeypatch.setattr(loop, "measure_heldout", slow(loop.measure_heldout))
+    recipe = changed(epochs_ramp=0, epochs_subnet=0, batch_size=4, holdout=0.2, holdout_every=3)
+    distill(copy.deepcopy(tiny), recipe, data=images, out=tmp_path / "out")
+    first, *lines = read_steps(tmp_path / "out" / "steps.jsonl")
+    assert first["between"] == 0
+    for before, line in zip((first, *lines), lines, strict=False):
+        assert 0.05 <= line["waited"] < line["seconds"]
+        assert line["between"] > (0.05 if "heldout" in before else 0)
+
+
 def test_training_helps_the_subnets(tiny, images, tmp_path):
     model = distill(copy.deepcopy(tiny), changed(epochs_subnet=6), data=images, out=tmp_path / "out")
     result = summary(tmp_path / "out")
@@ -365,6 +379,9 @@ def test_a_shared_token_store_is_kept(tiny, images, tmp_path):
         distill(copy.deepcopy(tiny), once, data=images, out=tmp_path / name, tokens=tmp_path / "tokens")
     assert weights(tmp_path / "first") == weights(tmp_path / "second")
     assert (tmp_path / "tokens" / "store.json").is_file()
+    with pytest.raises(InputError, match="holds tokens with views 2, not 1"):
+        distill(copy.deepcopy(tiny), changed(views=1), data=images, out=tmp_path / "third", tokens=tmp_path / "tokens")
+    assert not (tmp_path / "third").exists()
 
 
 def test_unreadable_images_are_named(tiny, images, tmp_path):
@@ -599,109 +616,3 @@ def test_a_state_that_cannot_be_written_leaves_the_earlier_one(undisturbed, tiny
     assert sorted(path.name for path in state.parent.iterdir()) == IN_WORK
     distill(copy.deepcopy(tiny), SMALL, data=images, out=out, resume=True, note=str)
     assert weights(out) == weights(undisturbed)
-
-
-WORKER = """
-import os, sys
-from pathlib import Path
-import torch
-from varcompress.checkpoint import load_official
-from varcompress.errors import InputError
-from varcompress.fingerprint import weights_digest
-from varcompress.training import distill
-torch.set_num_threads(1)
-if "NODE" in os.environ:  # as many of the processes stand for one machine
-    os.environ["LOCAL_WORLD_SIZE"] = os.environ["NODE"]
-rank = os.environ.get("RANK", "0")
-files, recipe, images, out, *tokens = (Path(path.replace("RANK", rank)) for path in sys.argv[1:])
-model = load_official(files / "var.pth", files / "vae.pth")
-try:
-    distill(model, recipe, data=images, out=out, resume=True, note=print, tokens=tokens[0] if tokens else None)
-except InputError as error:  # as the command line does
-    print("error:", error, file=sys.stderr)
-    sys.exit(2)
-(out / f"rank{rank}.txt").write_text(weights_digest(model))
-"""
-TORCHRUN = ("-m", "torch.distributed.run", "--nproc-per-node=2", "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0")
-
-
-@pytest.fixture(scope="module")
-def worker(tmp_path_factory, tiny_files, images):
-    """Builds the command line of a run in a process of its own: worker(recipe, out, *launcher).
-
-    RANK in a path stands for the rank of the process.
-    """
-    folder = tmp_path_factory.mktemp("worker")
-    (folder / "worker.py").write_text(WORKER)
-
-    def command(recipe, out, *launcher, files=tiny_files, tokens=()):
-        recipe_file = folder / f"{Path(out).name.replace('RANK', '')}.yaml"
-        recipe_file.write_text(json.dumps(recipe.to_dict()))
-        arguments = (folder / "worker.py", files, recipe_file, images, out, *tokens)
-        return [sys.executable, *launcher, *map(str, arguments)]
-
-    return command
-
-
-def test_killed_at_random_moments_it_reaches_the_same_weights(tiny_files, images, worker, tmp_path):
-    recipe = changed(epochs_ramp=12, epochs_subnet=12, checkpoint_every=7)
-    reference = load_official(tiny_files / "var.pth", tiny_files / "vae.pth")
-    distill(reference, recipe, data=images, out=tmp_path / "undisturbed")
-    out, rng = tmp_path / "killed", random.Random()
-    delays = [rng.uniform(0.0, 0.6) for _ in range(3)]
-    killed_at = []
-    for delay in delays:
-        process = subprocess.Popen(worker(recipe, out), env=ENVIRONMENT, stdout=subprocess.DEVNULL)
-        seen = len(read_steps(out / "steps.jsonl"))
-        while process.poll() is None and len(read_steps(out / "steps.jsonl")) in (0, seen):
-            time.sleep(0.01)
-        time.sleep(delay)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        killed_at.append(len(read_steps(out / "steps.jsonl")))
-    assert not (out / "model.safetensors").exists(), f"the run was over before it was killed: {killed_at}"
-    subprocess.run(worker(recipe, out), env=ENVIRONMENT, check=True, stdout=subprocess.DEVNULL, timeout=120)
-    assert weights(out) == weights(tmp_path / "undisturbed"), f"delays {delays}, killed at {killed_at}"
-    assert losses(out) == losses(tmp_path / "undisturbed")
-
-
-def test_two_processes_train_as_one_does(undisturbed, worker, tmp_path):
-    recipe = changed(accumulation=2)
-    command = worker(recipe, tmp_path / "two", *TORCHRUN)
-    subprocess.run(command, env=ENVIRONMENT, check=True, capture_output=True, timeout=180)
-    for one, two in zip(losses(undisturbed), losses(tmp_path / "two"), strict=True):
-        assert two["loss"] == pytest.approx(one["loss"], rel=1e-4)
-        for schedule, per_scale in one["cross_entropy"].items():
-            assert two["cross_entropy"][schedule] == pytest.approx(per_scale, rel=1e-3)
-        assert {k: two[k] for k in ("step", "phase")} == {k: one[k] for k in ("step", "phase")}
-    digests = {(tmp_path / "two" / f"rank{rank}.txt").read_text() for rank in range(2)}
-    assert digests == {weights_digest(load_elastic(tmp_path / "two"))}
-
-
-def test_processes_that_opened_different_weights_do_not_train(worker, tiny_files, tmp_path):
-    """As nodes do whose caches hold different revisions of a model."""
-    for rank in range(2):
-        shutil.copytree(tiny_files, tmp_path / f"files{rank}")
-    other = torch.load(tmp_path / "files1" / "var.pth")
-    other["head.bias"][3] += 1e-6
-    torch.save(other, tmp_path / "files1" / "var.pth")
-    command = worker(SMALL, tmp_path / "out", *TORCHRUN, files=tmp_path / "filesRANK")
-    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=180, check=False)
-    assert done.returncode != 0
-    line = "error: the weights of the model must be the same in all processes, but rank 1 has others than rank 0: open"
-    assert [found.startswith(line) for found in done.stderr.splitlines() if found.startswith("error:")] == [True]
-    assert not (tmp_path / "out").exists()
-
-
-def test_processes_that_see_different_states_do_not_go_on(worker, tiny_files, images, tmp_path):
-    """As nodes do whose output directories are not the same one."""
-    (tmp_path / "out1").mkdir()
-    model = load_official(tiny_files / "var.pth", tiny_files / "vae.pth")
-    with pytest.raises(Interrupt):
-        distill(model, SMALL, data=images, out=tmp_path / "out0", tokens=tmp_path / "tokens", progress=interrupt_at(4))
-    command = worker(SMALL, tmp_path / "outRANK", *TORCHRUN, tokens=[tmp_path / "tokens"])
-    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=180, check=False)
-    assert done.returncode != 0
-    line = "error: the output directory must be the same in all processes, but rank 1 has others"
-    assert [found.startswith(line) for found in done.stderr.splitlines() if found.startswith("error:")] == [True]
-    assert len(losses(tmp_path / "out0")) == 4  # nothing was touched

@@ -192,7 +192,7 @@ def is_faster(call: Callable[[], object], other: Callable[[], object]) -> bool:
     return fastest < MARGIN * fastest_other
 
 
-def peak_bytes(device: torch.device) -> int | None:
+def most_held_bytes(device: torch.device) -> int | None:
     """The most memory that this process has held so far: of a GPU in tensors, on a CPU all of it; None if untold."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)

@@ -207,12 +207,10 @@ def saving() -> dict:
 # -- tables ---------------------------------------------------------------------------------------
 
 
-def tables() -> None:
-    """Write what was measured into docs/evaluation.md."""
-    found = {path.stem: json.loads(path.read_text()) for path in FOLDER.glob("*.json")}
-    write_section(PAGE, "equal", _equal_table(found["equal"]))
-    write_section(PAGE, "intervals", _intervals_table(found["intervals"]))
-    write_section(PAGE, "saving", _saving_line(found["saving"]))
+def sections() -> dict[str, str]:
+    """The text of each section of docs/evaluation.md that was measured."""
+    written = {"equal": _equal_table, "intervals": _intervals_table, "saving": _saving_line}
+    return {name: text(json.loads((FOLDER / f"{name}.json").read_text())) for name, text in written.items()}
 
 
 def _equal_table(found: dict) -> str:
@@ -256,7 +254,8 @@ def main() -> None:
         (FOLDER / f"{name}.json").write_text(json.dumps(found, indent=1) + "\n")
         print(json.dumps(found, indent=1))
     if asked.tables:
-        tables()
+        for name, text in sections().items():
+            write_section(PAGE, name, text)
 
 
 if __name__ == "__main__":

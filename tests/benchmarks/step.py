@@ -27,11 +27,10 @@ from varcompress.hardware import choose_device, device_name, timed
 from varcompress.memory import LiveTensors
 from varcompress.models.elastic import ElasticVAR
 from varcompress.schedule import Together
-from varcompress.training.loop import schedules_of
 from varcompress.training.objective import Objective
 from varcompress.training.optimizer import optimizer_of
 from varcompress.training.recipe import FULL, MADE_FOR, Recipe, load_recipe
-from varcompress.training.strategy import plan
+from varcompress.training.strategy import plan, schedules_of
 from varcompress.training.teacher import Teacher
 
 FOLDER, PAGE = DOCS / "benchmarks" / "step", DOCS / "training.md"

@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -87,14 +87,11 @@ class TokenStore:
         self.path, self.source, self.model, self.views = Path(path), source, model, views
         self.aside = aside or self.path
 
-    def create(self) -> None:
-        """Make an empty store, or find the one that is there.
-
-        Raises InputError when the directory holds something else, or the tokens of other images,
-        another preprocessing, another tokenizer or other views.
-        """
+    @cached_property
+    def _meta(self) -> dict:
+        """What store.json says."""
         config = self.model.tokenizer.config
-        meta = {
+        return {
             "format": FORMAT,
             "images": self.source.digest,
             "preprocessing": self.source.preprocessing,
@@ -103,11 +100,20 @@ class TokenStore:
             "patch_nums": list(config.patch_nums),
             "views": self.views,
         }
+
+    def check(self) -> None:
+        """Raises InputError when the directory holds something else, or the tokens of other images, another
+        preprocessing, another tokenizer or other views."""
         if is_store(self.path):
-            self._compare(meta)
-            return
-        if self.path.exists() and not (self.path.is_dir() and self._is_ours()):
+            self._compare(self._meta)
+        elif self.path.exists() and not (self.path.is_dir() and self._is_ours()):
             raise InputError(f"{self.path}: holds something else already: choose another directory for the tokens")
+
+    def create(self) -> None:
+        """Make an empty store, or find the one that is there. Raises InputError as `check` does."""
+        self.check()
+        if is_store(self.path):
+            return
         count, length = len(self.source), self.model.var.config.tokens
         with disk_errors(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
@@ -115,7 +121,7 @@ class TokenStore:
             np.save(self.path / LABELS, self.source.labels)
             shape = (count, self.views, length)
             np.lib.format.open_memmap(self.path / TOKENS, mode="w+", dtype=_token_type(self.model), shape=shape)
-            write_json(self.path / META, meta)
+            write_json(self.path / META, self._meta)
 
     def _compare(self, meta: dict) -> None:
         """Refuse a store that holds anything else than these tokens, and say what is other."""

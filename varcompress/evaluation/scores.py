@@ -98,6 +98,8 @@ def evaluate(
     size = model.tokenizer.config.image_size
     if output:
         output.check(chosen, seeds, 1 + len(beside), num_images * len(seeds) * len(chosen) * 3 * size**2)
+    for load in beside:  # before the work, and one in memory at a time
+        _check_beside(load(), model)
     network = choose_network(features or protocol.features, model)
     extractor = Extractor(network, Path(feature_weights) if feature_weights else None, model.device)
     with ExitStack() as stack:
@@ -107,7 +109,7 @@ def evaluate(
         options = {"size": size, "resize": resize_reference, "progress": progress}
         ranks.on_rank_zero(lambda: known.append(read_reference(compared, extractor, **options)))
         drawing = _Drawing(settings, extractor, where, output, ranks, progress)
-        drawn = [*drawing.schedules(model, chosen), *(drawing.beside(load(), model) for load in beside)]
+        drawn = [*drawing.schedules(model, chosen), *(drawing.beside(load()) for load in beside)]
         ranks.barrier()  # all parts are there
         if not ranks.is_rank_zero:
             return {}
@@ -176,6 +178,18 @@ def _checked_reference(reference: str | Path | None, protocol: Protocol, model: 
     raise InputError(f"a reference is needed: --reference with a folder of images or an .npz{named}")
 
 
+def _check_beside(other: ElasticVAR, model: ElasticVAR) -> None:
+    """Raises InputError for a model that makes other images."""
+    (theirs, size), (ours, own_size) = (
+        (each.var.config.classes, each.tokenizer.config.image_size) for each in (other, model)
+    )
+    if (theirs, size) != (ours, own_size):
+        raise InputError(
+            f"{other.provenance.name}: has {theirs} classes in {size} pixels, and {model.provenance.name} {ours} in "
+            f"{own_size}: only models of the same images can be compared"
+        )
+
+
 # -- drawing ------------------------------------------------------------------------------------
 
 
@@ -204,16 +218,9 @@ class _Drawing:
         with fitting_batch(model, schedules, self.settings.batch_size, guided=model.guided(sampling)):
             return [self._draw(model, schedule, sampling, name) for schedule in schedules]
 
-    def beside(self, other: ElasticVAR, model: ElasticVAR) -> _Drawn:
-        """Draw all images of another model's `full`. Raises InputError for one that makes other images."""
-        name, theirs, ours = other.provenance.name, other.var.config.classes, model.var.config.classes
-        size, own_size = (each.tokenizer.config.image_size for each in (other, model))
-        if (theirs, size) != (ours, own_size):
-            raise InputError(
-                f"{name}: has {theirs} classes in {size} pixels, and {model.provenance.name} {ours} in {own_size}: "
-                "only models of the same images can be compared"
-            )
-        return self.schedules(other, [other.schedule("full")], name)[0]
+    def beside(self, other: ElasticVAR) -> _Drawn:
+        """Draw all images of another model's `full`."""
+        return self.schedules(other, [other.schedule("full")], other.provenance.name)[0]
 
     def _draw(self, model: ElasticVAR, schedule: Schedule, sampling: Sampling, name: str | None) -> _Drawn:
         """One schedule. The first batch runs once more, before the others, for memory and warm-up."""

@@ -66,17 +66,41 @@ def loader(batches: Batches, workers: int, device: torch.device) -> DataLoader:
     )
 
 
+class ReaderDied(Exception):
+    """A process that reads batches has died, of this process or of one that it trains with."""
+
+
+def next_batch(reading: Iterator[Batch], ranks: Ranks) -> Batch:
+    """The next batch of this process, once every process has its own.
+
+    Raises ReaderDied in all of them where a process has died that reads for one: none has begun the step then.
+    """
+    batch = died = None
+    try:
+        batch = next(reading)
+    except RuntimeError as error:
+        if not str(error).startswith("DataLoader worker (pid"):
+            raise
+        died = error
+    if any(ranks.largest(died is not None)):
+        raise ReaderDied("a process that read batches has died") from died
+    return batch
+
+
 @contextmanager
 def ended(reading: Iterator[Batch]) -> Iterator[None]:
     """A block at whose end no process reads any more, also where an error keeps the iterator alive.
 
-    At the end of this process torch would end them by a SIGTERM, which they leave to the run.
+    At the end of this process torch would end them by a SIGTERM, which they leave to the run. One that waits for what
+    another held when it was killed is killed too.
     """
     try:
         yield
     finally:
         if shut_down := getattr(reading, "_shutdown_workers", None):
             shut_down()
+            for reader in reading._workers:
+                reader.kill()
 
 
 def _as_it_is(batch: Batch) -> Batch:

@@ -7,30 +7,31 @@ import math
 import shutil
 import time
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from varcompress.data.sources import open_source
-from varcompress.data.tokens import Samples, TokenData, TokenStore, store_of
+from varcompress.data.tokens import TokenData, TokenStore, store_of
 from varcompress.distributed import Ranks, joined, local_device
 from varcompress.errors import InputError, Stopped
 from varcompress.fingerprint import weights_digest
-from varcompress.hardware import compiling, peak_bytes
+from varcompress.hardware import compiling, most_held_bytes
 from varcompress.images import skipped_note
 from varcompress.models.elastic import ElasticVAR
 from varcompress.models.linear import unpack
 from varcompress.models.transformer import add_cfg_input
 from varcompress.progress import Note, Progress, silent
-from varcompress.schedule import Schedule, is_subnet
-from varcompress.training.batches import Batch, Batches, ended, loader
+from varcompress.schedule import Schedule
+from varcompress.training.batches import Batch, Batches, ReaderDied, ended, loader, next_batch
 from varcompress.training.budget import check_memory, checkpoint_bytes, state_bytes
+from varcompress.training.checks import check_finite, check_fit, check_size
+from varcompress.training.heldout import in_first_view, loss_fields, measure_heldout
 from varcompress.training.log import StepLog, step_text
 from varcompress.training.objective import Objective
 from varcompress.training.optimizer import Optimizer, learning_rate_at, optimizer_of
@@ -41,7 +42,7 @@ from varcompress.training.sensitivity import SENSITIVITY_IMAGES, eliminate, kept
 from varcompress.training.state import RunDirectory
 from varcompress.training.states import METADATA, tensors_of
 from varcompress.training.stopping import Stopper
-from varcompress.training.strategy import Step, plan
+from varcompress.training.strategy import Step, plan, schedules_of
 from varcompress.training.teacher import StoredTeacher, Teacher
 from varcompress.training.tracker import Tracker, check_tracker
 
@@ -108,8 +109,10 @@ def _distill(
             return directory.result(recipe).to(model.device)
 
         source = ranks.on_rank_zero(lambda: open_source(data, model))
-        ranks.on_rank_zero(lambda: _check_size(recipe, len(source)))
+        ranks.on_rank_zero(lambda: check_size(recipe, len(source)))
         digest = ranks.check_same(partial(weights_digest, model), "the weights of the model", SAME_MODEL)
+        store = store_of(source, model, recipe.num_views, path=tokens, work=directory.tokens_path)
+        ranks.on_rank_zero(lambda: directory.check_store(store))
         teacher = teacher_of(model, recipe)  # a copy taken before the weights of a state to continue from
         identity = {"recipe": recipe.to_dict(), "model": digest, "data": source.digest}
         identity |= {"teacher": teacher.digest} if teacher and ranks.is_rank_zero else {}
@@ -118,11 +121,10 @@ def _distill(
         if isinstance(recipe.cfg, tuple):
             add_cfg_input(model.var)
 
-        store = store_of(source, model, recipe.num_views, path=tokens, work=directory.tokens_path)
         ranks.on_rank_zero(lambda: directory.begin_store(store))
         encoded = _encode(store, ranks, progress, note)
         data, heldout = encoded.split(recipe.held_out(len(encoded)))
-        ranks.on_rank_zero(lambda: _check_size(recipe, len(encoded)))  # again, now that unreadable ones are out
+        ranks.on_rank_zero(lambda: check_size(recipe, len(encoded)))  # again, now that unreadable ones are out
         model.bridge, model.depths = recipe.bridge, recipe.depths
         objective = Objective(model, recipe, teacher)
         model.subnets = ranks.on_rank_zero(
@@ -185,6 +187,7 @@ def train(
         states.load(done, var, optimizer)
     batches = Batches(run.data, recipe, ranks, run.steps[done:], var.config.classes)
     reading, heldout, bad = iter(loader(batches, recipe.workers, var.device)), {}, 0
+    over = None  # when the step before was
     with Stopper() as stopper, states.writing(ranks), ended(reading):
         for step in run.steps[done:]:
             saves = step.number % recipe.checkpoint_every == 0 or step.ends_phase
@@ -193,15 +196,17 @@ def train(
                 ranks.on_rank_zero(partial(_check_room, run, step))
             began, schedules = time.perf_counter(), schedules_of(model, step.depths)
             with _kept(run, step, optimizer, stopper):
-                batch = next(reading)
+                batch = next_batch(reading, ranks)
                 waited = time.perf_counter() - began
                 found = gradients(run, step, batch, list(schedules.values()))
             line = take_step(run, step, schedules, *found, optimizer)
             bad = bad + 1 if "skipped" in line else 0
-            spent = {"seconds": round(time.perf_counter() - began, 4), "waited": round(waited, 4)}
-            line |= {**spent, "memory_bytes": peak_bytes(var.device)}
+            between, over = began - (over or began), time.perf_counter()
+            spent = {"seconds": over - began, "waited": waited, "between": between}
+            line |= {what: round(seconds, 4) for what, seconds in spent.items()}
+            line["memory_bytes"] = most_held_bytes(var.device)
             if len(run.heldout) and (step.number % recipe.holdout_every == 0 or step.number == last):
-                line["heldout"] = heldout = measure_heldout(run)
+                line["heldout"] = heldout = measure_heldout(run.objective, run.heldout, ranks)
             for watching in filter(None, (log, tracker)):
                 watching.append(line)
             if recipe.samples_every and (step.number % recipe.samples_every == 0 or step.number == last):
@@ -216,7 +221,7 @@ def train(
                 states.save(step.number, tensors_of(var, optimizer))
             if ends:
                 states.wait()
-                _end(run, line, stopped)
+                _end(run, step.number, stopped, _bad_steps(run, line))
             progress(step.number, last, f"distill: {step_text(line, recipe.batch_size, heldout)}")
 
 
@@ -240,44 +245,44 @@ def _check_room(run: Run, step: Step) -> None:
 
 @contextmanager
 def _kept(run: Run, step: Step, optimizer: Optimizer, stopper: Stopper) -> Iterator[None]:
-    """A block that reads a batch and makes its gradients: what fails there costs a single process no earlier step.
+    """A block that reads a batch and makes its gradients: what fails there costs no earlier step.
 
-    A process that reads may be killed; a compiler that gets the signal meant for the run dies of it.
+    That is a process that reads, which was killed, and in a run of a single process a compiler, which gets the signal
+    meant for the run and dies of it.
     """
+    ranks, states, before = run.ranks, run.directory.states, step.number - 1
     try:
         with compiling():
             yield
-    except (RuntimeError, InputError) as error:
-        dead = "DataLoader worker" in str(error)
-        if run.ranks.count > 1 or not (dead or stopper.signal):
+    except (ReaderDied, RuntimeError, InputError) as error:
+        if not isinstance(error, ReaderDied) and (ranks.count > 1 or not stopper.signal):
             raise
         optimizer.drop()
-        states, before = run.directory.states, step.number - 1
         states.wait()
-        if before > max(states.steps, default=0):
+        if ranks.on_rank_zero(lambda: before > max(states.steps, default=0)):
             states.save(before, tensors_of(run.model.var, optimizer))
             states.wait()
-        if stopper.signal:
-            message = f"stopped after step {before} of {len(run.steps)}, whose state is saved"
-            raise Stopped(message, stopper.signal) from error
-        raise InputError(
-            f"step {step.number}: a process that read batches has died ({error}): the state of step {before} is saved: "
-            "continue with --resume, and fewer workers where memory was short"
-        ) from error
+        (stopped,) = ranks.largest(stopper.signal)
+        why = f"{error}: the state of step {before} is saved: continue with --resume, and fewer workers where memory "
+        _end(run, before, stopped, f"step {step.number}: {why}was short")
 
 
-def _end(run: Run, line: dict, stopped: int) -> None:
-    """Leave a run whose state is saved: for the signal `stopped`, or since too many steps were skipped."""
+def _end(run: Run, saved: int, stopped: int, why: str) -> None:
+    """Leave a run of which the state of a step is saved: for the signal `stopped`, or for what is an error."""
     if stopped:
-        raise Stopped(f"stopped after step {line['step']} of {len(run.steps)}, whose state is saved", stopped)
+        raise Stopped(f"stopped after step {saved} of {len(run.steps)}, whose state is saved", stopped)
 
     def refuse() -> None:
-        raise InputError(
-            f"step {line['step']}: {line['skipped']}, and so it was for {run.recipe.max_bad_steps} steps, which were "
-            "skipped; the state is saved: start anew with a lower learning_rate, or resume with more max_bad_steps"
-        )
+        raise InputError(why)
 
     run.ranks.on_rank_zero(refuse)
+
+
+def _bad_steps(run: Run, line: dict) -> str:
+    return (
+        f"step {line['step']}: {line.get('skipped')}, and so it was for {run.recipe.max_bad_steps} steps, which were "
+        "skipped; the state is saved: start anew with a lower learning_rate, or resume with more max_bad_steps"
+    )
 
 
 @contextmanager
@@ -325,7 +330,7 @@ def take_step(
         found = {"skipped": skipped}
     else:
         optimizer.step(learning_rate)
-        found = loss_line(run.objective, losses, loss, gradient_norm, schedules)
+        found = {"loss": loss, **loss_fields(run.objective, losses, schedules), "gradient_norm": gradient_norm}
     phase = {} if step.phase is None else {"phase": step.phase, "p": round(step.p, 6)}
     return {"step": step.number, "epoch": step.epoch, **phase, **found, "learning_rate": learning_rate}
 
@@ -357,52 +362,6 @@ def gradients(run: Run, step: Step, batch: Batch, schedules: list[Schedule]) -> 
     return losses, loss, norm
 
 
-def loss_line(
-    objective: Objective, losses: Tensor, loss: float, gradient_norm: float, schedules: dict[str, Schedule]
-) -> dict:
-    """What the log says of a step's losses."""
-    return {"loss": loss, **loss_fields(objective, losses, schedules), "gradient_norm": gradient_norm}
-
-
-@torch.no_grad()
-def measure_heldout(run: Run) -> dict:
-    """The losses of images that are never trained on, under the full network and every depth.
-
-    Each image in its first view and with its label, so that the figures of all steps and runs compare.
-    """
-    recipe, ranks = run.recipe, run.ranks
-    schedules = schedules_of(run.model, (FULL, *recipe.depths))
-    losses = run.objective.zeros(len(schedules))
-    parts = in_first_view(run.heldout, recipe.pass_size(ranks.count))
-    for first in range(0, len(parts), ranks.count):  # all run equally many passes, in which they gather weights
-        mine = first + ranks.rank
-        samples = parts[min(mine, len(parts) - 1)]
-        images = len(samples.labels) if mine < len(parts) else 0
-        losses += run.objective.evaluate(samples, list(schedules.values())) * images
-    losses = ranks.sum_(losses) / len(run.heldout)
-    return {"loss": run.objective.total(losses).item(), **loss_fields(run.objective, losses, schedules)}
-
-
-def loss_fields(objective: Objective, losses: Tensor, schedules: dict[str, Schedule]) -> dict:
-    """What the log says of losses (N, S, L): of each schedule the loss, and each kind of it scale by scale."""
-    counts = [side * side for side in objective.model.var.config.patch_nums]
-    per_scale = torch.stack([part.mean(-1) for part in losses.split(counts, dim=-1)], dim=-1)  # (N, S, K)
-    kinds, of_schedules = per_scale.tolist(), objective.of_schedules(losses).tolist()
-    return {
-        "losses": dict(zip(schedules, of_schedules, strict=True)),
-        **{
-            kind: dict(zip(schedules, values, strict=True))
-            for kind, values in zip(objective.losses, kinds, strict=True)
-        },
-    }
-
-
-def schedules_of(model: ElasticVAR, depths: Iterable[str | int]) -> dict[str, Schedule]:
-    """The schedules of these depths, by their texts."""
-    chosen = [model.schedule(depth if depth == FULL else f"d{depth}") for depth in depths]
-    return {str(schedule): schedule for schedule in chosen}
-
-
 def subnets_of(objective: Objective, data: TokenData, ranks: Ranks, progress: Progress) -> dict[int, tuple[int, ...]]:
     """The layers of each depth, where they are not the equidistant ones."""
     model, recipe = objective.model, objective.recipe
@@ -415,12 +374,6 @@ def subnets_of(objective: Objective, data: TokenData, ranks: Ranks, progress: Pr
     return eliminate(loss, whole, recipe.bridge, recipe.depths, keep=kept(whole.depth), progress=progress)
 
 
-def in_first_view(data: TokenData, size: int, count: int | None = None) -> list[Samples]:
-    """The first `count` images, or all, in their first view and with their labels, `size` at a time."""
-    places = np.arange(len(data))[:count]
-    return [data.samples(part, np.zeros_like(part)) for part in np.split(places, range(size, len(places), size))]
-
-
 def teacher_of(model: ElasticVAR, recipe: Recipe) -> Teacher | None:
     """The teacher that a recipe asks for: the model as it is now."""
     if recipe.teacher == "none":
@@ -428,63 +381,6 @@ def teacher_of(model: ElasticVAR, recipe: Recipe) -> Teacher | None:
     guided = recipe.cfg is not None
     options = {"dtype": recipe.teacher_dtype, "guided": guided, "compiled": recipe.compile}
     return Teacher(model.var, model.schedule(FULL), **options)
-
-
-def check_finite(model: ElasticVAR) -> None:
-    """Refuse weights that are not finite, of which nothing can be learnt."""
-    spoilt = [name for name, weight in model.named_parameters() if not weight.isfinite().all()]
-    if spoilt:
-        raise InputError(f"{model.provenance.name}: {spoilt[0]} holds NaN or infinite weights: get the model again")
-
-
-def check_fit(recipe: Recipe, model: ElasticVAR, ranks: Ranks) -> None:
-    """Refuse a recipe that asks for what the model, or the number of processes, has no room for."""
-    depth, scales = model.var.config.depth, len(model.var.config.patch_nums)
-    if model.distilled_cfg is not None:
-        raise InputError(
-            f"{model.provenance.name}: guidance is distilled into it already: start from the model that it "
-            "was made from"
-        )
-    if recipe.depths[0] >= depth:
-        raise InputError(
-            f"recipe: depths names {recipe.depths[0]}, but the model has {depth} layers: list fewer than that"
-        )
-    numbered = [] if isinstance(recipe.layers, str) else recipe.layers
-    if any(not is_subnet(layers, depth) or {layers[0], layers[-1]} != {0, depth - 1} for layers in numbered):
-        raise InputError(
-            f"recipe: each list of layers must hold the first and the last layer of the model, 0 and {depth - 1}, "
-            "and ascend between them"
-        )
-    if recipe.bridge >= scales:
-        raise InputError(
-            f"recipe: a bridge of {recipe.bridge} leaves nothing to thin out: "
-            f"the model has {scales} scales, choose fewer"
-        )
-    if recipe.optimizer == "adamw8bit" and ranks.count > 1:
-        raise InputError(
-            "recipe: optimizer: adamw8bit is for one device: on several set optimizer=adamw and parallel=fsdp, "
-            "which divides its moments"
-        )
-    if recipe.batch_size % (ranks.count * recipe.accumulation):
-        raise InputError(
-            f"recipe: batch_size {recipe.batch_size} does not divide into "
-            f"{ranks.count} processes x {recipe.accumulation} passes (accumulation): choose a multiple"
-        )
-
-
-def _check_size(recipe: Recipe, num_images: int) -> None:
-    kept_aside = recipe.held_out(num_images)
-    if recipe.holdout and not kept_aside:
-        raise InputError(
-            f"recipe: holdout {recipe.holdout:g} of {num_images} images is none of them: raise it, or set 0 and leave "
-            "out holdout_every"
-        )
-    if num_images - kept_aside < recipe.batch_size:
-        aside = f" ({kept_aside} of {num_images} are held out)" if kept_aside else ""
-        raise InputError(
-            f"recipe: batch_size {recipe.batch_size} is more than the {num_images - kept_aside} images there are"
-            f"{aside}: lower it"
-        )
 
 
 def _encode(store: TokenStore, ranks: Ranks, progress: Progress, note: Note) -> TokenData:

@@ -31,6 +31,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from varcompress.checkpoint import CONFIG, assembled, check_output, config_text, is_elastic, load_elastic
+from varcompress.data.tokens import TokenStore
 from varcompress.errors import InputError
 from varcompress.files import disk_errors, replacing, sweep, write_json, write_text
 from varcompress.models.elastic import ElasticVAR
@@ -152,6 +153,11 @@ class RunDirectory:
         with disk_errors(self._subnets):
             write_json(self._subnets, chosen)
         return chosen
+
+    def check_store(self, store: TokenStore) -> None:
+        """Refuse a store of something else before anything is begun; what this directory holds of one may go."""
+        if self.work not in store.path.parents:
+            store.check()
 
     def begin_store(self, store: Store) -> None:
         """Make a store, or find the one that is there.

@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C during a run: the step is finished and its state saved before the process ends."""
+"""Signals during a run: at SIGTERM and Ctrl-C the step is finished and its state saved before the process ends."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ AGAIN_S = 1.0  # a launcher may pass on a signal that a process has had already
 class Stopper:
     """A block in which SIGTERM and Ctrl-C are only noted, in `signal`; a Ctrl-C after either ends the step as well.
 
+    The end of a child process is no event in it.
     Outside the main thread, where no handler can be set, signals do what they did.
     """
 
@@ -23,8 +24,10 @@ class Stopper:
 
     def __enter__(self) -> Stopper:
         if threading.current_thread() is threading.main_thread():
-            numbers = (signal.SIGTERM, signal.SIGINT)
-            self._before = {number: signal.signal(number, self._receive) for number in numbers}
+            handlers = {signal.SIGTERM: self._receive, signal.SIGINT: self._receive}
+            # torch's raises as soon as a process that reads has died, also while the weights move: see `next_batch`
+            handlers |= {signal.SIGCHLD: signal.SIG_DFL} if hasattr(signal, "SIGCHLD") else {}
+            self._before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
         return self
 
     def __exit__(self, *_: object) -> None:

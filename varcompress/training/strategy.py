@@ -9,10 +9,12 @@ With `depth_probability` each depth takes part in a step with a probability of i
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from varcompress.data.streams import DEPTH, fractions, words
+from varcompress.models.elastic import ElasticVAR
+from varcompress.schedule import Schedule
 from varcompress.training.recipe import FULL, Recipe
 
 PHASES = ("full", "ramp", "subnet")
@@ -38,6 +40,12 @@ def plan(recipe: Recipe, steps_per_epoch: int) -> list[Step]:
         Step(index + 1, *divmod(index, steps_per_epoch), **chosen)
         for index, chosen in enumerate(strategy(recipe, steps_per_epoch))
     ]
+
+
+def schedules_of(model: ElasticVAR, depths: Iterable[str | int]) -> dict[str, Schedule]:
+    """The schedules of these depths, by their texts."""
+    chosen = [model.schedule(depth if depth == FULL else f"d{depth}") for depth in depths]
+    return {str(schedule): schedule for schedule in chosen}
 
 
 def _progressive(recipe: Recipe, steps_per_epoch: int) -> Iterator[dict]:

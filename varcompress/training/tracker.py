@@ -28,7 +28,8 @@ from varcompress.training.state import TENSORBOARD, RunDirectory
 PROJECT = "varcompress"  # unless WANDB_PROJECT or TRACKIO_PROJECT names another
 NEEDS = {"tensorboard": ("torch.utils.tensorboard", "SummaryWriter"), "wandb": ("wandb", "init")}
 NEEDS |= {"trackio": ("trackio", "init")}
-PLAIN = ("loss", "learning_rate", "gradient_norm", "seconds", "waited", "memory_bytes", "epoch", "p")  # as they are
+# what is drawn as it is
+PLAIN = ("loss", "learning_rate", "gradient_norm", "seconds", "waited", "between", "memory_bytes", "epoch", "p")
 FINISH_S = 60.0  # for what is still to be uploaded when a run ends
 
 

@@ -10,7 +10,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["varcompress.evaluation.scores", "varcompress.loading", "tests.processes"])
+CONTEXT.set_forkserver_preload(["varcompress.evaluation.scores", "varcompress.loading", "tests.forked"])
 
 
 def evaluation(elastic: Path, folder: Path, out: Path, **ranks: str) -> BaseProcess:
