@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import re
+import shlex
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -252,8 +253,18 @@ def _public(result: dict) -> dict:
     """A result without the folders in which its reference and files lay: the publisher's paths stay private."""
     shown = {"reference": Path(str(result["reference"])).name} if "reference" in result else {}
     if result.get("command"):
-        shown["command"] = re.sub(r"(?<![\w:])[~.]*/[^\s'=]*/", "", str(result["command"]))
+        shown["command"] = _without_folders(str(result["command"]))
     return result | shown
+
+
+def _without_folders(command: str) -> str:
+    """A command whose arguments that are paths of this machine are names alone."""
+    words = []
+    for word in shlex.split(command):
+        option, equals, value = word.rpartition("=") if word.startswith("-") else ("", "", word)
+        is_path = Path(value).is_absolute() or Path(value).exists() or " " in value
+        words.append(option + equals + (Path(value).name if is_path else value))
+    return shlex.join(words)
 
 
 def _measured(model: ElasticVAR, results: dict[str, dict], weights: set[str], folder: Path) -> dict[str, dict]:
