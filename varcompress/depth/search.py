@@ -74,13 +74,13 @@ def search(
 
     source, samples = read_tokens(model, data, 2 * num_images, progress=progress, note=note)
     mine, apart = halves(samples)
-    tried = len(depths) * len(full.patch_nums) + 1
-    losses = ImageLosses(model, mine, batch_size, total=tried, progress=progress)
     families = [places]
     if model.subnets:
         families.append({depth: model.schedule(f"d{depth}").layers[-1] for depth in depths})
     if choose_layers:
         families.append(chosen_layers(model, mine, depths, batch_size, progress))
+    tried = 1 + len(families) * len(depths) * len(full.patch_nums) + finalists
+    losses = ImageLosses(model, mine, batch_size, total=tried, progress=progress)
 
     predicted: dict[Schedule, float] = {}
     for subnets in families:
@@ -278,7 +278,9 @@ def prediction(schedule: Schedule, table: Mapping[tuple[int, int], np.ndarray]) 
 
     table: (depth, scale from 0) -> the losses (K,) per token at each scale, all layers running before that scale.
     """
-    parts = [table[len(part.layers), part.scales[0]][part.scales[0] : part.scales[-1] + 1] for part in schedule.segments]
+    parts = [
+        table[len(part.layers), part.scales[0]][part.scales[0] : part.scales[-1] + 1] for part in schedule.segments
+    ]
     return float(whole(np.concatenate(parts)))
 
 

@@ -129,7 +129,10 @@ def schedules_by_scale(
 
 def without_layer(full: Schedule, layer: int, bridge: int) -> dict[str, Schedule]:
     """The schedules that run all layers but one, after the bridge and everywhere."""
-    rest, shape = tuple(i for i in range(full.depth) if i != layer), {"depth": full.depth, "patch_nums": full.patch_nums}
+    rest, shape = (
+        tuple(i for i in range(full.depth) if i != layer),
+        {"depth": full.depth, "patch_nums": full.patch_nums},
+    )
     return {
         "after_bridge": Schedule.after_bridge(rest, bridge=bridge, **shape),
         "everywhere": Schedule.after_bridge(rest, bridge=0, **shape),
