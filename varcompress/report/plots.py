@@ -193,10 +193,9 @@ def plot_search(result: SearchResult, path: str | Path) -> Path:
     )
     for label, rows, style in groups:
         axis.scatter([row["costs"][name] for row in rows], [row["loss"] for row in rows], label=label, **style)
-    for row in {row["schedule"]: row for row in (result["equidistant"], result["found"])}.values():
-        point = (row["costs"][name], row["loss"])
-        label = folded(row["schedule"])
-        axis.annotate(label, point, xytext=(-8, -8), textcoords="offset points", ha="right", va="top", fontsize=9)
+    for row, place, side in ((result["equidistant"], 8, "bottom"), (result["found"], -10, "top")):
+        label, point = folded(row["schedule"]), (row["costs"][name], row["loss"])
+        axis.annotate(label, point, xytext=(0, place), textcoords="offset points", ha="center", va=side, fontsize=9)
     axis.axvline(limit, color="black", linestyle="--", linewidth=1, label=f"budget, {limit:g}")
     axis.axhline(result["full"]["loss"], color="grey", linestyle=":", linewidth=1, label="loss of full")
     axis.margins(x=0.15, y=0.15)
