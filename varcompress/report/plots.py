@@ -158,7 +158,11 @@ def plot_sensitivity(result: SensitivityResult, path: str | Path) -> Path:
     for line, (name, value) in enumerate(kinds):
         panels = (
             ("only", f"only scale k: {name}", value),
-            ("only", "the same per percent of FLOPs saved", lambda row, value=value: value(row) / (100 * row["saved"])),
+            (
+                "only",
+                "only scale k: the same per percent of FLOPs saved",
+                lambda row, value=value: value(row) / (100 * row["saved"]),
+            ),
             ("from", f"from scale k on: {name}", value),
         )
         for column, (which, title, of) in enumerate(panels):
@@ -173,7 +177,8 @@ def plot_sensitivity(result: SensitivityResult, path: str | Path) -> Path:
     if layers := result["layers"]:
         axis = figure.add_subplot(grid[len(kinds), :])
         values = [[row[where]["increase"] for row in layers] for where in places]
-        _heat(axis, values, "without one layer: loss above full's, nats per token", written=len(layers) <= 36)
+        top = 4 * float(np.median(values))  # where one layer is worth more than all others, these keep their colours
+        _heat(axis, values, "without one layer: loss above full's", top=top, written=len(layers) <= 36)
         axis.set_xticks(range(len(layers)), [row["layer"] for row in layers])
         axis.set_yticks(range(len(places)), places.values())
         axis.set_xlabel("layer that is skipped")
@@ -207,9 +212,11 @@ def plot_search(result: SearchResult, path: str | Path) -> Path:
     return _save(figure, path)
 
 
-def _heat(axis: Axes, values: Sequence[Sequence[float]], title: str, *, written: bool = True) -> None:
-    """A heat map of rows of values, each written in its cell; what is below nothing has the colour of nothing."""
-    image = axis.imshow(np.array(values), cmap="YlOrRd", aspect="auto", vmin=0)
+def _heat(
+    axis: Axes, values: Sequence[Sequence[float]], title: str, *, top: float | None = None, written: bool = True
+) -> None:
+    """A heat map of rows of values, each written in its cell. Colours go from 0 to `top`, or to the largest value."""
+    image = axis.imshow(np.array(values), cmap="YlOrRd", aspect="auto", vmin=0, vmax=top)
     axis.set_title(title, fontsize=10, loc="left")
     if not written:
         axis.figure.colorbar(image, ax=axis)
