@@ -59,7 +59,7 @@ COMMANDS = (
     ("search", "search", "search"),
     ("push", "push", "push"),
 )
-SHARED = ("distill", "tokenize")  # the commands whose processes, started by torchrun, share the work
+SHARED = ("distill", "tokenize", "eval")  # the commands whose processes, started by torchrun, share the work
 
 
 def _version(show: bool) -> None:
@@ -86,13 +86,14 @@ def _refuse_more_processes(command: str | None) -> None:
         raise typer.Exit(BAD_INPUT)
     raise InputError(
         f"{command} runs in one process, and WORLD_SIZE is {processes}: start it without torchrun, "
-        f"which only {' and '.join(SHARED)} can share work under"
+        f"which only {', '.join(SHARED[:-1])} and {SHARED[-1]} can share work under"
     )
 
 
 for _name, _module, _function in COMMANDS:
     app.command(_name)(getattr(importlib.import_module(f"varcompress.cli.{_module}"), _function))
-app.add_typer(importlib.import_module("varcompress.cli.recipes").app, name="recipes", cls=Commands)
+for _name in ("recipes", "protocols"):
+    app.add_typer(importlib.import_module(f"varcompress.cli.{_name}").app, name=_name, cls=Commands)
 
 
 def main(arguments: list[str] | None = None) -> NoReturn:

@@ -79,9 +79,9 @@ def distill(
     On several GPUs: torchrun --nproc-per-node 8 -m varcompress distill …
     """
     from varcompress.data.sources import own_source
+    from varcompress.distributed import is_rank_zero, local_device
     from varcompress.report.tables import distill_table, plan_table
     from varcompress.training import distill
-    from varcompress.training.distributed import is_rank_zero, local_device
     from varcompress.training.log import summary
     from varcompress.training.recipe import load_recipe, recipes_for
     from varcompress.training.tracker import check_tracker
@@ -143,9 +143,9 @@ def planned(
 ) -> dict:
     """What a run would cost. A model whose name says what shape it has is not fetched."""
     from varcompress.data.sources import open_source, own_source
+    from varcompress.distributed import Ranks
     from varcompress.loading import outline
     from varcompress.training.budget import GPUS, IMAGENET, UTILISATION, budget
-    from varcompress.training.distributed import Ranks
     from varcompress.training.loop import check_fit
     from varcompress.training.recipe import Machine, parse_bytes
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from varcompress.cli.options import Json, Loading, Model, Rounding, Schedules, grouped
-from varcompress.cli.output import note, out, print_json, progress_bar
+from varcompress.cli.options import Json, Loading, Model, Schedules, grouped, whole_numbers
+from varcompress.cli.output import command_line, note, out, print_json, progress_bar
 from varcompress.sampling import Sampling
 
 
@@ -17,6 +19,13 @@ def evaluate(
     model: Model,
     *,
     schedules: Schedules = None,
+    protocol: Annotated[
+        str | None,
+        typer.Option(
+            help="What is done where nothing else is said: see `varcompress protocols list`.",
+            show_default="the one made for such a model",
+        ),
+    ] = None,
     reference: Annotated[
         str | None,
         typer.Option(
@@ -28,48 +37,79 @@ def evaluate(
     images: Annotated[
         int | None,
         typer.Option(
-            min=10,
-            help="Images per schedule, all classes equally often.",
-            show_default="50000; 2000 with the digits features",
+            min=10, help="Images per schedule, all classes equally often.", show_default="as the protocol says"
         ),
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Images generated at a time; latency is per batch.")] = 64,
     sampling: Sampling,
-    rounding: Rounding = "round",
+    seeds: Annotated[
+        str | None,
+        typer.Option(help="Several seeds, such as 0,1,2: intervals are over them then.", show_default="--seed"),
+    ] = None,
+    rounding: Annotated[
+        str | None,
+        typer.Option(help="round or truncate: how images become 8 bits.", show_default="as the protocol says"),
+    ] = None,
     features: Annotated[
-        str | None, typer.Option(help="inception or digits.", show_default="what fits the model")
+        str | None,
+        typer.Option(
+            help="The network whose features are compared: inception or digits.",
+            show_default="as the protocol says",
+        ),
     ] = None,
     feature_weights: Annotated[
-        Path | None,
-        typer.Option(help="torch-fidelity's Inception weights, where there is no network.", show_default=False),
+        Path | None, typer.Option(help="A file of its weights, where there is no network.", show_default=False)
     ] = None,
-    resamples: Annotated[
-        int,
+    distances: Annotated[
+        str | None,
         typer.Option(
-            min=0,
-            help="Resamples of the images, for the spread of FID: 50 are enough, seconds each on Inception.",
+            help="exact, or adm (float16): behind precision, recall, density and coverage.",
+            show_default="as the protocol says",
         ),
-    ] = 0,
+    ] = None,
+    resize_reference: Annotated[
+        bool,
+        typer.Option(
+            "--resize-reference",
+            help="Take an .npz of images of another size, and compute everything from them resized.",
+        ),
+    ] = False,
+    beside: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Another model whose full is scored and timed in the same run, such as var-d24; may be given several "
+            "times.",
+            show_default=False,
+        ),
+    ] = None,
+    save_images: Annotated[
+        Path | None,
+        typer.Option(
+            help="FILE.npz in the layout of ADM's evaluator, or a folder for PNG files: what was scored.",
+            show_default=False,
+        ),
+    ] = None,
     directory: Annotated[
         Path | None,
         typer.Option(
             "--out",
-            help="Directory for eval.json and eval.png.",
+            help="Directory for eval.json and eval.png; called again after a kill, the same command goes on there.",
             show_default="MODEL where it is an elastic directory, else nothing is written",
         ),
     ] = None,
     loading: Loading,
     as_json: Json = False,
 ) -> None:
-    """Score the images of each schedule, and measure what they cost, in one run.
+    """Score the images of each schedule by a protocol, with intervals, and measure what they cost, in one run.
 
-    FID, Inception Score, KID, precision and recall are torch-fidelity's.
-    The defaults are VAR's published settings, but for the cfg that MODEL was distilled for.
-    Labels are balanced over classes.
-    Images become 8 bits before they are scored, as --rounding says.
+    FID, sFID, Inception Score, KID, precision, recall, density and coverage; what departs from the protocol is listed.
+    Labels are balanced over classes. Images become 8 bits before they are scored.
+    On several GPUs: torchrun --nproc-per-node 8 -m varcompress eval …
     """
     from varcompress.checkpoint import is_elastic
+    from varcompress.distributed import is_rank_zero, local_device
     from varcompress.evaluation import evaluate as run
+    from varcompress.evaluation.parts import forget
     from varcompress.publish import record
     from varcompress.report.tables import eval_table
     from varcompress.results import EVAL, check_folder
@@ -78,21 +118,31 @@ def evaluate(
         directory = Path(model)  # where push looks for results
     if directory is not None:
         check_folder(directory, EVAL)
+    loading = replace(loading, device=str(local_device(loading.device)))
     loaded = loading.open(model)
     with progress_bar() as progress:
         result = run(
             loaded,
             schedules,
+            protocol=protocol,
             reference=reference,
             num_images=images,
             batch_size=batch_size,
             sampling=sampling,
+            seeds=None if seeds is None else whole_numbers("seeds", seeds),
             rounding=rounding,
             features=features,
             feature_weights=feature_weights,
-            resamples=resamples,
+            distances=distances,
+            resize_reference=resize_reference,
+            beside=[partial(loading.open, other) for other in beside or ()],
+            save_images=save_images,
+            folder=directory,
             progress=progress,
         )
+    if not is_rank_zero():
+        return
+    result["command"] = command_line()
     if as_json:
         print_json(result)
     else:
@@ -101,3 +151,4 @@ def evaluate(
         note("Nothing was written: --out DIR keeps this result and its plot.")
     else:
         note(f"Written: {', '.join(map(str, record(result, directory)))}")
+        forget(directory)

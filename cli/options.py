@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, get_type_hints
 
 import typer
 
+from varcompress.errors import InputError
 from varcompress.sampling import Sampling
 
 if TYPE_CHECKING:
@@ -121,6 +122,14 @@ GROUPS = {
         "offload": Offload,
     },
 }
+
+
+def whole_numbers(option: str, text: str) -> list[int]:
+    """Whole numbers from 0,1,2. Raises InputError for anything else."""
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError as error:
+        raise InputError(f"--{option} {text!r}: write whole numbers such as 0,1,2") from error
 
 
 def grouped(command: Callable) -> Callable:

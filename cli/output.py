@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shlex
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,6 +29,11 @@ def note(text: str) -> None:
 def say(text: str) -> None:
     """A line of a result, on stdout; paths in it stay whole and are no markup."""
     out.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+def command_line() -> str:
+    """The command as it was called, for a result to tell."""
+    return shlex.join(["varcompress", *sys.argv[1:]])
 
 
 def print_json(result: dict) -> None:

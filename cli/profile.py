@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from varcompress.cli.options import Json, Loading, Model, Schedules, grouped
-from varcompress.cli.output import note, out, print_json, progress_bar
+from varcompress.cli.output import command_line, note, out, print_json, progress_bar
 from varcompress.sampling import Sampling
 
 
@@ -52,6 +52,7 @@ def profile(
             sampling=sampling,
             progress=progress,
         )
+    result["command"] = command_line()
     if as_json:
         print_json(result)
     else:

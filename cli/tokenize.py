@@ -26,9 +26,9 @@ def tokenize(
     Interrupted and called again, it goes on where it stopped.
     On several GPUs: torchrun --nproc-per-node 8 -m varcompress tokenize …
     """
+    from varcompress.distributed import is_rank_zero, local_device
     from varcompress.report.tables import tokenize_table
     from varcompress.tokenizing import tokenize
-    from varcompress.training.distributed import is_rank_zero, local_device
 
     loaded = Loading(vae, str(local_device(device)), revision=revision).open(model)
     with progress_bar() as progress:

@@ -20,6 +20,7 @@ from tests.conftest import random_model
 from varcompress.cli.distill import GPU_NAMES
 from varcompress.cost import describe
 from varcompress.data.tokens import Samples, TokenData
+from varcompress.distributed import Ranks
 from varcompress.errors import InputError
 from varcompress.loading import load, official_tokenizer, outline
 from varcompress.memory import LiveTensors
@@ -30,7 +31,6 @@ from varcompress.progress import silent
 from varcompress.schedule import Together
 from varcompress.training import budget, distill
 from varcompress.training.budget import GB, GPUS, cheapest_change, forward_flops, memory, optimizer_bytes, schedules_of
-from varcompress.training.distributed import Ranks
 from varcompress.training.loop import Run, measure_heldout, subnets_of, teacher_of
 from varcompress.training.objective import Objective
 from varcompress.training.optimizer import optimizer_of

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from tests.conftest import random_model
 from varcompress import files
 from varcompress.checkpoint import load_elastic
-from varcompress.training.distributed import Ranks
+from varcompress.distributed import Ranks
 from varcompress.training.optimizer import optimizer_of
 from varcompress.training.recipe import Recipe
 from varcompress.training.state import RunDirectory

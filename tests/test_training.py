@@ -25,11 +25,11 @@ from PIL import Image
 from tests.conftest import random_model
 from varcompress.checkpoint import is_elastic, load_elastic, load_official
 from varcompress.data.tokens import Samples
+from varcompress.distributed import Ranks
 from varcompress.errors import InputError
 from varcompress.fingerprint import weights_digest
 from varcompress.training import distill
 from varcompress.training.batches import passes
-from varcompress.training.distributed import Ranks
 from varcompress.training.log import read_steps, summary
 from varcompress.training.loop import check_fit
 from varcompress.training.objective import Objective

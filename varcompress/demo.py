@@ -23,7 +23,7 @@ from varcompress.training import distill
 from varcompress.training.recipe import load_recipe
 from varcompress.training.state import RunDirectory
 
-SCORE, NUM_IMAGES, RESAMPLES = "digits_fd", 2000, 30
+SCORE, NUM_IMAGES = "fd", 2000
 PER_CLASS = 2  # samples in the picture
 BATCH_SIZE = 64  # of the profile
 
@@ -33,7 +33,7 @@ def run_demo(out: str | Path, *, progress: Progress = silent, note: Note = warni
 
     A demo that was interrupted goes on with the distillation where it stopped; a finished one only measures again.
     Returns a JSON-able dict: the teacher, and per schedule the score of the untouched and of the distilled weights with
-    its spread over the choice of images, speed beside the teacher's, cache and peak memory; plus the files written.
+    its interval over the choice of images, speed beside the teacher's, cache and peak memory; plus the files written.
     Raises InputError when `out` holds something else.
     """
     out, started = Path(out), time.monotonic()
@@ -42,7 +42,7 @@ def run_demo(out: str | Path, *, progress: Progress = silent, note: Note = warni
     recipe = load_recipe("digits")
     model = load("digits")
     model.bridge, model.depths = recipe.bridge, recipe.depths
-    settings = {"num_images": NUM_IMAGES, "batch_size": 100, "resamples": RESAMPLES, "progress": progress}
+    settings = {"num_images": NUM_IMAGES, "batch_size": 100, "progress": progress}
     speed = {"batch_size": BATCH_SIZE, "runs": 5, "progress": progress}
     samples = {"before: the teacher (full) and its subnets, untrained": sample_rows(model)}
     before, (teacher,) = evaluate(model, **settings), profile(model, ["full"], **speed)["schedules"]
@@ -53,13 +53,13 @@ def run_demo(out: str | Path, *, progress: Progress = silent, note: Note = warni
         "kind": DEMO,
         "device": costs["device"],
         "score": SCORE,
+        "features": before["features"]["name"],
         "images": NUM_IMAGES,
         "batch_size": BATCH_SIZE,
         "teacher": _row(before["schedules"][0], teacher, teacher),
         "schedules": [
             {
-                "untrained": untrained[SCORE],
-                "untrained_std": untrained[f"{SCORE}_std"],
+                "untrained": untrained["scores"][SCORE],
                 **_row(distilled, cost, teacher),
             }
             for untrained, distilled, cost in zip(
@@ -81,8 +81,7 @@ def _row(scores: EvalRow, cost: ProfileRow, teacher: ProfileRow) -> DemoCost:
     """A schedule's score, and its cost with its speed-up over the teacher."""
     return {
         "schedule": cost["schedule"],
-        "score": scores[SCORE],
-        "score_std": scores[f"{SCORE}_std"],
+        "score": scores["scores"][SCORE],
         **{key: cost[key] for key in ("latency_ms", "cache_bytes", "peak_bytes")},
         "speedup": teacher["latency_ms"] / cost["latency_ms"],
     }

@@ -37,18 +37,21 @@ def draw_batches(
     *,
     batch_size: int,
     rounding: str,
-    progress: Progress,
+    progress: Progress = silent,
+    wanted: range | None = None,
 ) -> Iterator[Batch]:
     """Images of labels (N,) int64, batch_size at a time. Image i has the random stream (seed, i), as in one call.
 
-    Each batch is reported when the caller asks for the next. Raises InputError for images that are not finite.
+    wanted: those to draw, by default all. Each batch is reported when the caller asks for the next. Raises InputError
+    for images that are not finite.
     """
-    for first in range(0, len(labels), batch_size):
-        batch = labels[first : first + batch_size]
+    wanted = wanted or range(len(labels))
+    for first in range(wanted.start, wanted.stop, batch_size):
+        batch = labels[first : min(first + batch_size, wanted.stop)]
         images, elapsed_ms = timed(
             model.device, lambda batch=batch, first=first: model.generate(batch, schedule, sampling, first_index=first)
         )
-        _check_finite(images, schedule, model.dtype)
+        _check_finite(images, schedule, model.dtype, first - wanted.start)
         yield Batch(first, to_uint8(images, rounding), elapsed_ms)
         progress(first + len(batch), len(labels), f"{schedule}: images")
 
@@ -76,8 +79,15 @@ def draw_images(
         return torch.cat([batch.images.cpu() for batch in draw_batches(model, labels, schedule, sampling, **options)])
 
 
-def _check_finite(images: Tensor, schedule: Schedule, dtype: torch.dtype) -> None:
-    """Raises InputError when generated images are not finite: their numbers grew beyond what `dtype` holds."""
-    if not torch.isfinite(images).all():
+def _check_finite(images: Tensor, schedule: Schedule, dtype: torch.dtype, before: int) -> None:
+    """Raises InputError when images (B, 3, H, W) are not finite: their numbers grew beyond what `dtype` holds.
+
+    before: how many were drawn before them, all finite.
+    """
+    rejected = int((~torch.isfinite(images).flatten(1).all(dim=1)).sum())
+    if rejected:
         remedy = "are these trained weights?" if dtype is torch.float32 else "use float32"
-        raise InputError(f"schedule {schedule} draws images that are not finite in {dtype}: {remedy}")
+        raise InputError(
+            f"schedule {schedule} draws images that are not finite in {dtype}, {rejected:,} of the first "
+            f"{before + len(images):,}: {remedy}"
+        )

@@ -26,10 +26,11 @@ MIN_CELL_PIXELS = 64
 GAP_PIXELS = 4  # between the cells of a grid
 
 
-def check_rounding(rounding: str) -> None:
-    """Raises InputError for a rounding that is none of ROUNDINGS."""
+def check_rounding(rounding: str) -> str:
+    """`rounding` itself. Raises InputError for one that is none of ROUNDINGS."""
     if rounding not in ROUNDINGS:
         raise InputError(f"rounding {rounding!r} is unknown: use {' or '.join(ROUNDINGS)}")
+    return rounding
 
 
 def to_uint8(images: Tensor, rounding: str = ROUND) -> Tensor:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
+from varcompress import __version__
 from varcompress.cost import predict, ratios
 from varcompress.errors import InputError
 from varcompress.fingerprint import fingerprint
@@ -32,7 +33,7 @@ from varcompress.models.linear import packed_flops
 from varcompress.models.runtime import Runtime
 from varcompress.models.transformer import Block
 from varcompress.progress import Progress, Steps, silent
-from varcompress.results import PROFILE, Conditions, ProfileResult
+from varcompress.results import PROFILE, SCHEMA, Conditions, ProfileResult
 from varcompress.sampling import DEFAULT, Sampling
 from varcompress.schedule import Schedule
 
@@ -93,17 +94,20 @@ def profile(
 
 
 def conditions(model: ElasticVAR, sampling: Sampling = DEFAULT, runtime: Runtime | None = None) -> Conditions:
-    """Under what a result was had: model, weights (their fingerprint), hardware, torch, dtype, and how it generates.
+    """Under what a result was had: model, weights (their fingerprint), hardware, versions, dtype, how it generates.
 
     That is the kernels (torch or triton), whether weights are packed, the cache's dtype, what is offloaded, and whether
-    calls are guided.
+    calls are guided. The command is for the command line to fill in.
     """
     runtime, dtype = runtime or model.runtime, str(model.dtype).removeprefix("torch.")
     return {
+        "schema": SCHEMA,
+        "command": None,
         "model": model.provenance.name,
         "weights": fingerprint(model),
         "device": device_name(model.device),
         "torch": torch.__version__,
+        "varcompress": __version__,
         "dtype": dtype,
         "kernels": "triton" if runtime.operations is TRITON else "torch",
         "packed_weights": model.packs(runtime),

@@ -249,8 +249,11 @@ def _results(folder: Path, given: Iterable[str | Path | dict]) -> dict[str, dict
 
 
 def _public(result: dict) -> dict:
-    """A result without the folders in which its reference lay: the publisher's paths stay private."""
-    return result | ({"reference": Path(str(result["reference"])).name} if "reference" in result else {})
+    """A result without the folders in which its reference and files lay: the publisher's paths stay private."""
+    shown = {"reference": Path(str(result["reference"])).name} if "reference" in result else {}
+    if result.get("command"):
+        shown["command"] = re.sub(r"(?<![\w:])[~.]*/[^\s'=]*/", "", str(result["command"]))
+    return result | shown
 
 
 def _measured(model: ElasticVAR, results: dict[str, dict], weights: set[str], folder: Path) -> dict[str, dict]:

@@ -6,13 +6,16 @@ import contextlib
 import json
 from collections.abc import Collection, Iterator
 from pathlib import Path
-from typing import TypedDict
+from typing import TYPE_CHECKING, TypedDict
 
 from varcompress.errors import InputError
 from varcompress.files import disk_errors, write_json
-from varcompress.metrics import FEATURES, score_fields
+
+if TYPE_CHECKING:
+    from typing import NotRequired  # of Python 3.11
 
 PROFILE, EVAL, DEMO = "profile", "eval", "demo"
+SCHEMA = 2  # of the fields below; a result of another is measured again
 MEASURED = (PROFILE, EVAL)  # kinds that belong to one set of weights, and are published with it
 EARLIER = ".old"  # added to the name of a result whose place a newer one took
 
@@ -23,10 +26,13 @@ EARLIER = ".old"  # added to the name of a result whose place a newer one took
 class Conditions(TypedDict):
     """Under what a result was had."""
 
+    schema: int
+    command: str | None  # as it was called; None from Python
     model: str
     weights: str  # their fingerprint
     device: str
     torch: str
+    varcompress: str
     dtype: str
     kernels: str  # torch or triton
     packed_weights: bool
@@ -99,13 +105,23 @@ class ProfileResult(Conditions):
     schedules: list[ProfileRow]
 
 
-_FIELDS = [field for features in FEATURES for field in score_fields(features)]
-Scores = TypedDict("Scores", dict.fromkeys(_FIELDS, float | None), total=False)
-"""The scores on the features of an eval; None where the reference cannot give one."""
+class Score(TypedDict, total=False):
+    """One score of a schedule. Intervals are at 95 %; differences are to the first schedule of the result."""
+
+    value: float  # of several seeds, the mean
+    interval: list[float]
+    std: float  # what is printed with the score where it is published: over groups (IS), over subsets (KID)
+    seeds: list[float]  # the value of each seed, where there are several
+    difference: float
+    difference_interval: list[float]
 
 
-class EvalRow(Cost, Scores):
-    """A schedule of an eval: its cost and its scores."""
+class EvalRow(Cost):
+    """A schedule of an eval, or another model's that was scored beside it (`model`): its cost and its scores."""
+
+    model: NotRequired[str]
+    weights: NotRequired[str]
+    scores: dict[str, Score]  # by the keys of metrics.METRICS; without those that the reference cannot give
 
 
 class EvalResult(Conditions):
@@ -113,20 +129,24 @@ class EvalResult(Conditions):
 
     kind: str
     batch_size: int
+    protocol: str
+    deviations: list[str]  # from the protocol
     reference: str
-    reference_details: dict  # digest, number of images, and where its statistics are from
-    features: str
-    settings: dict  # the fields of Sampling, the number of images, and how they were rounded
+    reference_details: dict  # digests, number and size of its images, and where its statistics are from
+    features: dict  # name, what results print, and the SHA-256 of the weights' file
+    torch_fidelity: str
+    settings: dict  # the fields of Sampling, seeds, the number of images, rounding, groups of IS, distances
+    seconds: float
+    processes: int
     notes: list[str]  # what a reader must know before setting these scores beside others
     schedules: list[EvalRow]
 
 
 class DemoCost(TypedDict):
-    """A schedule's score and its spread over the choice of images, what it costs, and its speed-up over the teacher."""
+    """A schedule's score, what it costs, and its speed-up over the teacher."""
 
     schedule: str
-    score: float
-    score_std: float
+    score: Score
     latency_ms: float
     speedup: float
     cache_bytes: int
@@ -136,8 +156,7 @@ class DemoCost(TypedDict):
 class DemoRow(DemoCost):
     """A schedule of the distilled model, with its score before."""
 
-    untrained: float
-    untrained_std: float
+    untrained: Score
 
 
 class DemoResult(TypedDict):
@@ -146,6 +165,7 @@ class DemoResult(TypedDict):
     kind: str
     device: str
     score: str  # a key of METRICS
+    features: str  # on which it is computed
     images: int
     batch_size: int
     teacher: DemoCost
@@ -164,15 +184,6 @@ class Images(TypedDict):
     name: str
     digest: str
     images: int
-
-
-class Score(TypedDict, total=False):
-    """A Frechet distance, its 95 % interval, and its difference to the first schedule's, where images are paired."""
-
-    value: float
-    interval: list[float]
-    difference: float
-    difference_interval: list[float]
 
 
 class Scored(TypedDict):
@@ -297,6 +308,10 @@ def check_result(source: str, content: object) -> dict:
     """`content`, which came from `source`, if it is a profile or eval result. Raises InputError if it is none."""
     if not isinstance(content, dict) or content.get("kind") not in MEASURED:
         raise InputError(f"{source}: not a result: give what {' or '.join(MEASURED)} wrote (KIND.json)")
+    if content.get("schema") != SCHEMA:
+        raise InputError(
+            f"{source}: of another version of varcompress: measure it again with `varcompress {content['kind']}`"
+        )
     return content
 
 

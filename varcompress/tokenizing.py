@@ -12,11 +12,11 @@ import torch
 from varcompress.data.interface import Source
 from varcompress.data.sources import open_source
 from varcompress.data.tokens import StoredTokens, TokenStore, tokenizer_digest
+from varcompress.distributed import joined, local_device
 from varcompress.errors import InputError
 from varcompress.images import skipped_note
 from varcompress.models.elastic import ElasticVAR
 from varcompress.progress import Note, Progress, silent
-from varcompress.training.distributed import joined, local_device
 
 
 def tokenize(

@@ -19,8 +19,8 @@ import torch
 
 from tests.benchmarks.generation import random_weights
 from tests.benchmarks.tables import DOCS, write_section
+from varcompress.distributed import Ranks
 from varcompress.hardware import choose_device, device_name, synchronize
-from varcompress.training.distributed import Ranks
 from varcompress.training.optimizer import optimizer_of
 from varcompress.training.recipe import load_recipe
 from varcompress.training.states import States, tensors_of

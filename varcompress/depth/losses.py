@@ -12,6 +12,7 @@ from varcompress.data.selection import Selection
 from varcompress.data.sources import open_source
 from varcompress.data.tokens import Samples, StoredTokens, read_meta, store_of
 from varcompress.errors import InputError
+from varcompress.evaluation.intervals import NORMAL
 from varcompress.files import scratch_folder
 from varcompress.hardware import fitting_memory
 from varcompress.images import skipped_note
@@ -22,7 +23,6 @@ from varcompress.schedule import Schedule
 from varcompress.training.losses import CrossEntropy, Targets
 
 MIN_IMAGES = 2  # without a second one there is no standard error
-NORMAL_95 = 1.96  # standard errors of a normal distribution that hold 95 % of it on either side
 
 
 def read_tokens(
@@ -110,7 +110,7 @@ def mean_and_error(values: np.ndarray) -> tuple[float, float]:
 
 def interval(mean: float, error: float) -> list[float]:
     """The 95 % interval of a mean over many images."""
-    return [mean - NORMAL_95 * error, mean + NORMAL_95 * error]
+    return [mean - NORMAL * error, mean + NORMAL * error]
 
 
 def increase(losses: ImageLosses, schedule: Schedule, full: Schedule) -> Increase:

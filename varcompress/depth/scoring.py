@@ -13,7 +13,7 @@ from varcompress.progress import Progress
 from varcompress.results import Scored
 from varcompress.schedule import Schedule
 
-RESAMPLES = 50  # of the images, for an interval
+KEY = "fd"  # the Frechet distance
 
 
 def scores_of(
@@ -29,23 +29,12 @@ def scores_of(
 
     reference: as `evaluate` takes it, or a source by its name. Raises InputError as `evaluate` does.
     """
-    result = evaluate(
-        model,
-        schedules,
-        reference=None if str(reference) in NAMED else reference,
-        num_images=num_images,
-        batch_size=batch_size,
-        resamples=RESAMPLES,
-        progress=progress,
-    )
-    key = next(key for key in METRICS if key in result["schedules"][0])  # of a Frechet distance: it stands first
-    found = {}
-    for row in result["schedules"]:
-        value, error = row[key], row[f"{key}_std"]
-        found[row["schedule"]] = {"value": value, "interval": [value - 1.96 * error, value + 1.96 * error]}
+    own = None if str(reference) in NAMED else reference
+    options = {"num_images": num_images, "batch_size": batch_size, "progress": progress}
+    result = evaluate(model, schedules, reference=own, **options)
     return {
-        "metric": METRICS[key].name,
+        "metric": METRICS[KEY].name(result["features"]["printed"]),
         "images": result["settings"]["images"],
         "reference": result["reference"],
-        "scores": found,
+        "scores": {row["schedule"]: row["scores"][KEY] for row in result["schedules"]},
     }

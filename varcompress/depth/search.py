@@ -20,7 +20,7 @@ from varcompress.errors import InputError
 from varcompress.models.elastic import ElasticVAR
 from varcompress.profiling import conditions, profile
 from varcompress.progress import Note, Progress, silent
-from varcompress.results import SEARCH, Candidate, SearchResult
+from varcompress.results import SCHEMA, SEARCH, Candidate, SearchResult
 from varcompress.schedule import Schedule, equidistant
 from varcompress.training.sensitivity import SENSITIVITY_IMAGES, eliminate, kept
 
@@ -118,6 +118,7 @@ def search(
     mean, error = mean_and_error(others.of_image(found) - others.of_image(rival))
     return {
         "kind": SEARCH,
+        "schema": SCHEMA,
         **conditions(model),
         "data": {"name": source.name, "digest": source.digest, "images": len(losses)},
         "images_apart": len(others),

@@ -13,7 +13,7 @@ from varcompress.errors import InputError
 from varcompress.models.elastic import ElasticVAR
 from varcompress.profiling import conditions
 from varcompress.progress import Note, Progress, silent
-from varcompress.results import SENSITIVITY, SensitivityResult
+from varcompress.results import SCHEMA, SENSITIVITY, SensitivityResult
 from varcompress.schedule import Gapped, Schedule
 
 
@@ -64,6 +64,7 @@ def sensitivity(
 
     result = {
         "kind": SENSITIVITY,
+        "schema": SCHEMA,
         **conditions(model),
         "data": {"name": source.name, "digest": source.digest, "images": len(losses)},
         "patch_nums": list(full.patch_nums),

@@ -1,20 +1,18 @@
-"""The networks whose features the scores compare, the choice between them, and features of images."""
+"""The choice between feature networks, and one of them at work on a device."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY
-from torch_fidelity.utils import create_feature_extractor
 
 from varcompress.data.sources import own_source
 from varcompress.errors import InputError
 from varcompress.evaluation.digits import DIGITS
 from varcompress.evaluation.inception import INCEPTION
-from varcompress.evaluation.network import FeatureNetwork
+from varcompress.evaluation.network import FeatureNetwork, Features
+from varcompress.files import sha256
 from varcompress.hardware import exact_float32
 from varcompress.models.elastic import ElasticVAR
 
@@ -40,39 +38,21 @@ def choose_network(name: str | None, model: ElasticVAR) -> FeatureNetwork:
     return network
 
 
-class Features(NamedTuple):
-    """What the scores of N images need: vectors (N, D) and logits (N, C), float32 on the CPU."""
-
-    vectors: Tensor
-    logits: Tensor
-
-    @classmethod
-    def join(cls, parts: list[Features]) -> Features:
-        return cls(torch.cat([part.vectors for part in parts]), torch.cat([part.logits for part in parts]))
-
-
 class Extractor:
-    """A feature network on a device. spec: which one; width: numbers in a feature vector.
+    """A feature network on a device. spec: which one; digest: SHA-256 of the file of its weights.
 
-    weights: the user's file of them, None for what the network finds by itself. FID, KID, precision and recall share
-    one layer (with Inception the pool of 2048, as in the ADM evaluation). Raises InputError when the weights cannot
-    be had or are not the ones expected.
+    weights: the user's file of them, None for what the network finds by itself. Raises InputError when the weights
+    cannot be had or are not the ones expected.
     """
 
     def __init__(self, spec: FeatureNetwork, weights: Path | None, device: torch.device) -> None:
-        network = FEATURE_EXTRACTORS_REGISTRY[spec.extractor]
-        layers = [network.get_default_feature_layer_for_metric(metric) for metric in ("fid", "isc")]
-        self.spec, self.width, self.device = spec, int(layers[0]), device
-        self.network = create_feature_extractor(
-            spec.extractor,
-            layers,
-            cuda=False,
-            feature_extractor_weights_path=str(spec.weights(weights)),
-            verbose=False,
-        ).to(device)
+        file = spec.weights(weights)
+        self.spec, self.device, self.digest = spec, device, sha256(file)
+        self.network = spec.load(file).to(device).eval().requires_grad_(False)
 
     @torch.inference_mode()
     def __call__(self, images: Tensor) -> Features:
-        """Features of images (B, 3, H, W) uint8, computed in full float32, so that no card's rounding is in a score."""
+        """Features on the CPU of images (B, 3, H, W) uint8, in full float32: no card's rounding is in a score."""
         with exact_float32(self.device):
-            return Features(*(layer.float().cpu() for layer in self.network(images.to(self.device))))
+            found = self.network(images.to(self.device))
+        return Features(*(None if part is None else part.float().cpu() for part in found))

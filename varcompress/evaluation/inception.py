@@ -2,18 +2,47 @@
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 
 import torch
+from torch import Tensor, nn
 from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
+from torch_fidelity.utils import create_feature_extractor
 
 from varcompress.errors import InputError
-from varcompress.evaluation.network import FeatureNetwork
+from varcompress.evaluation.network import FeatureNetwork, Features
+from varcompress.files import sha256
 
 # Of the file behind URL_INCEPTION_V3; its name carries the first eight digits.
 INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
-DIGEST_CHUNK_BYTES = 1 << 20
+SPATIAL_CHANNELS = 7  # of the 192, as in the evaluation of ADM
+
+
+class InceptionFeatures(nn.Module):
+    """torch-fidelity's port of the TensorFlow network that FID was defined on, with the layers that scores need.
+
+    Images (B, 3, H, W) uint8 -> the pool of 2048; the logits of 1008 classes without their bias; and for sFID the first
+    7 channels of mixed_6/conv at its 17 x 17 places, 2023 numbers in the order of openai/guided-diffusion's evaluator,
+    so that its mu_s and sigma_s fit.
+    """
+
+    def __init__(self, weights: Path) -> None:
+        super().__init__()
+        self.network = create_feature_extractor(
+            "inception-v3-compat",
+            ["2048", "logits_unbiased"],
+            cuda=False,
+            feature_extractor_weights_path=str(weights),
+            verbose=False,
+        )
+        self.network.Mixed_6d.branch1x1.register_forward_hook(self._keep)
+
+    def _keep(self, _module: nn.Module, _inputs: tuple, output: Tensor) -> None:
+        self._spatial = output[:, :SPATIAL_CHANNELS].permute(0, 2, 3, 1).flatten(1)
+
+    def forward(self, images: Tensor) -> Features:
+        vectors, logits = self.network(images)
+        return Features(vectors, logits, self._spatial)
 
 
 def inception_weights(file: Path | None) -> Path:
@@ -45,20 +74,4 @@ def _download(path: Path) -> None:
         ) from error
 
 
-def sha256(path: Path) -> str:
-    """Digest of a file in hexadecimal, read in pieces."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while chunk := file.read(DIGEST_CHUNK_BYTES):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
-INCEPTION = FeatureNetwork(
-    name="inception",
-    extractor="inception-v3-compat",
-    printed="inception-v3",
-    num_images=50_000,
-    published=True,
-    weights=inception_weights,
-)
+INCEPTION = FeatureNetwork(name="inception", printed="inception-v3", weights=inception_weights, load=InceptionFeatures)

@@ -17,7 +17,7 @@ import yaml
 
 from varcompress.metrics import METRICS
 from varcompress.models.elastic import ElasticVAR
-from varcompress.report.format import count, joined, mebibytes, number, percent, score
+from varcompress.report.format import count, drawn_with, joined, kept_to, mebibytes, number, percent, score
 from varcompress.results import EVAL, PROFILE, EvalResult, ProfileResult
 from varcompress.sampling import cfg_text
 from varcompress.schedule import Schedule
@@ -126,20 +126,28 @@ def _scores(results: Sequence[dict]) -> list[HubScore]:
             continue
         dataset, name = _reference(result["reference"])
         settings = {key: value for key, value in result["settings"].items() if value is not None}
+        features = result["features"]
         scores += [
             EvalResult(
                 task_type=TASK,
                 task_name="Class-conditional image generation",
                 dataset_type=dataset,
                 dataset_name=name,
-                metric_type=metric,
-                metric_name=f"{METRICS[metric].name} ({row['schedule']})",
-                metric_value=row[metric],
-                metric_args={"schedule": row["schedule"], "features": result["features"], **settings},
+                metric_type=metric.name(features["name"]).lower().replace(" ", "_"),
+                metric_name=f"{metric.name(features['name'])} ({row['schedule']})",
+                metric_value=row["scores"][key]["value"],
+                metric_args={
+                    "schedule": row["schedule"],
+                    "interval_95": row["scores"][key]["interval"],
+                    "protocol": result["protocol"],
+                    **({"departs_from_it": result["deviations"]} if result["deviations"] else {}),
+                    "features": features["printed"],
+                    **settings,
+                },
             )
             for row in result["schedules"]
-            for metric in METRICS
-            if row.get(metric) is not None
+            for key, metric in METRICS.items()
+            if key in row["scores"] and "model" not in row  # those are scores of another model
         ]
     return scores
 
@@ -210,20 +218,21 @@ def _profile(result: ProfileResult) -> dict:
 
 def _eval(result: EvalResult) -> dict:
     """The section of an eval: title, caption, the table's header and rows, and notes."""
-    rows = result["schedules"]
+    rows, features = result["schedules"], result["features"]
     columns: dict[str, Callable[[dict], str]] = {
-        "schedule": lambda row: f"`{row['schedule']}`",
+        "schedule": lambda row: row["model"] if "model" in row else f"`{row['schedule']}`",
         **{
-            metric.name: lambda row, key=key: score(row, key)
+            metric.name(features["name"]): lambda row, key=key: score(row["scores"].get(key))
             for key, metric in METRICS.items()
-            if any(key in row for row in rows)
+            if any(key in row["scores"] for row in rows)
         },
         **TIME,
         **MEMORY,
     }
+    kept = kept_to(result)
     caption = (
-        f"Against {_reference(result['reference'])[1]} with {result['features']} features "
-        f"({joined(f'{key} {value}' for key, value in result['settings'].items())}), "
+        f"{kept[0].upper()}{kept[1:]}. {count(result['settings']['images'], 'image')} against "
+        f"{_reference(result['reference'])[1]} with {features['printed']} features ({drawn_with(result['settings'])}), "
         f"batches of {result['batch_size']} {_where(result)}."
     )
     return {

@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
+from varcompress.results import EvalResult, Score
+
 MIB = 2**20
 NOT_GIVEN = "\N{EN DASH}"
 LONG_NAME = 16
@@ -39,15 +41,28 @@ def count(things: int, thing: str) -> str:
     return f"{things:,} {thing}{'' if things == 1 else 's'}"
 
 
-def score(row: dict, key: str) -> str:
-    """A score of a row with its spread, where it has one."""
-    spread = row.get(f"{key}_std")
-    return number(row.get(key)) + (f" ± {number(spread)}" if spread is not None else "")
+def score(found: Score | None) -> str:
+    """A score, half of its interval, and ≈ where its difference to the first schedule is within the noise."""
+    if found is None:
+        return NOT_GIVEN
+    return f"{number(found['value'])} ± {half(found)}" + (" ≈" if within_noise(found) else "")
 
 
-def scattered(row: dict, key: str) -> str:
-    """A score of a row over the choice of images: its mean, and two figures of its standard deviation."""
-    return NOT_GIVEN if row[key] is None else f"{number(row[key])} ± {row[f'{key}_std']:.2g}"
+def half(found: Score) -> str:
+    """Half of a score's interval, in two figures or all before the point."""
+    size = (found["interval"][1] - found["interval"][0]) / 2
+    return f"{size:.2g}" if size < 10 else f"{size:,.0f}"
+
+
+def within_noise(found: Score) -> bool:
+    """Whether the interval of a score's difference to the first schedule holds 0."""
+    low, high = found.get("difference_interval", (1, 1))
+    return low <= 0 <= high
+
+
+def label(row: dict) -> str:
+    """What a line of a result is called: its schedule, or the model that was scored beside."""
+    return row.get("model") or row["schedule"]
 
 
 def joined(values: Iterable) -> str:
@@ -74,6 +89,19 @@ def where(result: dict) -> str:
     if not result.get("guided", True):
         said.append("unguided")
     return joined([f"{result['model']} on {result['device']}", result["dtype"], *said])
+
+
+def drawn_with(settings: dict) -> str:
+    """How the images of an eval were drawn and scored."""
+    said = {**settings, "seeds": " ".join(map(str, settings["seeds"]))}
+    return joined(f"{name.replace('_', ' ')} {value}" for name, value in said.items() if name != "images")
+
+
+def kept_to(result: EvalResult) -> str:
+    """The protocol of an eval, and in what the eval departs from it."""
+    if not result["deviations"]:
+        return f"protocol {result['protocol']}"
+    return f"protocol {result['protocol']}*, departing from it: {joined(result['deviations'])}"
 
 
 def settings(change: dict) -> str:

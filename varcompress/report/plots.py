@@ -10,7 +10,8 @@ import numpy as np
 
 from varcompress.files import disk_errors, replacing
 from varcompress.metrics import METRICS
-from varcompress.report.format import MIB, count, folded, number, percent, scattered, short, where
+from varcompress.report.format import MIB, count, folded, half, number, percent, short, where
+from varcompress.report.format import label as row_label
 from varcompress.results import (
     EVAL,
     PROFILE,
@@ -19,6 +20,7 @@ from varcompress.results import (
     DemoResult,
     EvalResult,
     ProfileResult,
+    Score,
     SearchResult,
     SensitivityResult,
 )
@@ -31,7 +33,7 @@ Rows = Sequence[dict]
 COLOURS = {"transformer": "#33658a", "sampling": "#f6ae2d", "decoder": "#86bbd8"}
 MEMORY_COLOURS = {"peak": "#8a7ca8", "cache": "#55a630"}
 PER_LINE = 10  # samples
-SPEED_COLOUR = "#33658a"
+SPEED_COLOUR, BESIDE_COLOUR = "#33658a", "#d1495b"
 RUN_COLOURS = ("#33658a", "#55a630", "#f6ae2d", "#d1495b", "#8a7ca8", "#5c6b73")
 PREDICTED = {"marker": "|", "color": "black", "markersize": 14, "markeredgewidth": 2, "linestyle": "none", "zorder": 3}
 
@@ -50,24 +52,29 @@ def plot_profile(result: ProfileResult, path: str | Path) -> Path:
 
 
 def plot_eval(result: EvalResult, path: str | Path) -> Path:
-    """A PNG of the first score that was given against speed-up; each point is a schedule, with its cache."""
+    """A PNG of the first score that was given against speed-up, with intervals; each point is a schedule, with its
+    cache, or a model that was scored beside."""
     rows = result["schedules"]
-    key = next(key for key in METRICS if any(row.get(key) is not None for row in rows))
-    metric = METRICS[key]
-    baseline = next((row for row in rows if row["schedule"] == "full"), rows[0])
+    key = next(key for key in METRICS if any(key in row["scores"] for row in rows))
+    metric, baseline = METRICS[key], next((row for row in rows if row["schedule"] == "full"), rows[0])
     figure, ((axis,),) = _figure(width=8.5, height=5, columns=1)
-    scored = sorted((row for row in rows if row[key] is not None), key=lambda row: row["latency_ms"])
+    scored = sorted((row for row in rows if key in row["scores"]), key=lambda row: row["latency_ms"])
     for place, row in enumerate(scored):  # labels alternate above and below, so that neighbours stay readable
-        point = (baseline["latency_ms"] / row["latency_ms"], row[key])
-        label = f"{folded(row['schedule'])}\ncache {percent(row['cache_bytes'] / baseline['cache_bytes'])}"
-        axis.scatter(*point, s=45, color=SPEED_COLOUR, zorder=2)
+        found, beside = row["scores"][key], "model" in row
+        point = (baseline["latency_ms"] / row["latency_ms"], found["value"])
+        text = f"{folded(row_label(row))}\ncache {percent(row['cache_bytes'] / baseline['cache_bytes'])}"
+        spread = [[found["value"] - found["interval"][0]], [found["interval"][1] - found["value"]]]
+        colour = BESIDE_COLOUR if beside else SPEED_COLOUR
+        axis.errorbar(*point, yerr=spread, fmt="s" if beside else "o", markersize=6, capsize=3, color=colour, zorder=2)
         side = {"xytext": (0, 8), "va": "bottom"} if place % 2 == 0 else {"xytext": (0, -8), "va": "top"}
-        axis.annotate(label, point, textcoords="offset points", ha="center", fontsize=9, **side)
+        edge = found["interval"][1 if place % 2 == 0 else 0]
+        axis.annotate(text, (point[0], edge), textcoords="offset points", ha="center", fontsize=9, **side)
     axis.margins(x=0.15, y=0.25)
     axis.grid(alpha=0.3)
-    axis.set_xlabel(f"speed-up over {baseline['schedule']}, batch of {result['batch_size']}")
-    axis.set_ylabel(f"{metric.name} ({metric.better} is better)")
-    axis.set_title(f"{where(result)}\n{count(result['settings']['images'], 'image')}", fontsize=10, loc="left")
+    axis.set_xlabel(f"speed-up over {row_label(baseline)}, batch of {result['batch_size']}")
+    axis.set_ylabel(f"{metric.name(result['features']['name'])} ({metric.better} is better), 95 % interval")
+    head = f"{where(result)}\n{count(result['settings']['images'], 'image')}, protocol {result['protocol']}"
+    axis.set_title(head + "*" * bool(result["deviations"]), fontsize=10, loc="left")
     return _save(figure, path)
 
 
@@ -76,7 +83,7 @@ def plot_samples(samples: dict[str, dict[str, np.ndarray]], result: DemoResult, 
 
     samples: title of a panel -> schedule -> images (N, H, W, 3) uint8, ten of which stand in a line.
     """
-    rows, metric = result["schedules"], METRICS[result["score"]].name
+    rows, metric = result["schedules"], METRICS[result["score"]].name(result["features"])
     shown = len(next(iter(samples.values()))[rows[0]["schedule"]])
     height = (0.1 + 0.62 * -(-shown // PER_LINE)) * len(rows) + 0.4
     figure, axes = _figure(width=13, height=height, columns=len(samples), rows=len(rows))
@@ -87,14 +94,18 @@ def plot_samples(samples: dict[str, dict[str, np.ndarray]], result: DemoResult, 
             axis.set(xticks=[], yticks=[])
             axis.spines[:].set_visible(False)
     for axis, row in zip(axes[:, 0], rows, strict=True):
-        label = f"{row['schedule']}\n{metric}\n{scattered(row, 'untrained')}"
+        label = f"{row['schedule']}\n{metric}\n{_plain(row['untrained'])}"
         axis.set_ylabel(label, rotation=0, ha="right", va="center", fontsize=10)
     for axis, row in zip(axes[:, -1], rows, strict=True):
         axis.yaxis.set_label_position("right")
         cache = row["cache_bytes"] / result["teacher"]["cache_bytes"]
-        label = f"{metric} {scattered(row, 'score')}\n{number(row['speedup'])}× speed\n{percent(cache)} cache"
+        label = f"{metric} {_plain(row['score'])}\n{number(row['speedup'])}× speed\n{percent(cache)} cache"
         axis.set_ylabel(label, rotation=0, ha="left", va="center", fontsize=10)
     return _save(figure, path)
+
+
+def _plain(found: Score) -> str:
+    return f"{number(found['value'])} ± {half(found)}"
 
 
 def plot_run(steps: Sequence[dict], title: str, path: str | Path) -> Path:
@@ -177,7 +188,9 @@ def plot_sensitivity(result: SensitivityResult, path: str | Path) -> Path:
     if layers := result["layers"]:
         axis = figure.add_subplot(grid[len(kinds), :])
         values = [[row[where]["increase"] for row in layers] for where in places]
-        top = 4 * float(np.median(values))  # where one layer is worth more than all others, these keep their colours
+        top = 4 * float(
+            np.median(np.abs(values))
+        )  # where one layer is worth more than all others, these keep their colours
         _heat(axis, values, "without one layer: loss above full's", top=top, written=len(layers) <= 36)
         axis.set_xticks(range(len(layers)), [row["layer"] for row in layers])
         axis.set_yticks(range(len(places)), places.values())
@@ -216,7 +229,11 @@ def _heat(
     axis: Axes, values: Sequence[Sequence[float]], title: str, *, top: float | None = None, written: bool = True
 ) -> None:
     """A heat map of rows of values, each written in its cell. Colours go from 0 to `top`, or to the largest value."""
-    image = axis.imshow(np.array(values), cmap="YlOrRd", aspect="auto", vmin=0, vmax=top)
+    from matplotlib.colors import Normalize
+
+    image = axis.imshow(
+        np.array(values), cmap="YlOrRd", aspect="auto", norm=Normalize(0, top or max(1e-9, np.max(values)))
+    )
     axis.set_title(title, fontsize=10, loc="left")
     if not written:
         axis.figure.colorbar(image, ax=axis)

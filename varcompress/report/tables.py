@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from rich import box
 from rich.console import Group, RenderableType
@@ -12,14 +12,15 @@ from rich.text import Text
 from varcompress.metrics import METRICS, Metric
 from varcompress.report.format import (
     MIB,
-    NOT_GIVEN,
     count,
+    drawn_with,
     folded,
     joined,
+    kept_to,
+    label,
     mebibytes,
     number,
     percent,
-    scattered,
     score,
     settings,
     where,
@@ -28,6 +29,7 @@ from varcompress.results import DemoResult, EvalResult, ProfileResult, SearchRes
 from varcompress.sampling import cfg_text, checked_cfg
 
 Rows = Sequence[dict]
+SCORES_WIDE = 4  # scores in a line of the terminal
 # columns of what arithmetic says that a schedule saves: heading -> text of a row
 SAVED = {
     "cache of full": lambda r: percent(r["cache_ratio"]),
@@ -92,16 +94,17 @@ def profile_table(result: ProfileResult) -> RenderableType:
 
 def eval_table(result: EvalResult) -> RenderableType:
     """What `evaluate` measured: scores per schedule, and what the same run cost."""
-    rows, settings = result["schedules"], result["settings"]
+    rows, settings = [{**row, "schedule": label(row)} for row in result["schedules"]], result["settings"]
+    features = result["features"]
     head = (
         f"{where(result)}, batch of {result['batch_size']}\n"
-        f"{count(settings['images'], 'image')} against {result['reference']}, features {result['features']}\n"
-        f"{joined(f'{name} {value}' for name, value in settings.items() if name != 'images')} to 8 bits"
+        f"{count(settings['images'], 'image')} against {result['reference']}, features {features['printed']}\n"
+        f"{drawn_with(settings)}\n{kept_to(result)}"
     )
     scores = {
-        _heading(metric): lambda r, key=key: score(r, key)
+        _heading(metric, features["name"]): lambda r, key=key: score(r["scores"].get(key))
         for key, metric in METRICS.items()
-        if any(key in row for row in rows)
+        if any(key in row["scores"] for row in rows)
     }
     cost = {
         "latency, ms": lambda r: number(r["latency_ms"]),
@@ -110,42 +113,59 @@ def eval_table(result: EvalResult) -> RenderableType:
         "cache, MiB": lambda r: mebibytes(r["cache_bytes"]),
     }
     notes = [Text(note) for note in result.get("notes", [])]
-    return _stacked(head, _table("Scores", scores, rows), _table("Cost of the same run", cost, rows), *notes)
+    return _stacked(
+        head, *_tables("Scores", scores, rows, SCORES_WIDE), _table("Cost of the same run", cost, rows), *notes
+    )
 
 
 def demo_table(result: DemoResult) -> RenderableType:
     """What the demo showed: each schedule's score before and after distilling, and what the schedule saves."""
-    metric, teacher = METRICS[result["score"]], result["teacher"]
+    metric, features, teacher = METRICS[result["score"]], result["features"], result["teacher"]
     head = (
-        f"{result['device']}; {metric.name} of {count(result['images'], 'image')} ({metric.better} is better)\n"
-        "± one standard deviation over the choice of images"
+        f"{result['device']}; {metric.name(features)} of {count(result['images'], 'image')} "
+        f"({metric.better} is better)\n± half of the 95 % interval over the choice of images"
     )
     columns = {
-        "before": lambda r: scattered(r, "untrained"),
-        "after": lambda r: scattered(r, "score"),
+        "before": lambda r: score(r["untrained"]),
+        "after": lambda r: score(r["score"]),
         "of the teacher's": lambda r: _beside_teacher(r, teacher),
         "speed-up": lambda r: number(r["speedup"]),
         "cache, MiB": lambda r: mebibytes(r["cache_bytes"]),
         "peak, MiB": lambda r: mebibytes(r["peak_bytes"]),
     }
-    title = f"{metric.name} before and after, and the cost of a batch of {result['batch_size']}"
-    first = {**teacher, "schedule": "teacher", "untrained": teacher["score"], "untrained_std": teacher["score_std"]}
-    first |= {"score": None, "score_std": None}
+    title = f"{metric.name(features)} before and after, and the cost of a batch of {result['batch_size']}"
+    first = {**teacher, "schedule": "teacher", "untrained": teacher["score"], "score": None}
     foot = (
         "The teacher is the pretrained network, guided; what it taught needs no guidance.\n"
-        "noise: within two standard deviations of the teacher's score. Another training\n"
-        "seed moves a score as well: see docs/training.md."
+        "noise: the intervals of the two scores overlap. Another training seed moves a\n"
+        "score as well: see docs/training.md."
     )
     return _stacked(head, _table(title, columns, [first, *result["schedules"]]), Text(foot))
 
 
 def _beside_teacher(row: dict, teacher: dict) -> str:
-    """A score over the teacher's, and whether they differ by more than the choice of images explains."""
+    """A score over the teacher's, and whether their intervals overlap."""
     if row["score"] is None:
         return "1.00"
-    noise = (row["score_std"] ** 2 + teacher["score_std"] ** 2) ** 0.5
-    within = abs(row["score"] - teacher["score"]) <= 2 * noise
-    return f"{row['score'] / teacher['score']:.2f}" + (", noise" if within else "")
+    (low, high), (least, most) = row["score"]["interval"], teacher["score"]["interval"]
+    ratio = row["score"]["value"] / teacher["score"]["value"]
+    return f"{ratio:.2f}" + (", noise" if low <= most and least <= high else "")
+
+
+def protocols_table(protocols: Iterable[dict]) -> RenderableType:
+    """The protocols of `eval`, a line each."""
+    table = Table(box=box.SIMPLE, pad_edge=False)
+    table.add_column("protocol", no_wrap=True)
+    table.add_column("what it is for", overflow="fold")
+    for protocol in protocols:
+        table.add_row(protocol["name"], protocol["about"])
+    return table
+
+
+def protocol_table(protocol: dict) -> RenderableType:
+    """One protocol, a line for each of its settings."""
+    facts = {key.replace("_", " "): _value(value) for key, value in protocol.items() if value is not None}
+    return _grid(facts)
 
 
 def distill_table(result: dict) -> RenderableType:
@@ -309,8 +329,16 @@ def _table(title: str, columns: dict, rows: Rows) -> Table:
     return table
 
 
-def _heading(metric: Metric) -> str:
-    return f"{metric.name} {'↑' if metric.more_is_better else '↓'}".replace(" ", "\n", metric.name.count(" "))
+def _heading(metric: Metric, features: str) -> str:
+    name = metric.name(features)
+    return f"{name} {'↑' if metric.more_is_better else '↓'}".replace(" ", "\n", name.count(" "))
+
+
+def _tables(title: str, columns: dict, rows: Rows, width: int) -> list[Table]:
+    """A table in pieces of at most `width` columns, so that it stays readable on a terminal."""
+    items = list(columns.items())
+    pieces = [dict(items[start : start + width]) for start in range(0, len(items), width)]
+    return [_table("" if number else title, piece, rows) for number, piece in enumerate(pieces)]
 
 
 def _stacked(head: str, *parts: RenderableType) -> Group:
@@ -358,6 +386,7 @@ def sensitivity_table(result: SensitivityResult) -> RenderableType:
         f"{where(result)}; {count(result['data']['images'], 'image')} of {result['data']['name']}\n"
         f"Teacher-forced loss of full, nats per token, every scale weighing the same: {number(full['loss'])}\n"
         "± one standard error over the images"
+        + (f"; of {scored['metric']} half of the 95 % interval; ≈: within noise of full" if scored else "")
     )
     parts = []
     for which, title in (("only", "at only one scale"), ("from", "from one scale on")):
@@ -366,8 +395,8 @@ def sensitivity_table(result: SensitivityResult) -> RenderableType:
             per_percent = "The same for each percent of full's FLOPs that is saved"
             parts.append(_by_scale(per_percent, result[which], lambda r: number(r["increase"] / (100 * r["saved"]))))
         if scored:
-            title = f"Depth {title}: {scored['metric']} (full: {_interval(full['score'])})"
-            parts.append(_by_scale(title, result[which], lambda r: _interval(r["score"])))
+            title = f"Depth {title}: {scored['metric']} (full: {score(full['score'])})"
+            parts.append(_by_scale(title, result[which], lambda r: score(r["score"])))
     layers = sorted(result["layers"], key=lambda row: row["after_bridge"]["increase"])
     if layers:
         columns = {
@@ -388,6 +417,9 @@ def search_table(result: SearchResult) -> RenderableType:
         f"budget {budget} of full's: {result['within_budget']:,} of {count(result['candidates'], 'candidate')}\n"
         "Losses are teacher-forced, nats per token, every scale weighing the same."
     )
+    if result["scored"]:
+        metric = result["scored"]["metric"]
+        head += f"\n{metric}: ± half of the 95 % interval; ≈: the difference to equidistant is within its interval"
     rows = [result["full"]]
     for name in ("equidistant", "found"):
         rows.append(result[name] | {"schedule": f"{name}: {result[name]['schedule']}"})
@@ -400,7 +432,7 @@ def search_table(result: SearchResult) -> RenderableType:
     if any("latency_ms" in row for row in rows):
         columns["measured,\nms"] = lambda r: number(r["latency_ms"])
     if result["scored"]:
-        columns[result["scored"]["metric"]] = lambda r: _interval(r["score"])
+        columns[result["scored"]["metric"]] = lambda r: score(r["score"])
     low, high = result["difference"]["interval"]
     verdict = "within noise" if low <= 0 <= high else "less" if high < 0 else "more"
     said = (
@@ -411,7 +443,7 @@ def search_table(result: SearchResult) -> RenderableType:
         said = "The best schedule within the budget is an equidistant one."
     best = {heading: columns[heading] for heading in ("loss,\npredicted", "measured")}
     if result["scored"] and any("score" in row for row in result["finalists"]):
-        best[result["scored"]["metric"]] = lambda r: _interval(r["score"]) if "score" in r else NOT_GIVEN
+        best[result["scored"]["metric"]] = lambda r: score(r.get("score"))
     finalists = _table("The best by prediction, measured", best, result["finalists"])
     return _stacked(head, _table("Costs as shares of full's, and losses", columns, rows), Text(said), "", finalists)
 
@@ -429,9 +461,3 @@ def _by_scale(title: str, rows: Rows, cell: Callable[[dict], str]) -> Table:
 
 def _increase(row: dict) -> str:
     return f"{number(row['increase'])} ± {row['increase_error']:.1g}"
-
-
-def _interval(score: dict) -> str:
-    """A score and its 95 % interval."""
-    low, high = score["interval"]
-    return f"{number(score['value'])} ({number(low)} to {number(high)})"

@@ -10,7 +10,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from varcompress.data.tokens import Epoch, Samples, TokenData
-from varcompress.training.distributed import Ranks
+from varcompress.distributed import Ranks
 from varcompress.training.recipe import EPOCHS, Recipe
 from varcompress.training.stopping import leave_signals
 from varcompress.training.strategy import Step

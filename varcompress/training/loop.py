@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from varcompress.data.sources import open_source
 from varcompress.data.tokens import Samples, TokenData, TokenStore, store_of
+from varcompress.distributed import Ranks, joined, local_device
 from varcompress.errors import InputError, Stopped
 from varcompress.fingerprint import weights_digest
 from varcompress.hardware import compiling, peak_bytes
@@ -30,7 +31,6 @@ from varcompress.progress import Note, Progress, silent
 from varcompress.schedule import Schedule, is_subnet
 from varcompress.training.batches import Batch, Batches, ended, loader
 from varcompress.training.budget import check_memory, checkpoint_bytes, state_bytes
-from varcompress.training.distributed import Ranks, joined, local_device
 from varcompress.training.log import StepLog, step_text
 from varcompress.training.objective import Objective
 from varcompress.training.optimizer import Optimizer, learning_rate_at, optimizer_of

@@ -11,11 +11,11 @@ from torch import Tensor
 
 from varcompress.data.streams import CFG, fractions, words
 from varcompress.data.tokens import Samples
+from varcompress.distributed import Ranks
 from varcompress.hardware import fitting_memory
 from varcompress.models.elastic import ElasticVAR
 from varcompress.sampling import cfg_bounds
 from varcompress.schedule import Schedule, Together
-from varcompress.training.distributed import Ranks
 from varcompress.training.losses import LOSSES, Distribution, Targets
 from varcompress.training.recipe import Recipe
 from varcompress.training.teacher import StoredTeacher, Teacher

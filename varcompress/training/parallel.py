@@ -18,8 +18,8 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
+from varcompress.distributed import Ranks
 from varcompress.models.transformer import VAR
-from varcompress.training.distributed import Ranks
 
 # of logits, which nothing changes in place
 warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")

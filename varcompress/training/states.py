@@ -21,10 +21,10 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
+from varcompress.distributed import PATIENCE, Ranks
 from varcompress.errors import InputError
 from varcompress.files import disk_errors
 from varcompress.models.transformer import VAR
-from varcompress.training.distributed import PATIENCE, Ranks
 from varcompress.training.optimizer import Optimizer
 
 # what a run of one process is: no news

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from varcompress.data.tokens import DONE, PENDING, Rows, Samples, TokenData
+from varcompress.distributed import Ranks
 from varcompress.errors import InputError
 from varcompress.files import disk_errors, write_json
 from varcompress.fingerprint import weights_digest
@@ -24,7 +25,6 @@ from varcompress.hardware import to_numpy
 from varcompress.models.transformer import VAR, VARConfig, to_dtype
 from varcompress.progress import Progress
 from varcompress.schedule import Schedule
-from varcompress.training.distributed import Ranks
 from varcompress.training.losses import Distribution
 from varcompress.training.parallel import parallelize
 
