@@ -177,7 +177,9 @@ def plot_sensitivity(result: SensitivityResult, path: str | Path) -> Path:
     if layers := result["layers"]:
         axis = figure.add_subplot(grid[len(kinds), :])
         values = [[row[where]["increase"] for row in layers] for where in places]
-        top = 4 * float(np.median(values))  # where one layer is worth more than all others, these keep their colours
+        top = 4 * float(
+            np.median(np.abs(values))
+        )  # where one layer is worth more than all others, these keep their colours
         _heat(axis, values, "without one layer: loss above full's", top=top, written=len(layers) <= 36)
         axis.set_xticks(range(len(layers)), [row["layer"] for row in layers])
         axis.set_yticks(range(len(places)), places.values())
@@ -216,7 +218,11 @@ def _heat(
     axis: Axes, values: Sequence[Sequence[float]], title: str, *, top: float | None = None, written: bool = True
 ) -> None:
     """A heat map of rows of values, each written in its cell. Colours go from 0 to `top`, or to the largest value."""
-    image = axis.imshow(np.array(values), cmap="YlOrRd", aspect="auto", vmin=0, vmax=top)
+    from matplotlib.colors import Normalize
+
+    image = axis.imshow(
+        np.array(values), cmap="YlOrRd", aspect="auto", norm=Normalize(0, top or max(1e-9, np.max(values)))
+    )
     axis.set_title(title, fontsize=10, loc="left")
     if not written:
         axis.figure.colorbar(image, ax=axis)
