@@ -66,62 +66,60 @@ def search(
     """
     limits = parse_budgets([budget] if isinstance(budget, str) else budget)
     full, depths = model.schedule("full"), candidate_depths(model, depths)
-    places = {depth: equidistant(range(full.depth), depth) for depth in depths}
     check_candidates(len(depths) + 1, len(full.patch_nums))
+    families = [{depth: equidistant(range(full.depth), depth) for depth in depths}]
     timing = LatencyModel.measure(model, depths, progress) if "latency" in limits else None
     cost_of = costs(model, timing)
-    check_possible(limits, cost_of, candidates(full, places))
+    check_possible(limits, cost_of, candidates(full, families[0]))
 
     source, samples = read_tokens(model, data, 2 * num_images, progress=progress, note=note)
     mine, apart = halves(samples)
-    families = [places]
     if model.subnets:
         families.append({depth: model.schedule(f"d{depth}").layers[-1] for depth in depths})
     if choose_layers:
         families.append(chosen_layers(model, mine, depths, batch_size, progress))
     tried = 1 + len(families) * len(depths) * len(full.patch_nums) + finalists
     losses = ImageLosses(model, mine, batch_size, total=tried, progress=progress)
-
-    predicted: dict[Schedule, float] = {}
-    for subnets in families:
-        table = {key: losses(schedule).mean(0) for key, schedule in schedules_by_scale(full, subnets)[1].items()}
-        table |= {(full.depth, k): losses(full).mean(0) for k in range(len(full.patch_nums))}
-        for schedule in candidates(full, subnets):
-            loss = prediction(schedule, table)
-            predicted[schedule] = min(loss, predicted.get(schedule, math.inf))
+    predicted = predictions(full, families, losses)
     within = [schedule for schedule in predicted if fits(cost_of(schedule), limits)]
-    best = sorted(within, key=predicted.get)[:finalists]
-    same = [one for one in (full, *schedules_by_scale(full, places)[1].values()) if fits(cost_of(one), limits)]
-    measured = {schedule: float(losses.of_image(schedule).mean()) for schedule in dict.fromkeys((*best, *same, full))}
-    # of equal losses the cheaper one
-    found = min((*best, *same), key=lambda one: (measured[one], sum(cost_of(one)[name] for name in limits)))
-    rival = min(same, key=measured.get)
 
-    others = ImageLosses(model, apart, batch_size, total=3, progress=progress)
-    shown = list(dict.fromkeys((full, found, rival, *sorted(best, key=measured.get))))
-    rows: dict[Schedule, Candidate] = {}
-    for schedule in dict.fromkeys((*shown, *same)):
-        rows[schedule] = {"schedule": str(schedule), "costs": cost_of(schedule)}
-        rows[schedule] |= {"predicted": predicted.get(schedule), "loss": measured[schedule]}
+    def loss_then_cost(schedule: Schedule) -> tuple[float, float]:  # of equal losses the cheaper one
+        return float(losses.of_image(schedule).mean()), sum(cost_of(schedule)[name] for name in limits)
+
+    best = sorted(sorted(within, key=predicted.get)[:finalists], key=loss_then_cost)
+    simple = (full, *schedules_by_scale(full, families[0])[1].values())
+    others = sorted((schedule for schedule in simple if fits(cost_of(schedule), limits)), key=loss_then_cost)
+    rival, found = others[0], min(best[0], others[0], key=loss_then_cost)
+    rows: dict[Schedule, Candidate] = {
+        schedule: {
+            "schedule": str(schedule),
+            "costs": cost_of(schedule),
+            "predicted": predicted[schedule],
+            "loss": loss_then_cost(schedule)[0],
+        }
+        for schedule in (full, *best, *others)
+    }
+    checked = ImageLosses(model, apart, batch_size, total=len({full, found, rival}), progress=progress)
     for schedule in (full, found, rival):
-        rows[schedule]["loss_apart"], rows[schedule]["loss_apart_error"] = mean_and_error(others.of_image(schedule))
+        rows[schedule]["loss_apart"], rows[schedule]["loss_apart_error"] = mean_and_error(checked.of_image(schedule))
+    mean, error = mean_and_error(checked.of_image(found) - checked.of_image(rival))
+    by_text = {row["schedule"]: row for row in rows.values()}
     if timing:
-        for row in profile(model, shown, progress=progress, **PROFILED)["schedules"]:
-            next(one for one in rows.values() if one["schedule"] == row["schedule"])["latency_ms"] = row["latency_ms"]
+        for row in profile(model, [full, rival, *best], progress=progress, **PROFILED)["schedules"]:
+            by_text[row["schedule"]]["latency_ms"] = row["latency_ms"]
     scored = None
     if reference is not None:
         options = {"num_images": scored_images, "batch_size": batch_size, "progress": progress}
-        scored = scores_of(model, list(dict.fromkeys((rival, found, full, *shown[:5]))), reference=reference, **options)
-        for row in rows.values():
-            if row["schedule"] in scored["scores"]:
-                row["score"] = scored["scores"][row["schedule"]]
-    mean, error = mean_and_error(others.of_image(found) - others.of_image(rival))
+        shown = list(dict.fromkeys((rival, found, full, *best)))  # the first is what the others are compared with
+        scored = scores_of(model, shown, reference=reference, **options)
+        for text, score in scored.pop("scores").items():
+            by_text[text]["score"] = score
     return {
         "kind": SEARCH,
         "schema": SCHEMA,
         **conditions(model),
         "data": {"name": source.name, "digest": source.digest, "images": len(losses)},
-        "images_apart": len(others),
+        "images_apart": len(checked),
         "budget": limits,
         "depths": depths,
         "candidates": len(predicted),
@@ -131,9 +129,9 @@ def search(
         "found": rows[found],
         "equidistant": rows[rival],
         "difference": {"value": mean, "interval": interval(mean, error)},
-        "finalists": [rows[schedule] for schedule in sorted(best, key=measured.get)],
-        "others": [rows[schedule] for schedule in same],
-        "scored": scored and {key: scored[key] for key in ("metric", "images", "reference")},
+        "finalists": [rows[schedule] for schedule in best],
+        "others": [rows[schedule] for schedule in others],
+        "scored": scored,
     }
 
 
@@ -272,6 +270,18 @@ def nested(full: Schedule, per_scale: Sequence[int], subnets: Subnets) -> Schedu
         own = subnets.get(depth, full.layers[0])
         layers.append(own if {*own} <= {*layers[-1]} else equidistant(layers[-1], depth))
     return Schedule(full.depth, full.patch_nums, tuple(layers[1:]))
+
+
+def predictions(full: Schedule, families: Sequence[Subnets], losses: ImageLosses) -> dict[Schedule, float]:
+    """The predicted loss of every candidate, whichever subnets its layers are from."""
+    found: dict[Schedule, float] = {}
+    for subnets in families:
+        table = {key: losses(schedule).mean(0) for key, schedule in schedules_by_scale(full, subnets)[1].items()}
+        table |= {(full.depth, k): losses(full).mean(0) for k in range(len(full.patch_nums))}
+        for schedule in candidates(full, subnets):
+            loss = prediction(schedule, table)
+            found[schedule] = min(loss, found.get(schedule, math.inf))
+    return found
 
 
 def prediction(schedule: Schedule, table: Mapping[tuple[int, int], np.ndarray]) -> float:

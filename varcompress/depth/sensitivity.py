@@ -89,9 +89,10 @@ def sensitivity(
             batch_size=batch_size,
             progress=progress,
         )
-        result["scored"] = {key: scored[key] for key in ("metric", "images", "reference")}
+        found = scored.pop("scores")
         for row in (result["full"], *result["only"], *result["from"]):
-            row["score"] = scored["scores"][row["schedule"]]
+            row["score"] = found[row["schedule"]]
+        result["scored"] = scored
     return result
 
 

@@ -420,9 +420,7 @@ def search_table(result: SearchResult) -> RenderableType:
     if result["scored"]:
         metric = result["scored"]["metric"]
         head += f"\n{metric}: ± half of the 95 % interval; ≈: the difference to equidistant is within its interval"
-    rows = [result["full"]]
-    for name in ("equidistant", "found"):
-        rows.append(result[name] | {"schedule": f"{name}: {result[name]['schedule']}"})
+    rows = [result[name] for name in ("full", "equidistant", "found")]
     columns = {
         **{name: lambda r, name=name: percent(r["costs"][name], 1) for name in rows[0]["costs"]},
         "loss,\npredicted": lambda r: number(r["predicted"]),
@@ -433,19 +431,30 @@ def search_table(result: SearchResult) -> RenderableType:
         columns["measured,\nms"] = lambda r: number(r["latency_ms"])
     if result["scored"]:
         columns[result["scored"]["metric"]] = lambda r: score(r["score"])
-    low, high = result["difference"]["interval"]
-    verdict = "within noise" if low <= 0 <= high else "less" if high < 0 else "more"
-    said = (
-        f"Loss of found above equidistant, image by image: {result['difference']['value']:.3g}, "
-        f"95 % interval {low:.3g} to {high:.3g}: {verdict}"
-    )
-    if result["found"]["schedule"] == result["equidistant"]["schedule"]:
-        said = "The best schedule within the budget is an equidistant one."
+    found, rival = result["found"], result["equidistant"]
+    if found["schedule"] == rival["schedule"]:
+        said = [f"Found: {found['schedule']}, which is equidistant."]
+    else:
+        said = [f"Found: {found['schedule']}; the best equidistant one: {rival['schedule']}."]
+        said.append("Their difference, image by image:")
+        said.append(_difference("loss", result["difference"]["value"], result["difference"]["interval"]))
+        if "difference_interval" in found.get("score", {}):
+            own = found["score"]
+            said.append(_difference(result["scored"]["metric"], own["difference"], own["difference_interval"]))
     best = {heading: columns[heading] for heading in ("loss,\npredicted", "measured")}
     if result["scored"] and any("score" in row for row in result["finalists"]):
         best[result["scored"]["metric"]] = lambda r: score(r.get("score"))
     finalists = _table("The best by prediction, measured", best, result["finalists"])
-    return _stacked(head, _table("Costs as shares of full's, and losses", columns, rows), Text(said), "", finalists)
+    return _stacked(
+        head, _table("Costs as shares of full's, and losses", columns, rows), *map(Text, said), "", finalists
+    )
+
+
+def _difference(name: str, value: float, interval: Sequence[float]) -> str:
+    """A difference and its 95 % interval, and what that says."""
+    low, high = interval
+    verdict = "within noise" if low <= 0 <= high else "less" if high < 0 else "more"
+    return f"  {name} {value:.3g}, 95 % interval {low:.3g} to {high:.3g}: {verdict}"
 
 
 def _by_scale(title: str, rows: Rows, cell: Callable[[dict], str]) -> Table:
