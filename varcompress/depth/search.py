@@ -112,7 +112,7 @@ def search(
     scored = None
     if reference is not None:
         options = {"num_images": scored_images, "batch_size": batch_size, "progress": progress}
-        shown = list(dict.fromkeys((rival, found, full, *best)))  # the first is what the others are compared with
+        shown = list(dict.fromkeys((rival, found, full, *others[:2], *best)))  # differences are to the first
         scored = scores_of(model, shown, reference=reference, **options)
         for text, score in scored.pop("scores").items():
             by_text[text]["score"] = score
