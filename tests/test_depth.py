@@ -38,7 +38,7 @@ from varcompress.models.transformer import modulate
 from varcompress.progress import silent
 from varcompress.publish import record
 from varcompress.results import LayerRow, SearchResult, SensitivityResult, SensitivityRow
-from varcompress.schedule import Gapped, Schedule, equidistant
+from varcompress.schedule import Gapped, Schedule, Together, equidistant
 
 MODEL = random_model()  # 6 layers, scales 1 2 3 4
 FULL = MODEL.schedule("full")
@@ -121,6 +121,8 @@ def test_only_a_scale():
         Schedule(6, FULL.patch_nums, schedule.layers)
     with pytest.raises(InputError, match="layer 6"):
         Gapped.only(1, (0, 6), FULL)
+    with pytest.raises(InputError, match="runs alone"):
+        Together((FULL, schedule))
 
 
 # -- sensitivity --------------------------------------------------------------------------------
@@ -252,10 +254,11 @@ def test_candidates_are_all_ways_to_fall():
 
 def test_a_search_by_latency_and_layers(images, tmp_path):
     budget = ["latency=0.95", "cache=0.9"]
-    found = search(MODEL, budget, images, depths=[4, 2], choose_layers=True, num_images=8, note=silent)
+    found = search(MODEL, budget, images, depths=[4, 2], choose_layers=True, num_images=8, timed_batch=2, note=silent)
     assert set(found) == set(SearchResult.__annotations__)
     assert set(found["budget"]) == {"latency", "cache"}
     assert found["latency"]["worst_error"] >= 0
+    assert found["latency"]["batch_size"] == 2
     assert found["found"]["latency_ms"] > 0
     assert found["candidates"] > math.comb(4 + 3 - 1, 4)  # of two families of subnets
     assert record(found, tmp_path)[1].name == "search.png"

@@ -247,6 +247,10 @@ class Together:
 
     schedules: tuple[Schedule, ...]
 
+    def __post_init__(self) -> None:
+        if any(isinstance(schedule, Gapped) for schedule in self.schedules):
+            raise InputError("a schedule with gaps runs alone: what its layers see is no beginning of an image")
+
     @cached_property
     def trunk(self) -> int:
         """Tokens that the schedules share."""

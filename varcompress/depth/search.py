@@ -20,13 +20,13 @@ from varcompress.errors import InputError
 from varcompress.models.elastic import ElasticVAR
 from varcompress.profiling import conditions, profile
 from varcompress.progress import Note, Progress, silent
-from varcompress.results import SCHEMA, SEARCH, Candidate, SearchResult
+from varcompress.results import SCHEMA, SEARCH, Candidate, ProfileRow, SearchResult
 from varcompress.schedule import Schedule, equidistant
 from varcompress.training.sensitivity import SENSITIVITY_IMAGES, eliminate, kept
 
 COSTS = ("latency", "cache", "flops")
 MOST_CANDIDATES = 20_000  # all are looked at: five depths at ten scales are 1,001, eight are 19,448
-PROFILED = {"batch_size": 8, "runs": 3}
+TIMED_RUNS = 3  # of each schedule that is timed
 
 Subnets = Mapping[int, tuple[int, ...]]  # depth -> layers
 
@@ -40,6 +40,7 @@ def search(
     choose_layers: bool = False,
     num_images: int = 256,
     batch_size: int = 64,
+    timed_batch: int = 8,
     finalists: int = 8,
     reference: str | Path | None = None,
     scored_images: int | None = None,
@@ -50,7 +51,7 @@ def search(
 
     budget: "latency=0.5", "cache=0.3" or "flops=0.4", a share of what `full` costs, or several, all of which hold.
     flops and cache are arithmetic (`predict`, with the decoder). latency is a model fitted to measured schedules: a
-    constant, and shares of the layers that are run and of the FLOPs (`LatencyModel`).
+    constant, a time for each layer that is run and one for each FLOP, in batches of `timed_batch` (`LatencyModel`).
 
     Candidates are all ways to go from all layers to fewer from scale to scale, in steps of `depths` (by default those
     that the model was trained for, or 16, 8, 4 and 2); layers are the equidistant ones, the model's own, and with
@@ -68,7 +69,7 @@ def search(
     full, depths = model.schedule("full"), candidate_depths(model, depths)
     check_candidates(len(depths) + 1, len(full.patch_nums))
     families = [{depth: equidistant(range(full.depth), depth) for depth in depths}]
-    timing = LatencyModel.measure(model, depths, progress) if "latency" in limits else None
+    timing = LatencyModel.measure(model, depths, timed_batch, progress) if "latency" in limits else None
     cost_of = costs(model, timing)
     check_possible(limits, cost_of, candidates(full, families[0]))
 
@@ -105,12 +106,13 @@ def search(
     mean, error = mean_and_error(checked.of_image(found) - checked.of_image(rival))
     by_text = {row["schedule"]: row for row in rows.values()}
     if timing:
-        for row in profile(model, [full, rival, *best], progress=progress, **PROFILED)["schedules"]:
+        shown = list(dict.fromkeys((full, rival, *best)))
+        for row in timed(model, shown, timed_batch, progress):
             by_text[row["schedule"]]["latency_ms"] = row["latency_ms"]
     scored = None
     if reference is not None:
         options = {"num_images": scored_images, "batch_size": batch_size, "progress": progress}
-        shown = list(dict.fromkeys((rival, found, full, *best)))  # the first is what the others are compared with
+        shown = list(dict.fromkeys((rival, found, full, *others[:2], *best)))  # differences are to the first
         scored = scores_of(model, shown, reference=reference, **options)
         for text, score in scored.pop("scores").items():
             by_text[text]["score"] = score
@@ -200,6 +202,7 @@ class LatencyModel:
     """
 
     model: ElasticVAR
+    batch_size: int
     constant_ms: float
     layer_ms: float
     flop_ms: float
@@ -207,16 +210,15 @@ class LatencyModel:
     worst: float  # its largest relative error among them
 
     @classmethod
-    def measure(cls, model: ElasticVAR, depths: Sequence[int], progress: Progress) -> LatencyModel:
+    def measure(cls, model: ElasticVAR, depths: Sequence[int], batch_size: int, progress: Progress) -> LatencyModel:
         """Fit to `full`, and to each depth at all scales and after the model's bridge."""
         texts = [f"d{depth}@{bridge}" for depth in depths for bridge in sorted({0, model.bridge})]
         schedules = [model.schedule(text) for text in ("full", *texts)]
-        rows = profile(model, schedules, progress=progress, **PROFILED)["schedules"]
-        measured = {row["schedule"]: row["latency_ms"] for row in rows}
+        measured = {row["schedule"]: row["latency_ms"] for row in timed(model, schedules, batch_size, progress)}
         terms = np.array([cls._terms(model, model.schedule(text)) for text in measured])
         times = np.array(list(measured.values()))
         fitted = least_squares(terms / times[:, None], np.ones(len(times)))
-        return cls(model, *fitted, measured, float(np.abs(terms @ fitted / times - 1).max()))
+        return cls(model, batch_size, *fitted, measured, float(np.abs(terms @ fitted / times - 1).max()))
 
     @staticmethod
     def _terms(model: ElasticVAR, schedule: Schedule) -> tuple[float, float, float]:
@@ -230,7 +232,12 @@ class LatencyModel:
     def facts(self) -> dict:
         """What a result says of it."""
         fitted = {"constant_ms": self.constant_ms, "layer_ms": self.layer_ms, "gflop_ms": 1e9 * self.flop_ms}
-        return fitted | {"measured_ms": self.measured, "worst_error": self.worst, **PROFILED}
+        return fitted | {"batch_size": self.batch_size, "measured_ms": self.measured, "worst_error": self.worst}
+
+
+def timed(model: ElasticVAR, schedules: Sequence[Schedule], batch_size: int, progress: Progress) -> list[ProfileRow]:
+    """The profiles of schedules, `full` among them."""
+    return profile(model, schedules, batch_size=batch_size, runs=TIMED_RUNS, progress=progress)["schedules"]
 
 
 def least_squares(terms: np.ndarray, wanted: np.ndarray) -> np.ndarray:

@@ -205,8 +205,8 @@ def plot_search(result: SearchResult, path: str | Path) -> Path:
     name, limit = next(iter(result["budget"].items()))
     figure, ((axis,),) = _figure(width=8.5, height=5, columns=1)
     groups = (
-        ("equidistant, within the budget", result["others"], {"color": RUN_COLOURS[0], "marker": "o"}),
         ("best by prediction", result["finalists"], {"color": RUN_COLOURS[2], "marker": "D"}),
+        ("equidistant, within the budget", result["others"], {"color": RUN_COLOURS[0], "marker": "o"}),
         ("found", [result["found"]], {"color": RUN_COLOURS[3], "marker": "*", "s": 170, "zorder": 3}),
     )
     for label, rows, style in groups:
