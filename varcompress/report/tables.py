@@ -444,10 +444,11 @@ def search_table(result: SearchResult) -> RenderableType:
     best = {heading: columns[heading] for heading in ("loss,\npredicted", "measured")}
     if result["scored"] and any("score" in row for row in result["finalists"]):
         best[result["scored"]["metric"]] = lambda r: score(r.get("score"))
-    finalists = _table("The best by prediction, measured", best, result["finalists"])
-    return _stacked(
-        head, _table("Costs as shares of full's, and losses", columns, rows), *map(Text, said), "", finalists
+    tables = (
+        _table("The best by prediction, measured", best, result["finalists"]),
+        _table("The best of the equidistant ones", best, result["others"][:5]),
     )
+    return _stacked(head, _table("Costs as shares of full's, and losses", columns, rows), *map(Text, said), "", *tables)
 
 
 def _difference(name: str, value: float, interval: Sequence[float]) -> str:
