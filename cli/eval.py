@@ -53,7 +53,8 @@ def evaluate(
     features: Annotated[
         str | None,
         typer.Option(
-            help="The network whose features are compared: inception or digits.",
+            help="The network whose features are compared: inception, dinov2, efficientnet-lite0, digits, or a file in "
+            "timm's format.",
             show_default="as the protocol says",
         ),
     ] = None,

@@ -38,6 +38,14 @@ def packed_weights():
         yield
 
 
+@pytest.fixture(autouse=True, scope="session")
+def own_cache(tmp_path_factory):
+    """References are kept in a folder of the session, not in the user's cache."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VARCOMPRESS_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @pytest.fixture
 def one_thread():
     """Small models train faster so, and alike on every machine."""
@@ -74,6 +82,11 @@ def placed(model: ElasticVAR, device: torch.device | None = None, **how) -> Elas
 def tiny() -> ElasticVAR:
     """6 layers, scales 1 2 3 4, 10 classes, 8 x 8 pixels."""
     return random_model()
+
+
+def score_of(value: float, half: float = 1.0, **more: object) -> dict:
+    """A score as a result holds it."""
+    return {"value": value, "interval": [value - half, value + half], **more}
 
 
 class OnDevice(torch.Tensor):

@@ -125,7 +125,7 @@ def test_an_output_below_a_file_is_refused_before_anything_is_loaded(tmp_path, r
     assert f"{tmp_path / 'file'} is no directory" in err
 
 
-@pytest.mark.parametrize("arguments", [["eval", "digits"], ["profile", "digits"], SAMPLE])
+@pytest.mark.parametrize("arguments", [["profile", "digits"], SAMPLE])
 def test_what_does_not_share_its_work_is_refused_under_torchrun(run, arguments, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("WORLD_SIZE", "2")
@@ -133,7 +133,7 @@ def test_what_does_not_share_its_work_is_refused_under_torchrun(run, arguments, 
     assert (code, out) == (2, "")
     assert err == (
         f"error: {arguments[0]} runs in one process, and WORLD_SIZE is 2: start it without torchrun, "
-        "which only distill and tokenize can share work under\n"
+        "which only distill, tokenize and eval can share work under\n"
     )
     monkeypatch.setenv("RANK", "1")
     assert run(*arguments) == (2, "", "")

@@ -8,9 +8,11 @@ import pytest
 import yaml
 from huggingface_hub import ModelCard
 
+from tests.conftest import score_of
 from varcompress.models.elastic import ElasticVAR, Provenance
 from varcompress.publish import save
 from varcompress.report.card import TASK, is_generated, model_card
+from varcompress.results import SCHEMA
 from varcompress.training.recipe import load_recipe
 
 COST = {"latency_ms": 20.0, "images_per_second": 400.0, "peak_bytes": 3 * 2**20, "cache_bytes": 2**20}
@@ -26,30 +28,37 @@ PROFILE_ROW = {
 }
 PROFILE = {
     "kind": "profile",
+    "schema": SCHEMA,
     **{"model": "tiny", "device": "Some CPU", "dtype": "float32", "torch": "2.14.1", "batch_size": 8, "runs": 5},
     "schedules": [
         {"schedule": "full", **PROFILE_ROW},
         {"schedule": "d2@2", **PROFILE_ROW, "latency_ms": 8.0, "speedup": 2.5, "cache_bytes": 2**19},
     ],
 }
+SETTINGS = {"cfg": 1.5, "top_k": 900, "top_p": 0.96, "seeds": [0], "images": 1000, "rounding": "round"}
 EVAL = {
     "kind": "eval",
+    "schema": SCHEMA,
     **{"model": "tiny", "device": "Some CPU", "dtype": "float32", "batch_size": 64},
     "reference": "/home/ann/VIRTUAL_imagenet256_labeled.npz",
-    "features": "inception-v3",
-    "settings": {"cfg": 1.5, "top_k": 900, "top_p": 0.96, "seed": 0, "images": 1000, "rounding": "round"},
-    "notes": ["the reference holds statistics only: no KID, precision or recall"],
+    "protocol": "adm-imagenet256",
+    "deviations": ["1,000 images instead of 50,000"],
+    "features": {"name": "inception", "printed": "inception-v3"},
+    "settings": SETTINGS | {"inception_groups": "consecutive", "distances": "adm"},
+    "notes": ["the reference holds statistics only: Frechet distances and IS are all that it gives"],
     "schedules": [
-        {"schedule": "full", "fid": 12.3, "is": 40.1, "is_std": 1.5, "kid": None, "recall": None, **COST},
-        {"schedule": "d2@2", "fid": 15.6, "is": 35.0, "is_std": 1.25, "kid": None, "recall": None, **COST},
+        {"schedule": "full", "scores": {"fd": score_of(12.3), "is": score_of(40.1)}, **COST},
+        {"schedule": "d2@2", "scores": {"fd": score_of(15.6), "is": score_of(35.0, 1.25)}, **COST},
     ],
 }
 DIGITS = {
     **EVAL,
     "reference": "embedded digits",
-    "features": "digits",
+    "features": {"name": "digits", "printed": "digits"},
     "notes": [],
-    "schedules": [{"schedule": "full", "digits_fd": 1.25, "digits_is": 8.0, "digits_kid": 0.0123, **COST}],
+    "schedules": [
+        {"schedule": "full", "scores": {"fd": score_of(1.25), "is": score_of(8.0), "kd": score_of(0.0123)}, **COST}
+    ],
 }
 
 
@@ -92,9 +101,10 @@ def test_tables(distilled):
     speed, quality = section(card, "Speed and memory"), section(card, "Image quality")
     assert "batch of 8 in float32 on Some CPU" in speed
     assert "| `d2@2` | 8.00 | 400 | 2.50 | 1.00 | 3.00 | 0.500 |" in speed
-    assert "| schedule | FID | IS | KID | recall | latency, ms |" in quality
-    assert "| `full` | 12.3 | 40.1 ± 1.50 | – | – |" in quality
-    assert "no KID, precision or recall" in quality
+    assert "| schedule | FID | IS | latency, ms |" in quality
+    assert "| `full` | 12.3 ± 1 | 40.1 ± 1 |" in quality
+    assert "Protocol adm-imagenet256*, departing from it: 1,000 images instead of 50,000." in quality
+    assert "statistics only" in quality
     assert "![Plot](profile.png)" in card
 
 

@@ -1,14 +1,10 @@
-"""Features, references and scores."""
+"""Scores of schedules: what they are, what they depend on, how they go on after a kill and share the work."""
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
-import http.server
 import json
-import pickle
-import threading
-from dataclasses import replace
+import random
+import time
 from pathlib import Path
 
 import numpy as np
@@ -19,32 +15,31 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 from torch.utils.data import Dataset
-from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
-from torch_fidelity.metric_fid import fid_features_to_statistics
-from torchvision import transforms
 
-from tests.conftest import official_state
+from tests import fidelity
+from tests.conftest import official_state, random_model
+from tests.processes import evaluation, free_port
+from tests.test_reference import CPU, SIZE, write_folder, write_npz
 from varcompress.data.digits import load_digits
 from varcompress.errors import InputError
-from varcompress.evaluation import evaluate, inception, scores
-from varcompress.evaluation.digits import DIGITS, DigitsFeatures
-from varcompress.evaluation.features import Extractor, Features
-from varcompress.evaluation.inception import INCEPTION, inception_weights
+from varcompress.evaluation import evaluate, parts, saving, scores
+from varcompress.evaluation.digits import DIGITS
+from varcompress.evaluation.features import Extractor
+from varcompress.evaluation.measures import Compared, measure
 from varcompress.evaluation.reference import read_reference
 from varcompress.fingerprint import fingerprint
-from varcompress.hardware import _precision_settings
-from varcompress.images import fit, to_uint8
 from varcompress.images import pixels as as_pixels
-from varcompress.metrics import score, score_fields
+from varcompress.images import to_uint8
+from varcompress.metrics import METRICS
 from varcompress.models.autoencoder import TokenizerConfig
 from varcompress.models.elastic import ElasticVAR, Provenance
 from varcompress.models.tokenizer import VQVAE
 from varcompress.publish import save
-from varcompress.sampling import PUBLISHED, Sampling
+from varcompress.results import EvalResult, EvalRow
+from varcompress.sampling import Sampling
 
-CPU = torch.device("cpu")
-SIZE = 16
 COUNT = 23
+ON_DIGITS = [key for key in METRICS if key != "sfd"]
 
 
 @pytest.fixture(scope="module")
@@ -56,324 +51,9 @@ def model(tiny) -> ElasticVAR:
 
 
 @pytest.fixture(scope="module")
-def extractor() -> Extractor:
-    return Extractor(DIGITS, None, CPU)
-
-
-@pytest.fixture(scope="module")
 def pixels() -> np.ndarray:
     """Digits (23, 16, 16, 3) uint8."""
     return as_pixels(to_uint8(load_digits()[0][:COUNT]))
-
-
-def write_folder(folder: Path, pixels: np.ndarray) -> Path:
-    for index, image in enumerate(pixels):
-        path = folder / f"class{index % 3}" / f"{index:03}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(image).save(path)
-    return folder
-
-
-def write_npz(path: Path, **arrays: np.ndarray) -> Path:
-    np.savez(path, **arrays)
-    return path
-
-
-def read(source, extractor, batch_size=10):
-    return read_reference(source, extractor, size=SIZE, batch_size=batch_size)
-
-
-# -- features -----------------------------------------------------------------------------------
-
-
-def test_the_embedded_features_know_digits():
-    images, labels = load_digits()
-    logits = Extractor(DIGITS, None, CPU)(to_uint8(images)).logits
-    assert float((logits.argmax(dim=1) == labels).float().mean()) > 0.98
-
-
-def test_the_embedded_features_stay_small():
-    assert sum(parameter.numel() for parameter in DigitsFeatures().parameters()) * 2 < 200 * 1024
-
-
-@given(st.lists(st.floats(0, 1, width=32), min_size=1, max_size=40))
-def test_eight_bit_rounding(values):
-    images = torch.tensor(values)
-    scaled = np.array(values, np.float32) * np.float32(255)
-    assert np.array_equal(to_uint8(images).numpy(), (scaled + np.float32(0.5)).astype(np.uint8))
-    assert np.array_equal(to_uint8(images, "truncate").numpy(), scaled.astype(np.uint8))
-
-
-def test_eight_bits_survive_rounding():
-    levels = torch.arange(256)
-    assert torch.equal(to_uint8(levels / 255), levels.to(torch.uint8))
-
-
-class BlankInception(FeatureExtractorInceptionV3):
-    """torch-fidelity's Inception with the weights that it is initialised with."""
-
-    def load_state_dict(self, *_):
-        pass
-
-
-@pytest.fixture(scope="module")
-def inception_file(tmp_path_factory) -> Path:
-    """A file of Inception's shape with random weights."""
-    path = tmp_path_factory.mktemp("inception") / "weights.pth"
-    torch.save({}, path)
-    network = BlankInception("inception-v3-compat", ["2048"], feature_extractor_weights_path=str(path))
-    torch.save(network.state_dict(), path)
-    return path
-
-
-def test_inception_from_a_file(inception_file, monkeypatch):
-    monkeypatch.setattr(inception, "INCEPTION_SHA256", hashlib.sha256(inception_file.read_bytes()).hexdigest())
-    vectors, logits = Extractor(INCEPTION, inception_file, CPU)(torch.zeros(2, 3, SIZE, SIZE, dtype=torch.uint8))
-    assert vectors.shape == (2, 2048)
-    assert logits.shape == (2, 1008)
-
-
-def test_features_are_computed_in_full_float32(extractor):
-    settings, seen = _precision_settings(), []
-    before = [read() for read, _, _ in settings]
-    hook = extractor.network.register_forward_hook(lambda *_: seen.append([read() for read, _, _ in settings]))
-    torch.set_float32_matmul_precision("high")
-    try:
-        extractor(torch.zeros(1, 3, SIZE, SIZE, dtype=torch.uint8))
-    finally:
-        hook.remove()
-        for (_, write, _), value in zip(settings, before, strict=True):
-            write(value)
-    assert seen == [[exact for _, _, exact in settings]]
-
-
-class Opened:
-    """Pickles to something that leaves a trace when it is loaded."""
-
-    def __init__(self, trace: Path) -> None:
-        self.trace = trace
-
-    def __reduce__(self):
-        return Path.touch, (self.trace,)
-
-
-def test_weights_of_another_digest_are_never_opened(tmp_path):
-    path = tmp_path / "weights.pth"
-    torch.save(Opened(tmp_path / "opened"), path)
-    with pytest.raises(InputError, match=r"weights\.pth: not the Inception weights.*6726825d"):
-        Extractor(INCEPTION, path, CPU)
-    assert not (tmp_path / "opened").exists()
-
-
-def test_a_missing_weights_file_is_named(tmp_path):
-    with pytest.raises(InputError, match=r"none\.pth: no such file"):
-        inception_weights(tmp_path / "none.pth")
-
-
-@pytest.fixture
-def served(tmp_path, monkeypatch):
-    """Bytes behind URL_INCEPTION_V3 on a loopback server, and an empty cache of torch's."""
-    content = b"as good as weights" * 1000
-
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def do_GET(self):
-            self.send_response(200)
-            self.send_header("Content-Length", str(len(content)))
-            self.end_headers()
-            self.wfile.write(content)
-
-        def log_message(self, *_):
-            pass
-
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    monkeypatch.setattr(inception, "URL_INCEPTION_V3", f"http://127.0.0.1:{server.server_port}/weights-0.pth")
-    monkeypatch.setattr(torch.hub, "_hub_dir", str(tmp_path / "hub"))
-    yield content
-    server.shutdown()
-    server.server_close()
-
-
-def test_weights_are_downloaded_once_and_checked(served, tmp_path, monkeypatch):
-    monkeypatch.setattr(inception, "INCEPTION_SHA256", hashlib.sha256(served).hexdigest())
-    path = inception_weights(None)
-    assert path.read_bytes() == served
-    monkeypatch.setattr(inception, "URL_INCEPTION_V3", "http://127.0.0.1:9/weights-0.pth")
-    assert inception_weights(None) == path
-
-
-def test_a_download_of_another_digest_is_refused(served, tmp_path):
-    with pytest.raises(InputError, match=r"could not be downloaded.*--feature-weights FILE"):
-        inception_weights(None)
-    assert not any((tmp_path / "hub").rglob("*.pth"))
-
-
-def test_without_network_one_line_names_the_option(tmp_path, monkeypatch):
-    monkeypatch.setattr(inception, "URL_INCEPTION_V3", "http://127.0.0.1:9/weights-0.pth")
-    monkeypatch.setattr(torch.hub, "_hub_dir", str(tmp_path / "hub"))
-    with pytest.raises(InputError, match="--feature-weights FILE") as caught:
-        inception_weights(None)
-    assert "\n" not in str(caught.value)
-
-
-# -- references ---------------------------------------------------------------------------------
-
-
-def test_folder_and_npz_of_the_same_images_agree(tmp_path, pixels, extractor):
-    folder = read(write_folder(tmp_path / "images", pixels), extractor)
-    order = sorted(range(COUNT), key=lambda index: (index % 3, index))  # as paths sort
-    for key in ("arr_0", "images"):
-        arrays = read(write_npz(tmp_path / f"{key}.npz", **{key: pixels[order]}), extractor)
-        assert torch.equal(folder.vectors, arrays.vectors)
-        np.testing.assert_array_equal(folder.statistics["sigma"], arrays.statistics["sigma"])
-    assert not folder.notes
-    assert not arrays.notes
-
-
-def test_batches_do_not_change_a_reference(tmp_path, pixels, extractor):
-    path = write_npz(tmp_path / "images.npz", arr_0=pixels)
-    for batch_size in (1, COUNT, 100):
-        torch.testing.assert_close(read(path, extractor, batch_size).vectors, read(path, extractor).vectors)
-
-
-def test_unreadable_images_are_skipped_counted_and_named(tmp_path, pixels, extractor):
-    folder = write_folder(tmp_path / "images", pixels)
-    (folder / "empty.png").touch()
-    (folder / "class0" / "text.JPEG").write_text("no image")
-    whole = (folder / "class1" / "001.png").read_bytes()
-    (folder / "class1" / "half.png").write_bytes(whole[: len(whole) // 2])
-    (folder / "list.txt").write_text("not an image by name: no matter")
-    reference = read(folder, extractor)
-    assert len(reference.vectors) == COUNT
-    (note,) = reference.notes
-    assert note.startswith(f"reference: skipped 3 of {COUNT + 3} images that could not be read: ")
-    for name in ("empty.png", "class0/text.JPEG", "class1/half.png"):
-        assert name in note
-
-
-def test_images_of_another_size_are_fitted_and_said(tmp_path, pixels, extractor):
-    folder = write_folder(tmp_path / "images", pixels)
-    wide = np.pad(np.repeat(np.repeat(pixels[0], 2, 0), 2, 1), ((0, 0), (7, 7), (0, 0)), constant_values=255)
-    Image.fromarray(wide).convert("L").save(folder / "wide.webp", lossless=True)
-    reference = read(folder, extractor)
-    assert reference.notes == ["reference images cropped to their centre and resized to 16 x 16: 1"]
-    plain = extractor(torch.from_numpy(pixels[:1]).permute(0, 3, 1, 2)).vectors
-    distance = (reference.vectors - plain).norm(dim=1)
-    assert float(distance[-1]) < 0.5 * float(distance[1:-1].min())  # last by name, and nearest to where it came from
-
-
-def test_npz_images_of_another_size(tmp_path, pixels, extractor):
-    doubled = pixels.repeat(2, axis=1).repeat(2, axis=2)
-    reference = read(write_npz(tmp_path / "large.npz", arr_0=doubled), extractor)
-    assert reference.notes == ["reference images cropped to their centre and resized to 16 x 16: 23"]
-
-
-def test_the_adm_layout(tmp_path, pixels, extractor):
-    mu, sigma = np.full(64, 2.0), np.eye(64)
-    statistics = read(write_npz(tmp_path / "statistics.npz", mu=mu, sigma=sigma), extractor)
-    assert statistics.vectors is None
-    both = read(
-        write_npz(tmp_path / "both.npz", arr_0=pixels, mu=mu, sigma=sigma, mu_s=mu[:3], sigma_s=sigma[:3]), extractor
-    )
-    assert len(both.vectors) == COUNT
-    for reference in (statistics, both):
-        np.testing.assert_array_equal(reference.statistics["mu"], mu)
-        np.testing.assert_array_equal(reference.statistics["sigma"], sigma)
-
-
-def test_a_reference_says_what_it_is_made_of(tmp_path, pixels, extractor):
-    arrays = read(write_npz(tmp_path / "images.npz", arr_0=pixels), extractor)
-    assert (arrays.details["images"], arrays.details["statistics"]) == (COUNT, "of its images")
-    order = sorted(range(COUNT), key=lambda index: (index % 3, index))  # as paths sort
-    folder = read(write_folder(tmp_path / "images", pixels[order][np.argsort(order)]), extractor)
-    assert read(write_npz(tmp_path / "sorted.npz", arr_0=pixels[order]), extractor).details == folder.details
-    assert read(tmp_path / "images.npz", extractor, batch_size=7).details == arrays.details
-    changed = pixels.copy()
-    changed[3, 5, 5, 1] ^= 1
-    assert read(write_npz(tmp_path / "changed.npz", arr_0=changed), extractor).digest != arrays.digest
-
-    mu, sigma = np.full(64, 2.0), np.eye(64)
-    alone = read(write_npz(tmp_path / "statistics.npz", mu=mu, sigma=sigma), extractor)
-    assert (alone.details["images"], alone.details["statistics"]) == (None, "mu and sigma of its file")
-    both = read(write_npz(tmp_path / "both.npz", arr_0=pixels, mu=mu, sigma=sigma), extractor)
-    assert (both.details["images"], both.details["statistics"]) == (COUNT, "mu and sigma of its file")
-    assert read(write_npz(tmp_path / "other.npz", mu=mu + 1, sigma=sigma), extractor).digest != alone.digest
-    digests = [reference.digest for reference in (arrays, folder, alone, both)]
-    assert len(set(digests)) == 4
-    assert {len(digest) for digest in digests} == {16}
-
-
-@pytest.mark.parametrize("shape", [(40, 43), (43, 40), (40, 47), (16, 19), (33, 16)])
-def test_images_of_another_size_lose_what_torchvisions_centre_crop_loses(shape):
-    image = np.random.default_rng(0).integers(256, size=(*shape, 3), dtype=np.uint8)
-    side = min(shape)
-    square = np.asarray(transforms.CenterCrop(side)(Image.fromarray(image)))
-    assert np.array_equal(fit(image[None], side)[0].permute(1, 2, 0), square)  # nothing to resize
-    inner = slice(4, -4)  # further out, Lanczos reaches beyond the square
-    shrunk = transforms.Resize(side // 2, transforms.InterpolationMode.LANCZOS)(Image.fromarray(square))
-    assert np.array_equal(
-        fit(image[None], side // 2)[0].permute(1, 2, 0)[inner, inner], np.asarray(shrunk)[inner, inner]
-    )
-
-
-def truncated(path: Path, share: float) -> Path:
-    content = path.read_bytes()
-    path.write_bytes(content[: int(len(content) * share)])
-    return path
-
-
-def damaged(path: Path) -> Path:
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 0xFF
-    path.write_bytes(content)
-    return path
-
-
-def bad_references(folder: Path, pixels: np.ndarray) -> dict[str, tuple[Path, str]]:
-    mu, sigma = np.zeros(64), np.eye(64)
-    empty, few, broken = folder / "empty", folder / "few", folder / "broken"
-    empty.mkdir()
-    write_folder(few, pixels[:3])
-    broken.mkdir()
-    (broken / "a.png").touch()
-    text = folder / "text.npz"
-    text.write_text("not an archive")
-    array = folder / "array.npz"
-    with open(array, "wb") as file:
-        np.save(file, pixels)
-    pickled = np.array([Opened(folder / "opened")], dtype=object)
-    return {
-        "missing": (folder / "none.npz", "no such reference"),
-        "empty folder": (empty, "holds no image"),
-        "three images": (few, "readable images: 3"),
-        "no readable image": (broken, "readable images: 0"),
-        "text": (text, "not a readable .npz"),
-        "npy": (array, "not a readable .npz"),
-        "truncated": (truncated(write_npz(folder / "half.npz", arr_0=pixels), 0.5), "not a readable .npz"),
-        "damaged": (damaged(write_npz(folder / "damaged.npz", arr_0=pixels)), "not a readable .npz"),
-        "pickled images": (write_npz(folder / "p.npz", arr_0=pickled), "arr_0 is object|not a readable .npz"),
-        "pickled statistics": (write_npz(folder / "q.npz", mu=pickled, sigma=sigma), "not a readable .npz"),
-        "floats": (write_npz(folder / "floats.npz", arr_0=pixels / 255), "arr_0 is float64"),
-        "channels first": (
-            write_npz(folder / "chw.npz", arr_0=pixels.transpose(0, 3, 1, 2)),
-            "arr_0 is uint8 of shape",
-        ),
-        "no images": (write_npz(folder / "none_in.npz", arr_0=pixels[:0]), "arr_0 is uint8 of shape"),
-        "other arrays": (write_npz(folder / "other.npz", a=mu, b=mu), "holds a, b"),
-        "Inception's statistics": (write_npz(folder / "d.npz", mu=np.zeros(2048), sigma=np.eye(2)), "need mu"),
-        "not finite": (write_npz(folder / "nan.npz", mu=mu * np.nan, sigma=sigma), "not finite"),
-        "text for numbers": (write_npz(folder / "t.npz", mu=np.array(["a"]), sigma=sigma), "not a readable .npz"),
-    }
-
-
-def test_bad_references_get_one_line(tmp_path, pixels, extractor):
-    for what, (path, message) in bad_references(tmp_path, pixels).items():
-        with pytest.raises(InputError, match=message) as caught:
-            read(path, extractor)
-        assert str(path) in str(caught.value), what
-        assert "\n" not in str(caught.value), what
-    assert not (tmp_path / "opened").exists()
-    assert pickle.dumps(Opened(tmp_path))  # the trap itself is sound
 
 
 # -- scores -------------------------------------------------------------------------------------
@@ -398,7 +78,7 @@ def test_scores_equal_torch_fidelity(model, tmp_path, pixels):
     expected = torch_fidelity.calculate_metrics(
         input1=Images(to_uint8(drawn)),
         input2=Images(torch.from_numpy(pixels).permute(0, 3, 1, 2)),
-        feature_extractor="varcompress-digits",
+        feature_extractor=fidelity.NAME,
         **dict.fromkeys(("isc", "fid", "kid", "prc"), True),
         kid_subset_size=COUNT,
         cuda=False,
@@ -408,16 +88,18 @@ def test_scores_equal_torch_fidelity(model, tmp_path, pixels):
         cache=False,
     )
     (row,) = result["schedules"]
+    found = row["scores"]
     names = {
-        "digits_fd": "frechet_inception_distance",
-        "digits_is": "inception_score_mean",
-        "digits_is_std": "inception_score_std",
-        "digits_kid": "kernel_inception_distance_mean",
-        "digits_kid_std": "kernel_inception_distance_std",
-        "digits_precision": "precision",
-        "digits_recall": "recall",
+        ("fd", "value"): "frechet_inception_distance",
+        ("is", "value"): "inception_score_mean",
+        ("is", "std"): "inception_score_std",
+        ("kd", "value"): "kernel_inception_distance_mean",
+        ("kd", "std"): "kernel_inception_distance_std",
+        ("precision", "value"): "precision",
+        ("recall", "value"): "recall",
     }
-    assert {ours: row[ours] for ours in names} == pytest.approx({o: expected[t] for o, t in names.items()}, rel=1e-9)
+    ours = {theirs: found[key][field] for (key, field), theirs in names.items()}
+    assert ours == pytest.approx({theirs: expected[theirs] for theirs in names.values()}, rel=1e-6)
 
 
 def test_evaluate_says_all_that_a_score_depends_on(model):
@@ -425,27 +107,32 @@ def test_evaluate_says_all_that_a_score_depends_on(model):
     result = evaluate(model, ["full", "d2@2"], num_images=40, batch_size=16, progress=lambda *step: seen.append(step))
     assert json.loads(json.dumps(result)) == result
     assert (result["kind"], result["weights"]) == ("eval", fingerprint(model))
-    assert result["features"] == "digits"
+    assert set(result) == set(EvalResult.__annotations__)
+    assert result["features"] == {"name": "digits", "printed": "digits", "sha256": result["features"]["sha256"]}
     assert result["reference"] == "embedded digits"
+    assert (result["protocol"], result["deviations"]) == ("digits", ["40 images instead of 2,000"])
     details = result["reference_details"]
     assert (details["images"], details["statistics"], len(details["digest"])) == (1797, "of its images", 16)
     assert result["settings"] == {
-        "cfg": 1.5, "top_k": 900, "top_p": 0.96, "seed": 0, "images": 40, "rounding": "round",
+        "cfg": 1.5, "top_k": 900, "top_p": 0.96, "seeds": [0], "images": 40, "rounding": "round",
+        "inception_groups": "shuffled", "distances": "exact",
     }  # fmt: skip
     assert any("not FID" in note for note in result["notes"])
     assert "KID in subsets of 40 images instead of 1,000" in result["notes"]
     full, subnet = result["schedules"]
     assert [full["schedule"], subnet["schedule"]] == ["full", "d2@2"]
     for row in (full, subnet):
-        assert set(row) == {
-            "schedule", *score_fields(DIGITS.name), "latency_ms", "images_per_second", "peak_bytes", "cache_bytes",
-        }  # fmt: skip
-        assert "fid" not in row
+        assert set(row) == set(EvalRow.__annotations__) - {"model", "weights"}
+        assert list(row["scores"]) == ON_DIGITS
         assert row["images_per_second"] == pytest.approx(16 / row["latency_ms"] * 1e3)
         assert row["peak_bytes"] > row["cache_bytes"] > 0
+        for found in row["scores"].values():
+            assert found["interval"][0] <= found["value"] <= found["interval"][1]
+            assert ("difference" in found) == (row is subnet)
     assert subnet["cache_bytes"] < full["cache_bytes"]
     assert full["cache_bytes"] == model.schedule("full").cache_bytes(batch=16, token_bytes=32 * 4, guided=True)
-    assert seen[-1] == (40, 40, "d2@2: images")
+    assert (40, 40, "d2@2: images") in seen
+    assert seen[-1] == (2, 2, "scores: done")
     assert any(what == "reference: images" for _, _, what in seen)
 
 
@@ -455,9 +142,9 @@ def test_scores_do_not_depend_on_the_batch_size(model, tmp_path, pixels):
         evaluate(model, ["full"], reference=reference, num_images=20, batch_size=size)["schedules"][0]
         for size in (3, 50)
     ]
-    for name in score_fields(DIGITS.name):  # but for a pixel that rounding tips the other way
-        if name != "digits_fd_std":  # which was not asked for
-            assert rows[0][name] == pytest.approx(rows[1][name], rel=1e-3, abs=1e-6)
+    for key in ON_DIGITS:  # but for a pixel that rounding tips the other way
+        values = [row["scores"][key]["value"] for row in rows]
+        assert values[0] == pytest.approx(values[1], rel=1e-3, abs=1e-6)
 
 
 def test_rounding_is_in_the_result_and_in_the_scores(model, tmp_path, pixels):
@@ -468,86 +155,99 @@ def test_rounding_is_in_the_result_and_in_the_scores(model, tmp_path, pixels):
     labels = scores.balanced_labels(20, 10)
     extractor = Extractor(DIGITS, None, CPU)
     drawn = extractor(to_uint8(model.generate(labels), "truncate"))
-    expected = score(scores.compare(drawn, labels, read(reference, extractor), CPU), DIGITS.name)
-    (rounded,), (truncated,) = (result["schedules"] for result in results)
-    assert truncated["digits_fd"] == pytest.approx(expected["digits_fd"], rel=1e-6)
-    assert truncated["digits_fd"] != pytest.approx(rounded["digits_fd"], rel=1e-6)
+    known = read_reference(reference, extractor, size=SIZE)
+    expected = measure(Compared(drawn, known, CPU, "exact", "shuffled"))["fd"].value
+    rounded, truncated = (result["schedules"][0]["scores"]["fd"]["value"] for result in results)
+    assert truncated == pytest.approx(expected, rel=1e-6)
+    assert truncated != pytest.approx(rounded, rel=1e-6)
 
 
-def test_distances_between_all_images_are_computed_on_the_device(monkeypatch):
-    """A stand-in, because no device but the CPU is everywhere: meta tensors have a device and no numbers."""
-    seen = []
-
-    def distances(generated, real, **_):
-        seen.extend([generated.device.type, real.device.type])
-        return {"precision": 1.0, "recall": 1.0}
-
-    monkeypatch.setattr("torch_fidelity.metric_prc.prc_features_to_metric", distances)
-    monkeypatch.setattr("varcompress.metrics.exact_float32", contextlib.nullcontext)  # meta knows no autocast
-    vectors, logits = torch.randn(20, 64), torch.randn(20, 10)
-    reference = scores.Reference("r", fid_features_to_statistics(vectors), vectors)
-    score(scores.compare(Features(vectors, logits), torch.zeros(20), reference, torch.device("meta")), DIGITS.name)
-    assert seen == ["meta", "meta"]
+def test_several_seeds_give_intervals_over_them(model):
+    options = {"num_images": 20, "batch_size": 20}
+    result = evaluate(model, ["full", "d2@2"], seeds=[3, 5], **options)
+    each = [evaluate(model, ["full"], sampling=Sampling(seed=seed), **options) for seed in (3, 5)]
+    found = result["schedules"][0]["scores"]["fd"]
+    assert found["seeds"] == [one["schedules"][0]["scores"]["fd"]["value"] for one in each]
+    assert found["value"] == pytest.approx(np.mean(found["seeds"]))
+    assert result["settings"]["seeds"] == [3, 5]
+    assert any("interval over seeds" in note for note in result["notes"])
+    with pytest.raises(InputError, match="seeds 3, 3: the same twice"):
+        evaluate(model, ["full"], seeds=[3, 3], **options)
 
 
-def test_the_spread_of_a_distance_is_that_of_other_images(model, tmp_path, pixels):
-    """Of scores from ten seeds: the bootstrap says nearly what drawing again does."""
+def test_the_interval_of_a_distance_is_that_of_other_seeds(model, tmp_path, pixels):
     reference = write_npz(tmp_path / "images.npz", arr_0=pixels)
     options = {"reference": reference, "num_images": 60, "batch_size": 60}
-    (row,) = evaluate(model, ["full"], resamples=50, **options)["schedules"]
-    assert evaluate(model, ["full"], **options)["schedules"][0]["digits_fd_std"] is None
-    drawn = [
-        evaluate(model, ["full"], sampling=Sampling(seed=seed), **options)["schedules"][0]["digits_fd"]
-        for seed in range(10)
-    ]
-    assert 0.4 < row["digits_fd_std"] / np.std(drawn, ddof=1) < 2.5
-    (few,) = evaluate(model, ["full"], resamples=20, **options | {"num_images": 10})["schedules"]
-    assert few["digits_fd_std"] > 1  # one image a class, which resampled within the class is the same one
-    with pytest.raises(InputError, match="resamples 1: a spread needs at least 2"):
-        evaluate(model, ["full"], resamples=1, **options)
+    result = evaluate(model, ["full"], seeds=range(8), **options)
+    values = result["schedules"][0]["scores"]["fd"]["seeds"]
+    low, high = evaluate(model, ["full"], **options)["schedules"][0]["scores"]["fd"]["interval"]
+    assert 0.4 < (high - low) / 2 / 1.96 / np.std(values, ddof=1) < 2.5
 
 
-def test_statistics_give_no_kid_precision_or_recall(model, tmp_path, extractor, pixels):
-    whole = read(write_npz(tmp_path / "images.npz", arr_0=pixels), extractor)
+def test_another_model_stands_beside(model):
+    other = ElasticVAR(random_model(depth=3, seed=4).var, model.tokenizer, provenance=Provenance(name="small"))
+    options = {"num_images": 20, "batch_size": 10}
+    result = evaluate(model, ["full", "d2@2"], beside=[lambda: other], **options)
+    assert [(row.get("model"), row["schedule"]) for row in result["schedules"]] == [
+        (None, "full"), (None, "d2@2"), ("small", "full"),
+    ]  # fmt: skip
+    row = result["schedules"][-1]
+    assert row["weights"] == fingerprint(other)
+    assert row["scores"]["fd"]["difference"] == pytest.approx(
+        row["scores"]["fd"]["value"] - result["schedules"][0]["scores"]["fd"]["value"]
+    )
+    with pytest.raises(InputError, match="tiny: has 10 classes in 8 pixels, and digits 10 in 16"):
+        evaluate(model, ["full"], beside=[lambda: random_model_named("tiny")], **options)
+
+
+def random_model_named(name: str) -> ElasticVAR:
+    found = random_model()
+    found.provenance.name = name
+    return found
+
+
+def test_statistics_give_frechet_distances_alone(model, tmp_path, pixels):
+    images = write_npz(tmp_path / "images.npz", arr_0=pixels)
+    whole = read_reference(images, Extractor(DIGITS, None, CPU), size=SIZE)
     path = write_npz(tmp_path / "statistics.npz", **whole.statistics)
     result = evaluate(model, ["full"], reference=path, num_images=20)
     (row,) = result["schedules"]
-    assert [row[name] for name in score_fields(DIGITS.name)[4:]] == [None] * 4
-    assert "the reference holds statistics only: no KID, precision or recall" in result["notes"]
-    (with_images,) = evaluate(model, ["full"], reference=tmp_path / "images.npz", num_images=20)["schedules"]
-    assert row["digits_fd"] == pytest.approx(with_images["digits_fd"], rel=1e-6)
+    assert list(row["scores"]) == ["fd", "is"]
+    assert "the reference holds statistics only: Frechet distances and IS are all that it gives" in result["notes"]
+    (with_images,) = evaluate(model, ["full"], reference=images, num_images=20)["schedules"]
+    assert row["scores"]["fd"]["value"] == pytest.approx(with_images["scores"]["fd"]["value"], rel=1e-6)
 
 
-def test_equal_images_score_as_equal(tmp_path, pixels, extractor):
-    reference = read(write_npz(tmp_path / "images.npz", arr_0=pixels), extractor)
-    same = extractor(torch.from_numpy(pixels).permute(0, 3, 1, 2))
-    row = score(scores.compare(same, torch.zeros(len(same.vectors)), reference, CPU), DIGITS.name)
-    assert row["digits_fd"] == pytest.approx(0, abs=1e-3)
-    assert row["digits_precision"] == row["digits_recall"] == 1
-    noise = extractor(torch.randint(256, (COUNT, 3, SIZE, SIZE), generator=torch.Generator().manual_seed(0)).byte())
-    worse = score(scores.compare(noise, torch.zeros(len(noise.vectors)), reference, CPU), DIGITS.name)
-    assert worse["digits_fd"] > 100 * abs(row["digits_fd"])
-    assert worse["digits_kid"] > row["digits_kid"]
+def test_equal_images_score_as_equal(tmp_path, pixels):
+    extractor = Extractor(DIGITS, None, CPU)
+    reference = read_reference(write_npz(tmp_path / "images.npz", arr_0=pixels), extractor, size=SIZE)
+    noise = torch.randint(256, (COUNT, 3, SIZE, SIZE), generator=torch.Generator().manual_seed(0)).byte()
+    same, worse = (
+        measure(Compared(extractor(images), reference, CPU, "exact", "shuffled"))
+        for images in (torch.from_numpy(pixels).permute(0, 3, 1, 2), noise)
+    )
+    assert same["fd"].value == pytest.approx(0, abs=1e-3)
+    assert same["precision"].value == same["recall"].value == same["coverage"].value == 1
+    assert worse["fd"].value > 100 * abs(same["fd"].value)
+    assert worse["kd"].value > same["kd"].value
 
 
 @given(num_images=st.integers(1, 3000), classes=st.integers(1, 1200))
-def test_labels_are_balanced(num_images, classes):
-    counts = scores.balanced_labels(num_images, classes).bincount(minlength=classes)
+def test_labels_are_balanced_and_mixed(num_images, classes):
+    labels = scores.balanced_labels(num_images, classes)
+    counts = labels.bincount(minlength=classes)
     assert len(counts) == classes
     assert int(counts.sum()) == num_images
     assert int(counts.max() - counts.min()) <= 1
+    for part in labels.split(classes):  # every group of the Inception Score holds all classes
+        assert len(part.unique()) == len(part)
 
 
-def test_notes_name_what_is_not_as_published(tiny):
-    reference = scores.Reference("statistics", {})
-    notes = scores._notes(INCEPTION, reference, 1000, Sampling(cfg=4.0, seed=3), guided=True)
-    assert notes[0] == "FID at 1,000 images is not comparable with the published figures at 50,000"
-    assert notes[1] == "not the published sampling settings: cfg 4.0"
-    assert scores._notes(INCEPTION, reference, 50_000, replace(PUBLISHED, seed=3), guided=True) == [
-        "the reference holds statistics only: no KID, precision or recall"
-    ]
-    distilled = scores._notes(INCEPTION, reference, 50_000, PUBLISHED, guided=False)
-    assert distilled[0] == "guidance with cfg 1.5 is distilled into the weights: nothing ran unconditionally"
+def test_what_is_distilled_into_the_weights_is_said(model):
+    distilled = ElasticVAR(model.var, model.tokenizer, provenance=Provenance(name="digits"), distilled_cfg=2.0)
+    result = evaluate(distilled, ["full"], num_images=20)
+    assert "guidance with cfg 2.0 is distilled into the weights: nothing ran unconditionally" in result["notes"]
+    assert "cfg 2.0 instead of 1.5" in result["deviations"]
 
 
 @pytest.mark.parametrize(
@@ -559,6 +259,9 @@ def test_notes_name_what_is_not_as_published(tiny):
         ({"reference": "x", "num_images": 9}, "at least 10"),
         ({"reference": "x", "batch_size": 0}, "batches of 0"),
         ({"reference": "x", "rounding": "up"}, "rounding 'up' is unknown: use round or truncate"),
+        ({"reference": "x", "distances": "far"}, "distances 'far' are unknown: use exact or adm"),
+        ({"reference": "x", "protocol": "adm-imagenet512"}, "is for 1000 classes in 512 pixels"),
+        ({"reference": "x", "seeds": [-1]}, "seed must be"),
     ],
 )
 def test_bad_arguments(tiny, arguments, message):
@@ -574,8 +277,129 @@ def test_inception_weights_do_not_fit_the_digits_features(model, tmp_path):
 def test_images_that_are_not_finite_are_refused(model, tmp_path):
     broken = ElasticVAR(model.var, VQVAE(model.tokenizer.config), provenance=Provenance(name="digits"))
     torch.nn.init.constant_(broken.tokenizer.decoder.conv_out.bias, float("nan"))
-    with pytest.raises(InputError, match=r"schedule d2@2 draws images that are not finite in torch\.float32"):
+    with pytest.raises(
+        InputError, match=r"d2@2 draws images that are not finite in torch\.float32, 10 of the first 10"
+    ):
         evaluate(broken, ["d2@2"], num_images=10)
+
+
+# -- on a disk, killed, and shared -------------------------------------------------------------
+
+
+def numbers(result: dict) -> list:
+    """All scores of a result."""
+    return [row["scores"] for row in result["schedules"]]
+
+
+def test_an_evaluation_goes_on_from_what_was_drawn(model, tmp_path, monkeypatch):
+    monkeypatch.setattr(parts, "BATCHES", 2)
+    options = {"num_images": 30, "batch_size": 5}
+    whole = evaluate(model, ["full", "d2@2"], **options)
+
+    def stop(done: int, total: int, what: str) -> None:
+        if what == "d2@2: images" and done > 10:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(model, ["full", "d2@2"], folder=tmp_path, progress=stop, **options)
+    drawn = []
+    again = evaluate(model, ["full", "d2@2"], folder=tmp_path, progress=lambda *step: drawn.append(step), **options)
+    assert numbers(again) == numbers(whole)
+    images = [step for step in drawn if step[2].endswith(": images") and step[2] != "reference: images"]
+    assert images == [(done, 30, "d2@2: images") for done in (15, 20, 25, 30)]
+    (folder,) = tmp_path.iterdir()
+    assert folder.name == parts.FOLDER
+    evaluate(model, ["full"], folder=tmp_path, sampling=Sampling(top_k=5), **options)  # another call, other parts
+    assert len(list(folder.iterdir())) == 3
+    parts.forget(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture(scope="module")
+def elastic(model, tmp_path_factory) -> Path:
+    return save(model, tmp_path_factory.mktemp("elastic") / "model")
+
+
+def test_ten_kills_lead_to_the_undisturbed_scores(elastic, tmp_path):
+    """kill -9 at random moments; what was written to the disk is never drawn again."""
+    undisturbed = evaluation(elastic, tmp_path / "undisturbed", tmp_path / "whole.json")
+    undisturbed.join()
+    chance, folder, kills = random.Random(0), tmp_path / "killed", 0
+    while kills < 10:
+        before = len(list(folder.rglob("*.safetensors")))
+        process = evaluation(elastic, folder, tmp_path / "result.json")
+        while process.is_alive() and len(list(folder.rglob("*.safetensors"))) <= before:
+            time.sleep(0.01)
+        time.sleep(chance.random() * 0.1)
+        if not process.is_alive():
+            break
+        process.kill()
+        process.join()
+        kills += 1
+    last = evaluation(elastic, folder, tmp_path / "result.json")
+    last.join()
+    assert kills >= 5
+    whole, killed = (json.loads((tmp_path / name).read_text()) for name in ("whole.json", "result.json"))
+    assert numbers(killed) == numbers(whole)
+
+
+def test_processes_share_the_images(elastic, tmp_path):
+    found = []
+    for count in (1, 2, 3):
+        shared = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+        out = tmp_path / f"{count}.json"
+        started = [evaluation(elastic, tmp_path / str(count), out, **shared, RANK=str(rank)) for rank in range(count)]
+        for process in started:
+            process.join()
+        result = json.loads(out.read_text())
+        assert result["processes"] == count
+        found.append(numbers(result))
+    for other in found[1:]:
+        for ours, theirs in zip(found[0], other, strict=True):
+            for key in ours:
+                assert theirs[key]["value"] == pytest.approx(ours[key]["value"], rel=1e-6)
+
+
+def test_parts_that_another_machine_wrote_elsewhere_are_missed(tmp_path):
+    kept = parts.Parts.under(tmp_path, {"a": 1}, 10, 5)
+    with pytest.raises(InputError, match=r"the images from 0 on are not there.*--out that they share"):
+        kept.read()
+
+
+def test_scored_images_are_saved_for_other_evaluators(model, tmp_path, monkeypatch):
+    monkeypatch.setattr(parts, "BATCHES", 2)
+    options = {"num_images": 23, "batch_size": 4}
+    one = evaluate(model, ["d2@2"], save_images=tmp_path / "images.npz", **options)
+    two = evaluate(model, ["d2@2", "full"], save_images=tmp_path / "folder", **options)
+    labels = scores.balanced_labels(23, 10)
+    drawn = torch.cat([model.generate(labels[i : i + 4], "d2@2", first_index=i) for i in range(0, 23, 4)])
+    expected = as_pixels(to_uint8(drawn))
+    with np.load(tmp_path / "images.npz") as file:
+        assert file["arr_0"].dtype == np.uint8
+        np.testing.assert_array_equal(file["arr_0"], expected)
+        np.testing.assert_array_equal(file["arr_1"], labels)
+    for index in range(23):
+        image = Image.open(tmp_path / "folder" / "d2@2" / f"{index:06}.png")
+        np.testing.assert_array_equal(np.asarray(image), expected[index])
+    assert len(list((tmp_path / "folder" / "full").iterdir())) == 23
+    assert numbers(one)[0]["fd"]["value"] == numbers(two)[0]["fd"]["value"]
+    again = evaluate(model, ["full"], reference=tmp_path / "images.npz", **options)  # an .npz that we read as well
+    assert again["reference_details"]["images"] == 23
+
+
+def test_places_that_do_not_take_the_images(model, tmp_path, monkeypatch):
+    options = {"num_images": 20, "batch_size": 20}
+    with pytest.raises(InputError, match="holds the images of one schedule and seed: name a folder"):
+        evaluate(model, ["full", "d2@2"], save_images=tmp_path / "a.npz", **options)
+    with pytest.raises(InputError, match="holds the images of one schedule and seed: name a folder"):
+        evaluate(model, ["full"], seeds=[1, 2], save_images=tmp_path / "a.npz", **options)
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match="is there as something else"):
+        evaluate(model, ["full"], save_images=tmp_path / "file", **options)
+    usage = saving.shutil.disk_usage(tmp_path)._replace(free=1000)
+    monkeypatch.setattr(saving.shutil, "disk_usage", lambda _: usage)
+    with pytest.raises(InputError, match=r"the images take .* are free: save to another disk"):
+        evaluate(model, ["full"], save_images=tmp_path / "folder", **options)
 
 
 # -- the command --------------------------------------------------------------------------------

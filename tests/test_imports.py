@@ -16,7 +16,7 @@ PACKAGES = {"varcompress": ROOT / "varcompress"} | {
 LAYERS = (
     {"errors", "progress"},
     {"kernels"},
-    {"schedule", "sampling", "hardware", "files", "fingerprint", "images", "metrics"},
+    {"schedule", "sampling", "hardware", "files", "fingerprint", "images", "metrics", "distributed"},
     {"models"},
     {"cost"},
     {"memory", "results"},

@@ -24,6 +24,7 @@ from varcompress.fingerprint import fingerprint
 from varcompress.loading import load
 from varcompress.publish import push, record, save
 from varcompress.report.card import is_generated, model_card
+from varcompress.results import SCHEMA
 
 WEIGHTS = fingerprint(random_model())  # of the tiny model
 PROFILE, EVAL = {**test_card.PROFILE, "weights": WEIGHTS}, {**test_card.EVAL, "weights": WEIGHTS}
@@ -100,7 +101,7 @@ def test_the_card_shows_no_result_of_other_weights_and_none_that_is_damaged(elas
     before = (folder / "README.md").read_text()
     assert [path.name for path in record({**EVAL, "weights": "0" * 16}, folder)] == ["eval.json", "eval.png"]
     assert (folder / "README.md").read_text() == before
-    (folder / "profile-2.json").write_text(json.dumps({"kind": "profile", "weights": WEIGHTS}))
+    (folder / "profile-2.json").write_text(json.dumps({"kind": "profile", "schema": SCHEMA, "weights": WEIGHTS}))
     record(PROFILE, folder)
     card = (folder / "README.md").read_text()
     assert card.count("### Speed and memory") == 1
@@ -189,7 +190,7 @@ def test_results_beside_the_weights_come_along_once(hub, elastic, tmp_path):
         "profile-2.json",
         "profile.json",
     ]
-    assert "| `full` | 12.3 |" in hub.files("ann/tiny")["README.md"].decode()
+    assert "| `full` | 12.3 ± 1 |" in hub.files("ann/tiny")["README.md"].decode()
 
 
 def test_an_edited_card_is_published_as_it_is(hub, elastic, tmp_path):
@@ -346,10 +347,14 @@ def test_pushing_to_someone_else(hub, elastic):
     [
         ("{", "not a readable JSON file"),
         ('{"kind": "sample"}', "not a result: give what profile or eval wrote"),
-        ('{"kind": "profile"}', "not measured on these weights: measure them with `varcompress profile`"),
+        ('{"kind": "profile"}', "of another version of varcompress: measure it again with `varcompress profile`"),
+        (
+            json.dumps({"kind": "profile", "schema": SCHEMA}),
+            "not measured on these weights: measure them with `varcompress profile`",
+        ),
         (json.dumps({**EVAL, "weights": "0" * 16}), "not measured on these weights: measure them with"),
         (
-            json.dumps({"kind": "profile", "weights": WEIGHTS}),
+            json.dumps({"kind": "profile", "schema": SCHEMA, "weights": WEIGHTS}),
             "the profile result lacks 'batch_size': measure it again",
         ),
         (json.dumps({**EVAL, "schedules": [1]}), "the eval result is damaged: measure it again"),

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 from rich.console import Console
 
-from tests.conftest import random_model
+from tests.conftest import random_model, score_of
 from varcompress.cost import describe
 from varcompress.errors import InputError
 from varcompress.models.elastic import ElasticVAR, Provenance
@@ -25,8 +25,7 @@ from varcompress.training.recipe import load_recipe
 
 NAMES = ["full", "d16@6", "d8@6", "d4@6", "30x1,20x1,16x2,12x2,8x1,4x2,2x1", "30x6,16x2,8x2"]
 OWN = "d16@6,0+1+3+5+7+9+11-13+15+17+19+21+23+25+28"  # layers that are not equidistant
-DIGITS = ("digits_fd", "digits_is", "digits_kid", "digits_precision", "digits_recall")
-INCEPTION = ("fid", "is", "kid", "precision", "recall")
+KEYS = ("fd", "is", "kd", "precision", "recall")
 
 
 def big_profile(names: list[str]) -> dict:
@@ -58,15 +57,16 @@ def big_profile(names: list[str]) -> dict:
     }
 
 
-def scored(names: list[str], keys: tuple[str, ...]) -> dict:
+def scored(names: list[str], features: str) -> dict:
     rows = [
-        {"schedule": name, **dict.fromkeys(keys, 1.234 + i), f"{keys[1]}_std": 0.5, "latency_ms": 1000.0 / (i + 1)}
+        {"schedule": name, "scores": dict.fromkeys(KEYS, score_of(1.234 + i, 0.5)), "latency_ms": 1000.0 / (i + 1)}
         | {"images_per_second": 64.0 * (i + 1), "peak_bytes": 10**9, "cache_bytes": 10**8}
         for i, name in enumerate(names)
     ]
-    settings = {"cfg": 1.5, "top_k": 900, "top_p": 0.96, "seed": 0, "images": 50000, "rounding": "round"}
+    settings = {"cfg": 1.5, "top_k": 900, "top_p": 0.96, "seeds": [0], "images": 50000, "rounding": "round"}
     where = {"model": "m", "device": "a processor, 2 threads", "dtype": "float32", "batch_size": 64}
-    return {"kind": "eval", **where, "reference": "r.npz", "features": "f", "settings": settings, "schedules": rows}
+    how = {"protocol": "quick", "deviations": [], "features": {"name": features, "printed": f"{features}-1"}}
+    return {"kind": "eval", **where, **how, "reference": "r.npz", "settings": settings, "schedules": rows}
 
 
 def text_of(renderable, width: int) -> str:
@@ -96,17 +96,31 @@ def test_tables_of_a_real_profile(tiny):
     assert f"{result['schedules'][1]['cache_ratio']:.0%}" in text
 
 
-@pytest.mark.parametrize(("keys", "name"), [(DIGITS, "digits"), (INCEPTION, "FID")])
-def test_scores_carry_their_own_name(keys, name):
-    result = scored(NAMES, keys)
-    for row in result["schedules"]:
-        row[keys[2]] = None
+@pytest.mark.parametrize(("features", "name"), [("digits", "digits"), ("inception", "FID")])
+def test_scores_carry_their_own_name(features, name):
+    result = scored(NAMES, features)
+    first = result["schedules"][0]
+    first["scores"] = {key: found for key, found in first["scores"].items() if key != "kd"}
     text = text_of(eval_table(result), 80)
     assert name in text
-    assert ("FID" in text) == (keys is INCEPTION)
-    assert "±" in text
-    assert text.count(NOT_GIVEN) == len(NAMES)  # the score that the reference cannot give
+    assert ("FID" in text) == (features == "inception")
+    assert text.count("±") == len(KEYS) * len(NAMES) - 1
+    assert text.count(NOT_GIVEN) == 1  # the score that was not given
     assert "…" not in text
+
+
+def test_a_table_says_what_is_noise_and_what_departs_from_the_protocol():
+    result = scored(NAMES[:3], "inception") | {"deviations": ["cfg 4.0 instead of 1.5"]}
+    noise, gain = {"difference": 0.1, "difference_interval": [-0.1, 0.3]}, {"difference_interval": [0.1, 0.3]}
+    for row, more in zip(result["schedules"], ({}, noise, gain), strict=True):
+        row["scores"] = {"fd": score_of(2.0, 0.5, **more)}
+    beside = result["schedules"][0] | {"model": "var-d24"}
+    result["schedules"].append(beside)
+    text = text_of(eval_table(result), 100)
+    lines = {line.split()[0]: line for line in text.splitlines() if "±" in line}
+    assert ["≈" in line for line in lines.values()] == [False, True, False, False]
+    assert "var-d24" in lines
+    assert "protocol quick*, departing from it: cfg 4.0 instead of 1.5" in text
 
 
 def test_inspect_says_what_the_model_is(tiny):
@@ -156,14 +170,14 @@ def test_a_profile_of_unguided_calls_says_so(tiny):
 
 
 def test_demo_table():
-    costs = {"latency_ms": 55.0, "speedup": 2.5, "cache_bytes": 2**20, "peak_bytes": 2**23, "score_std": 1.0}
+    costs = {"latency_ms": 55.0, "speedup": 2.5, "cache_bytes": 2**20, "peak_bytes": 2**23}
     scores = {"full": (30.0, 31.0), "d4@2": (91.5, 32.5), "d2@2": (99.0, 50.0)}
     rows = [
-        {"schedule": schedule, "untrained": before, "untrained_std": 1.0, "score": after, **costs}
+        {"schedule": schedule, "untrained": score_of(before), "score": score_of(after, 1.9), **costs}
         for schedule, (before, after) in scores.items()
     ]
-    teacher = {"schedule": "full", "score": 30.0, **costs, "speedup": 1.0}
-    result = {"device": "cpu", "score": "digits_fd", "images": 1000, "batch_size": 64}
+    teacher = {"schedule": "full", "score": score_of(30.0), **costs, "speedup": 1.0}
+    result = {"device": "cpu", "score": "fd", "features": "digits", "images": 1000, "batch_size": 64}
     text = text_of(demo_table(result | {"teacher": teacher, "schedules": rows}), 100)
     for part in ("digits FD of 1,000 images", "91.5 ± 1", "2.50", "8.00"):
         assert part in text
@@ -171,8 +185,8 @@ def test_demo_table():
         next(line for line in text.splitlines() if line.strip().startswith(name)) for name in ("teacher", *scores)
     )
     assert re.search(r"30.0 ± 1 +– +1.00 +1.00", first)
-    assert "1.03, noise" in full  # 1.0 beside a noise of 1.4
-    assert "1.08, noise" in d4  # 2.5 is less than two of it
+    assert "1.03, noise" in full  # 31.0 ± 1.9 beside 30.0 ± 1.0
+    assert "1.08, noise" in d4
     assert "1.67 " in d2
     assert "noise" not in d2
 
@@ -190,7 +204,7 @@ def pixels(path) -> np.ndarray:
 def test_plots_are_drawn(tmp_path, names):
     plots = [
         plot_profile(big_profile(names), tmp_path / "profile.png"),
-        plot_eval(scored(names, INCEPTION), tmp_path / "eval.png"),
+        plot_eval(scored(names, "inception"), tmp_path / "eval.png"),
     ]
     for plot in plots:
         image = pixels(plot)
@@ -200,8 +214,8 @@ def test_plots_are_drawn(tmp_path, names):
 
 
 def test_scores_that_are_missing_have_no_point(tmp_path):
-    result = scored(NAMES, INCEPTION)
-    result["schedules"][1]["fid"] = None
+    result = scored(NAMES, "inception")
+    del result["schedules"][1]["scores"]["fd"]
     plot_eval(result, tmp_path / "eval.png")
     assert pixels(tmp_path / "eval.png").size
 
@@ -245,12 +259,15 @@ def demo(*schedules):
     row = {
         "cache_bytes": 1,
         "speedup": 2.5,
-        "untrained": 258.4,
-        "untrained_std": 6.62,
-        "score": 34.7,
-        "score_std": 1.45,
+        "untrained": score_of(258.4, 6.62),
+        "score": score_of(34.7, 1.4),
     }
-    return {"score": "digits_fd", "teacher": row, "schedules": [row | {"schedule": name} for name in schedules]}
+    return {
+        "score": "fd",
+        "features": "digits",
+        "teacher": row,
+        "schedules": [row | {"schedule": name} for name in schedules],
+    }
 
 
 def test_samples_stand_beside_their_scores_and_the_noise_of_these(tmp_path, monkeypatch):

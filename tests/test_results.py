@@ -8,7 +8,7 @@ import pytest
 
 from tests.test_card import EVAL, PROFILE
 from varcompress.errors import InputError
-from varcompress.metrics import METRICS, score_fields
+from varcompress.metrics import METRICS
 from varcompress.profiling import profile
 from varcompress.results import (
     CacheEffect,
@@ -76,9 +76,19 @@ def test_whose_weights(tmp_path):
         check_owner(tmp_path, "a" * 16)
 
 
-def test_metrics_of_an_evaluation_have_names():
-    assert score_fields("inception") == ("fid", "fid_std", "is", "is_std", "kid", "kid_std", "precision", "recall")
-    assert len({metric.name for metric in METRICS.values()}) == len(METRICS)
+def test_a_score_is_called_by_its_features():
+    on_inception = [metric.name("inception") for metric in METRICS.values()]
+    assert on_inception == ["FID", "sFID", "IS", "KID", "precision", "recall", "density", "coverage"]
+    for metric in METRICS.values():
+        assert metric.name("dinov2").startswith("dinov2 ")
+        assert "FID" not in metric.name("dinov2")
+        assert "KID" not in metric.name("dinov2")
+
+
+def test_a_result_of_another_version_is_measured_again(tmp_path):
+    (tmp_path / "eval.json").write_text(json.dumps({"kind": "eval", "schedules": []}))
+    with pytest.raises(InputError, match="of another version of varcompress: measure it again with `varcompress eval`"):
+        read_result(tmp_path / "eval.json")
 
 
 def test_fields_are_those_of_a_measured_result(tiny):

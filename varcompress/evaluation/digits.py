@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from varcompress.checkpoint import read_pth
 from varcompress.data.digits import FOLDER, SIZE, Digits
 from varcompress.errors import InputError
-from varcompress.evaluation.network import FeatureNetwork, Features
+from varcompress.evaluation.network import FeatureNetwork, Features, not_fid
 
 WEIGHTS = FOLDER / "features.pth"
 WIDTH = 64
@@ -59,5 +59,5 @@ DIGITS = FeatureNetwork(
     load=_load,
     image_size=SIZE,
     source=Digits,
-    note="scores on the digits features: not FID, and not comparable with scores on Inception",
+    note=not_fid("digits"),
 )

@@ -10,27 +10,33 @@ from torch import Tensor
 from varcompress.data.sources import own_source
 from varcompress.errors import InputError
 from varcompress.evaluation.digits import DIGITS
+from varcompress.evaluation.dinov2 import DINOV2
+from varcompress.evaluation.efficientnet import EFFICIENTNET_LITE0
 from varcompress.evaluation.inception import INCEPTION
 from varcompress.evaluation.network import FeatureNetwork, Features
+from varcompress.evaluation.timm_file import CONFIG, SUFFIX, is_file, network_of_file
 from varcompress.files import sha256
 from varcompress.hardware import exact_float32
 from varcompress.models.elastic import ElasticVAR
 
-NETWORKS = {network.name: network for network in (INCEPTION, DIGITS)}
+NETWORKS = {network.name: network for network in (INCEPTION, DINOV2, EFFICIENTNET_LITE0, DIGITS)}
 DEFAULT = INCEPTION  # of a model whose images no network was made for
 
 
 def choose_network(name: str | None, model: ElasticVAR) -> FeatureNetwork:
-    """The feature network called so; None for the one that was made for the model's own images, else Inception.
+    """The feature network called so, or in the file of this name; None for the one that was made for the model's own
+    images, else Inception.
 
-    Raises InputError for an unknown name, and for a network that takes images of another size.
+    Raises InputError for an unknown name, for a file that holds no network of timm, and for a network that takes images
+    of another size.
     """
     if name is None:
         own = own_source(model)
         return next((network for network in NETWORKS.values() if own and network.source is own), DEFAULT)
-    if name not in NETWORKS:
-        raise InputError(f"features {name!r} are unknown: choose {' or '.join(NETWORKS)}")
-    network = NETWORKS[name]
+    if name not in NETWORKS and not is_file(name):
+        choices = ", ".join(NETWORKS)
+        raise InputError(f"features {name!r} are unknown: choose {choices}, or a {SUFFIX} file with its {CONFIG}")
+    network = NETWORKS[name] if name in NETWORKS else network_of_file(name)
     if network.image_size not in (None, model.tokenizer.config.image_size):
         raise InputError(
             f"the {name} features are for images of {network.image_size} pixels: use --features {DEFAULT.name}"

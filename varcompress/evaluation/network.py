@@ -46,3 +46,8 @@ class FeatureNetwork:
     image_size: int | None = None
     source: type[NamedSource] | None = None
     note: str | None = None
+
+
+def not_fid(name: str) -> str:
+    """The note of a network other than Inception, by its name."""
+    return f"scores on the {name} features: not FID, and not comparable with scores on Inception"

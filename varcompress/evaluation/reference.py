@@ -346,7 +346,7 @@ def _load(file: Path) -> Reference | None:
     try:
         with safe_open(file, "pt") as opened:
             said = json.loads(opened.metadata()["said"])
-            arrays = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - no dict
+            arrays = {name: opened.get_tensor(name).clone() for name in opened.keys()}  # noqa: SIM118 - no dict
         vectors = arrays.pop("vectors", None)
         spatial = {name[8:]: arrays.pop(name).numpy() for name in list(arrays) if name.startswith("spatial.")}
         plain = {name: array.numpy() for name, array in arrays.items()}

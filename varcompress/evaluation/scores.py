@@ -27,6 +27,7 @@ from varcompress.evaluation.protocols import DISTANCES, Done, Protocol, choose_p
 from varcompress.evaluation.reference import MIN_IMAGES, Reference, read_reference
 from varcompress.evaluation.saving import ImageOutput, write_npz, write_pngs
 from varcompress.files import scratch_folder
+from varcompress.fingerprint import fingerprint
 from varcompress.images import check_rounding
 from varcompress.memory import PeakMemory, fitting_batch
 from varcompress.models.elastic import ElasticVAR
@@ -184,7 +185,6 @@ class _Drawn:
 
     row: dict
     parts: list[Parts]
-    model: str | None
 
 
 @dataclass(frozen=True)
@@ -227,13 +227,14 @@ class _Drawing:
         for seed, each in zip(settings.seeds, parts, strict=True):
             self._draw_parts(model, schedule, replace(sampling, seed=seed), each, name)
         row = {
+            **({} if name is None else {"model": name, "weights": fingerprint(model)}),
             "schedule": str(schedule),
             "peak_bytes": memory.bytes,
             "cache_bytes": cache_bytes(
                 model, schedule, settings.batch_size, model.runtime, guided=model.guided(sampling)
             ),
         }
-        return _Drawn(row, parts, name)
+        return _Drawn(row, parts)
 
     def _parts(self, model: ElasticVAR, schedule: Schedule, sampling: Sampling) -> Parts:
         identity = {
@@ -314,10 +315,8 @@ def _rows(
             times_ms += times
             measured.append(measure(compare(features, reference, settings, extractor)))
         latency_ms = statistics.median(times_ms)
-        model = {} if each.model is None else {"model": each.model}
         rows.append(
             {
-                **model,
                 **each.row,
                 "scores": scored(measured, settings.labels, base),
                 "latency_ms": latency_ms,
