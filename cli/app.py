@@ -55,6 +55,8 @@ COMMANDS = (
     ("plot", "plot", "plot"),
     ("profile", "profile", "profile"),
     ("eval", "eval", "evaluate"),
+    ("sensitivity", "sensitivity", "sensitivity"),
+    ("search", "search", "search"),
     ("push", "push", "push"),
 )
 SHARED = ("distill", "tokenize", "eval")  # the commands whose processes, started by torchrun, share the work

@@ -24,7 +24,7 @@ LAYERS = (
     {"loading", "profiling", "evaluation"},
     {"publish"},
     {"training"},
-    {"demo", "tokenizing"},
+    {"demo", "tokenizing", "depth"},
     {"recipes"},
     {"cli"},
 )

@@ -17,6 +17,8 @@ __all__ = [
     "profile",
     "push",
     "save",
+    "search",
+    "sensitivity",
     "tokenize",
 ]
 
@@ -31,10 +33,13 @@ _HOMES = {
     "profile": "varcompress.profiling",
     "push": "varcompress.publish",
     "save": "varcompress.publish",
+    "search": "varcompress.depth",
+    "sensitivity": "varcompress.depth",
     "tokenize": "varcompress.tokenizing",
 }
 
 if TYPE_CHECKING:
+    from varcompress.depth import search, sensitivity
     from varcompress.errors import InputError
     from varcompress.evaluation import evaluate
     from varcompress.loading import load

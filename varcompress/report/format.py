@@ -20,6 +20,12 @@ def number(value: float | None) -> str:
     return f"{value:.3g}" if places is None else f"{value:,.{places}f}"
 
 
+def short(value: float) -> str:
+    """Two figures and no leading zero, for a cell of a picture: .014, 1.3, 228."""
+    text = f"{value:.0f}" if abs(value) >= 10 else f"{value:.2g}"
+    return text.replace("0.", ".", 1) if abs(value) < 1 else text
+
+
 def percent(share: float, digits: int = 0) -> str:
     """A share of 1 in percent."""
     return f"{share:.{digits}%}"
