@@ -33,7 +33,7 @@ def scores_of(
     options = {"num_images": num_images, "batch_size": batch_size, "progress": progress}
     result = evaluate(model, schedules, reference=own, **options)
     return {
-        "metric": METRICS[KEY].name(result["features"]["printed"]),
+        "metric": METRICS[KEY].name(result["features"]["name"]),
         "images": result["settings"]["images"],
         "reference": result["reference"],
         "scores": {row["schedule"]: row["scores"][KEY] for row in result["schedules"]},
