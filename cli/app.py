@@ -55,6 +55,8 @@ COMMANDS = (
     ("plot", "plot", "plot"),
     ("profile", "profile", "profile"),
     ("eval", "eval", "evaluate"),
+    ("sensitivity", "sensitivity", "sensitivity"),
+    ("search", "search", "search"),
     ("report", "report", "report"),
     ("push", "push", "push"),
 )

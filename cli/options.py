@@ -55,6 +55,35 @@ Offload = Annotated[
         help="bridge: on a GPU, stream the layers that only the bridge runs from host memory.", show_default=False
     ),
 ]
+Data = Annotated[
+    str | None,
+    typer.Option(help=f"{DATA}, a token store, or digits. The embedded model needs none.", show_default=False),
+]
+Depths = Annotated[
+    list[int] | None,
+    typer.Option(
+        "--depth",
+        min=1,
+        help="A number of layers to try; may be given several times.",
+        show_default="those of MODEL's subnets, or 16, 8, 4 and 2",
+    ),
+]
+Reference = Annotated[
+    str | None,
+    typer.Option(
+        help="Also score images drawn: against a folder of images, an .npz of images or of statistics, or digits.",
+        show_default=False,
+    ),
+]
+ScoredImages = Annotated[
+    int | None,
+    typer.Option(
+        min=10, help="With --reference: images per schedule.", show_default="50000; 2000 with the digits features"
+    ),
+]
+ResultsIn = Annotated[
+    Path | None, typer.Option("--out", help="Directory for the result and its picture.", show_default="not written")
+]
 Rounding = Annotated[str, typer.Option(help="round or truncate: how images become 8 bits.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")]
 

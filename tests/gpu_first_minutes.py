@@ -360,7 +360,7 @@ def measuring_to_the_end() -> str:
     predicted = cost.peak_bytes(model, model.schedule("full"), 64)
     row = evaluate(model, ["full"], batch_size=64)["schedules"][0]
     peaks = f"predicted {predicted / MIB:,.0f}, measured {row['peak_bytes'] / MIB:,.0f}, {_allocated()}"
-    told.append(f"eval of digits {row['digits_fd']:.1f}: {peaks}")
+    told.append(f"eval of digits {row['scores']['fd']['value']:.1f}: {peaks}")
     with tempfile.TemporaryDirectory() as folder:
         result = run_demo(Path(folder) / "demo", note=lambda text: None)
         if not (Path(folder) / "demo" / "samples.png").is_file():

@@ -118,7 +118,7 @@ def test_evaluate_says_all_that_a_score_depends_on(model):
         "inception_groups": "shuffled", "distances": "exact",
     }  # fmt: skip
     assert any("not FID" in note for note in result["notes"])
-    assert "KID in subsets of 40 images instead of 1,000" in result["notes"]
+    assert "digits KD in subsets of 40 images instead of 1,000" in result["notes"]
     full, subnet = result["schedules"]
     assert [full["schedule"], subnet["schedule"]] == ["full", "d2@2"]
     for row in (full, subnet):

@@ -25,7 +25,7 @@ LAYERS = (
     {"publish"},
     {"training"},
     {"reporting"},
-    {"demo", "tokenizing"},
+    {"demo", "tokenizing", "depth"},
     {"recipes"},
     {"cli"},
 )

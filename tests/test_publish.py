@@ -206,6 +206,13 @@ def test_an_edited_card_is_published_as_it_is(hub, elastic, tmp_path):
     assert push(load(folder, device="cpu"), "ann/tiny")["card"] == "generated"
 
 
+def test_paths_of_the_publisher_stay_private(hub, elastic, tmp_path):
+    command = f"varcompress eval {tmp_path}/model --reference=/home/ann/cats.npz --save-images 'my cats/a.npz' -s full"
+    push(elastic, "ann/tiny", results=[{**EVAL, "command": command}])
+    told = json.loads(hub.files("ann/tiny")["eval.json"])["command"]
+    assert told == "varcompress eval model --reference=cats.npz --save-images a.npz -s full"
+
+
 def test_a_model_on_the_hub_goes_on_with_its_results_and_samples(hub, elastic, tmp_path):
     folder = save(load(elastic, device="cpu"), tmp_path / "model")
     (folder / "samples.png").write_bytes(b"a picture")

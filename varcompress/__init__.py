@@ -17,6 +17,8 @@ __all__ = [
     "profile",
     "push",
     "save",
+    "search",
+    "sensitivity",
     "tokenize",
     "write_report",
 ]
@@ -32,11 +34,14 @@ _HOMES = {
     "profile": "varcompress.profiling",
     "push": "varcompress.publish",
     "save": "varcompress.publish",
+    "search": "varcompress.depth",
+    "sensitivity": "varcompress.depth",
     "tokenize": "varcompress.tokenizing",
     "write_report": "varcompress.reporting",
 }
 
 if TYPE_CHECKING:
+    from varcompress.depth import search, sensitivity
     from varcompress.errors import InputError
     from varcompress.evaluation import evaluate
     from varcompress.loading import load

@@ -25,11 +25,11 @@ from varcompress.models.elastic import ElasticVAR
 from varcompress.progress import Progress, silent
 from varcompress.publish import SAMPLES
 from varcompress.report.page import PAGE, Subject, render
-from varcompress.results import DEMO, EVAL, PROFILE, check_result, check_weights, results_in
+from varcompress.results import DEMO, EVAL, PROFILE, SENSITIVITY, check_result, check_weights, results_in
 from varcompress.training.log import read_steps
 from varcompress.training.state import RunDirectory
 
-SENSITIVITY, PAGE_SUFFIX = "sensitivity", ".html"
+PAGE_SUFFIX = ".html"
 NUM_SAMPLES = 10
 LOSSLESS_PIXELS = 64  # the side up to which a sample keeps every bit
 PICTURE_PIXELS = 2400  # the side of the largest picture that is taken in

@@ -175,6 +175,120 @@ class DemoResult(TypedDict):
     files: list[str]
 
 
+SENSITIVITY, SEARCH = "sensitivity", "search"
+
+
+class Images(TypedDict):
+    """The images whose tokens a loss is of."""
+
+    name: str
+    digest: str
+    images: int
+
+
+class Scored(TypedDict):
+    """Scores of schedules, by their text."""
+
+    metric: str
+    images: int
+    reference: str
+    scores: dict[str, Score]
+
+
+class Increase(TypedDict, total=False):
+    """A teacher-forced loss and how much more it is than under `full`, in nats per token, with standard errors."""
+
+    schedule: str
+    loss: float
+    loss_error: float
+    loss_per_scale: list[float]
+    loss_per_scale_error: list[float]
+    increase: float
+    increase_error: float
+    increase_per_scale: list[float]
+    increase_per_scale_error: list[float]
+    saved: float  # share of the FLOPs of `full`, without decoder
+    score: Score  # where there is a reference
+
+
+class SensitivityRow(Increase):
+    """A depth at only one scale, or from it on; scales count from 1."""
+
+    depth: int
+    scale: int
+
+
+class LayerRow(TypedDict):
+    """What is lost without one layer, counted from 0."""
+
+    layer: int
+    after_bridge: Increase
+    everywhere: Increase
+
+
+SensitivityResult = TypedDict(
+    "SensitivityResult",
+    {
+        **Conditions.__annotations__,
+        "kind": str,
+        "data": Images,
+        "patch_nums": list[int],
+        "bridge": int,
+        "depths": list[int],
+        "subnets": dict[str, list[int]],
+        "full": Increase,
+        "only": list[SensitivityRow],
+        "from": list[SensitivityRow],
+        "layers": list[LayerRow],
+        "scored": dict | None,  # metric, images and reference of the scores
+    },
+)
+"""What `sensitivity` returns and sensitivity.json holds."""
+
+
+class Candidate(TypedDict, total=False):
+    """A schedule that a search considered: its costs as shares of `full`'s, and its loss, predicted and measured.
+
+    Measured on the images of the search, and again on others, which chose nothing.
+    """
+
+    schedule: str
+    costs: dict[str, float]
+    predicted: float
+    loss: float
+    loss_apart: float
+    loss_apart_error: float
+    latency_ms: float
+    score: Score
+
+
+class Difference(TypedDict):
+    """The mean of differences image by image, and its 95 % interval."""
+
+    value: float
+    interval: list[float]
+
+
+class SearchResult(Conditions):
+    """What `search` returns and search.json holds."""
+
+    kind: str
+    data: Images
+    images_apart: int
+    budget: dict[str, float]  # cost -> share of `full`'s
+    depths: list[int]
+    candidates: int
+    within_budget: int
+    latency: dict | None  # how it is predicted, where it is a budget
+    full: Candidate
+    found: Candidate
+    equidistant: Candidate  # the best of them within the budget
+    difference: Difference  # of the loss of `found` to that of `equidistant`, on the images apart
+    finalists: list[Candidate]
+    others: list[Candidate]  # the equidistant ones within the budget
+    scored: dict | None
+
+
 # -- reading ------------------------------------------------------------------------------------
 
 

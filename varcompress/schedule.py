@@ -72,17 +72,21 @@ class Schedule:
             raise InputError(f"a schedule of {len(self.layers)} scales: this model has {len(self.patch_nums)}")
         allowed = set(range(self.depth))
         for scale, layers in enumerate(self.layers, start=1):
-            if not layers or list(layers) != sorted(set(layers)):
-                raise InputError(f"scale {scale}: layers must be ascending and at least one, not {layers}")
-            back = sorted(set(layers) - allowed)
-            if back and back[0] >= self.depth:
-                raise InputError(f"scale {scale} names layer {back[-1]}: this model has layers 0 to {self.depth - 1}")
-            if back:
-                raise InputError(
-                    f"layer {back[0]} comes back at scale {scale}: it was skipped before and has no cache; "
-                    "from scale to scale a schedule may only shrink"
-                )
-            allowed = set(layers)
+            allowed = self._check(scale, layers, allowed)
+
+    def _check(self, scale: int, layers: tuple[int, ...], allowed: set[int]) -> set[int]:
+        """The layers that the next scale may run. Raises InputError for layers that `scale` (from 1) cannot run."""
+        if not layers or list(layers) != sorted(set(layers)):
+            raise InputError(f"scale {scale}: layers must be ascending and at least one, not {layers}")
+        back = sorted(set(layers) - allowed)
+        if back and back[0] >= self.depth:
+            raise InputError(f"scale {scale} names layer {back[-1]}: this model has layers 0 to {self.depth - 1}")
+        if back:
+            raise InputError(
+                f"layer {back[0]} comes back at scale {scale}: it was skipped before and has no cache; "
+                "from scale to scale a schedule may only shrink"
+            )
+        return set(layers)
 
     @classmethod
     def after_bridge(cls, layers: Iterable[int], *, depth: int, patch_nums: Iterable[int], bridge: int) -> Schedule:
@@ -156,6 +160,10 @@ class Schedule:
         """Tokens each layer of the model ever sees (0 for a layer that never runs)."""
         return tuple(max((s.tokens for s in self.segments if i in s.layers), default=0) for i in range(self.depth))
 
+    def held(self, layer: int, tokens: int) -> int:
+        """How many of the first `tokens` of an image a layer has in its cache at a scale that it runs: all of them."""
+        return tokens
+
     # -- cost -----------------------------------------------------------------------------------
 
     @cached_property
@@ -185,14 +193,47 @@ class Schedule:
         for layers, end in zip(self.layers, self.ends, strict=True):
             tokens = end - start
             linear = 2 * tokens * round((4 + 2 * mlp_ratio) * width * width)
-            attention = 4 * tokens * end * width
-            total += len(layers) * (linear + attention) + 2 * tokens * width * vocab
+            attention = sum(4 * tokens * self.held(layer, end) * width for layer in layers)
+            total += len(layers) * linear + attention + 2 * tokens * width * vocab
             start = end
         return 2 * total - 2 * self.ends[0] * width * vocab if guided else total
 
     def weights(self, *, width: int, mlp_ratio: float = 4.0) -> tuple[int, ...]:
         """Block weights (matrix elements) read at each scale, AdaLN left out."""
         return tuple(len(layers) * round((4 + 2 * mlp_ratio) * width * width) for layers in self.layers)
+
+
+@dataclass(frozen=True)
+class Gapped(Schedule):
+    """A schedule in which a layer may come back after scales that it skipped: to measure, not to ship.
+
+    A layer that comes back sees, of the earlier scales, those that it ran at. Such a schedule shows what a scale alone
+    is worth (`only`); nobody gains by it, because the cache of a layer that comes back has to be kept meanwhile.
+    """
+
+    @classmethod
+    def only(cls, scale: int, layers: Iterable[int], full: Schedule) -> Gapped:
+        """`layers` at one scale (from 0), and those of the schedule `full` at all others."""
+        others = list(full.layers)
+        others[scale] = tuple(layers)
+        return cls(full.depth, full.patch_nums, tuple(others))
+
+    def _check(self, scale: int, layers: tuple[int, ...], allowed: set[int]) -> set[int]:
+        return super()._check(scale, layers, set(range(self.depth)))
+
+    def __str__(self) -> str:
+        """Like that of other schedules, but each depth is drawn from all layers. It does not read back."""
+        every = tuple(range(self.depth))
+        return ",".join(f"{_text(segment.layers, every)}x{len(segment.scales)}" for segment in self.segments)
+
+    def held(self, layer: int, tokens: int) -> int:
+        """Those of the scales that the layer ran at. tokens: of the image at the end of a scale."""
+        scales = zip((0, *self.ends), self.ends, self.layers, strict=False)
+        return sum(end - start for start, end, layers in scales if end <= tokens and layer in layers)
+
+    @property
+    def peak_rows(self) -> int:
+        return sum(self.held(layer, self.ends[-1]) for layer in range(self.depth))
 
 
 @dataclass(frozen=True)
@@ -205,6 +246,10 @@ class Together:
     """
 
     schedules: tuple[Schedule, ...]
+
+    def __post_init__(self) -> None:
+        if any(isinstance(schedule, Gapped) for schedule in self.schedules):
+            raise InputError("a schedule with gaps runs alone: what its layers see is no beginning of an image")
 
     @cached_property
     def trunk(self) -> int:

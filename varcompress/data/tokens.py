@@ -65,11 +65,15 @@ class TokenData:
 
     def split(self, count: int) -> tuple[TokenData, TokenData]:
         """Two parts of the data: all but `count` images, and those, which are the same for runs of every seed."""
-        order = words(0, HOLDOUT, 0, len(self))[0].argsort(stable=True).numpy()
-        held, kept = np.split(order, [count])
+        held, kept = np.split(holdout_order(len(self)), [count])
         return tuple(
             replace(self, rows=self.rows[part], labels=self.labels[part]) for part in map(np.sort, (kept, held))
         )
+
+
+def holdout_order(count: int) -> np.ndarray:
+    """The order in which images of a data set are held out of training: (count,) places, the same in every run."""
+    return words(0, HOLDOUT, 0, count)[0].argsort(stable=True).numpy()
 
 
 class TokenStore:

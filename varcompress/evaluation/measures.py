@@ -29,6 +29,7 @@ SEED = 2020
 IS_GROUPS = 10  # of shuffled images
 IS_GROUP_SIZE = 5_000  # of consecutive ones, as in openai/guided-diffusion's evaluator
 KID_SUBSETS, KID_SUBSET_SIZE = 100, 1000
+ROWS = 1 << 13  # vectors in float64 at a time
 KERNEL_ELEMENTS = 1 << 24  # of a kernel's matrix at a time
 
 
@@ -98,9 +99,12 @@ def _frechet_influence(
     )
     root = _power(sigma_r, 0.5)
     slope = torch.eye(len(mu), dtype=mu.dtype, device=device) - root @ _power(root @ sigma @ root, -0.5) @ root
-    centred = vectors.to(device, torch.float64) - mu
-    influence = ((centred @ slope) * centred).sum(dim=1) + 2 * centred @ (mu - mu_r)
-    return (influence - influence.mean()).cpu()
+    parts = []
+    for rows in vectors.split(ROWS):
+        centred = rows.to(device, torch.float64) - mu
+        parts.append((((centred @ slope) * centred).sum(dim=1) + 2 * centred @ (mu - mu_r)).cpu())
+    influence = torch.cat(parts)
+    return influence - influence.mean()
 
 
 def _power(matrix: Tensor, exponent: float) -> Tensor:

@@ -14,6 +14,7 @@ from varcompress.data.digits import Digits
 from varcompress.data.interface import NamedSource
 from varcompress.data.sources import own_source
 from varcompress.errors import InputError
+from varcompress.evaluation.inception import INCEPTION_SHA256
 from varcompress.images import ROUND, TRUNCATE
 from varcompress.models.elastic import ElasticVAR
 from varcompress.sampling import PUBLISHED, Sampling
@@ -41,7 +42,8 @@ class Protocol:
 
     about: one line for a person; image_size, classes: of the models it is for, None for any; images_per_class: drawn
     under each schedule; rounding: to 8 bits; reference: the file, None where the user's, or the model's own, is taken;
-    features: the network, None for the one that fits the model; inception_groups: of the Inception Score, 10 shuffled
+    features: the network, None for the one that fits the model, and the digest of its weights, None of
+    those that are not known beforehand; inception_groups: of the Inception Score, 10 shuffled
     ones or consecutive ones of 5,000; distances: behind precision, recall, density and coverage, "exact" or "adm";
     source: the source of the package whose models it is for.
     """
@@ -55,6 +57,7 @@ class Protocol:
     rounding: str = ROUND
     reference: PinnedReference | None = None
     features: str | None = None
+    features_sha256: str | None = None
     inception_groups: str = SHUFFLED
     distances: str = EXACT_DISTANCES
     source: type[NamedSource] | None = None
@@ -77,6 +80,7 @@ def _adm(size: int, file: str, sha256: str | None) -> Protocol:
         rounding=TRUNCATE,  # as ADM's own samplers and VAR's notebooks do
         reference=PinnedReference(file, f"{ADM_REFERENCES}/{size}/{file}", 10_000, size, sha256),
         features="inception",
+        features_sha256=INCEPTION_SHA256,
         inception_groups=CONSECUTIVE,
         distances=ADM_DISTANCES,
     )

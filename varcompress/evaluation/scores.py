@@ -30,6 +30,7 @@ from varcompress.files import scratch_folder
 from varcompress.fingerprint import fingerprint
 from varcompress.images import check_rounding
 from varcompress.memory import PeakMemory, fitting_batch
+from varcompress.metrics import METRICS
 from varcompress.models.elastic import ElasticVAR
 from varcompress.profiling import conditions
 from varcompress.progress import Progress, silent
@@ -104,6 +105,7 @@ def evaluate(
     extractor = Extractor(network, Path(feature_weights) if feature_weights else None, model.device)
     with ExitStack() as stack:
         ranks = stack.enter_context(joined(model.device))
+        progress = progress if ranks.is_rank_zero else silent
         where = Path(folder) / FOLDER if folder else ranks.on_rank_zero(lambda: stack.enter_context(scratch_folder()))
         known: list[Reference] = []  # of rank 0 alone
         options = {"size": size, "resize": resize_reference, "progress": progress}
@@ -385,7 +387,8 @@ def _notes(settings: _Settings, reference: Reference, extractor: Extractor, mode
     if reference.vectors is None:
         notes.append("the reference holds statistics only: Frechet distances and IS are all that it gives")
     elif (subset := min(count, len(reference.vectors))) < KID_SUBSET_SIZE:
-        notes.append(f"KID in subsets of {subset} images instead of {KID_SUBSET_SIZE:,}")
+        name = METRICS["kd"].name(extractor.spec.name)
+        notes.append(f"{name} in subsets of {subset} images instead of {KID_SUBSET_SIZE:,}")
     over = "seeds" if len(settings.seeds) > 1 else "the choice of images"
     notes.append(
         f"±: half of the 95 % interval over {over}; ≈: the difference to the first line is within its interval"

@@ -16,7 +16,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from varcompress.schedule import Schedule
+from varcompress.schedule import Gapped, Schedule
 
 QUANT_SCALE_DTYPE = torch.bfloat16
 # The largest value of each eight-bit type.
@@ -100,15 +100,29 @@ class KVCache:
         quant_scale = (new.abs().amax(dim=-1, keepdim=True).float() / largest).clamp_min(
             torch.finfo(QUANT_SCALE_DTYPE).tiny
         )
-        quant_scales[:, :, :, self._start :] = quant_scale
+        quant_scales[:, :, :, -new.shape[3] :] = quant_scale
         # divided by the scale as it is stored, whose rounding may put the largest value a little past the type's end
-        new.div_(quant_scales[:, :, :, self._start :]).clamp_(-largest, largest)
-        rows[:, :, :, self._start :] = new if rows.dtype.is_floating_point else new.round_()
+        new.div_(quant_scales[:, :, :, -new.shape[3] :]).clamp_(-largest, largest)
+        rows[:, :, :, -new.shape[3] :] = new if rows.dtype.is_floating_point else new.round_()
         return rows.to(self.dtype).mul_(quant_scales)
 
     def _of(self, part: Tensor, layer: int, start: int, end: int) -> Tensor:
         base = self._rank[layer] * self.schedule.segments[self._segment].tokens
         return part[:, :, :, base + start : base + end]
+
+
+class GappedCache(KVCache):
+    """The cache of a `Gapped` schedule: each layer holds the tokens that it ran, and keeps them to the end."""
+
+    schedule: Gapped
+
+    def begin(self, scale: int) -> None:
+        self._start = self.schedule.ends[scale - 1] if scale else 0
+
+    def _of(self, part: Tensor, layer: int, start: int, end: int) -> Tensor:
+        held, all_tokens = self.schedule.held, self.schedule.ends[-1]
+        base = sum(held(before, all_tokens) for before in range(layer))
+        return part[:, :, :, base + held(layer, start) : base + held(layer, end)]
 
 
 def _move(part: Tensor, source: int, target: int, length: int) -> None:

@@ -12,12 +12,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from varcompress.models.cache import KVCache
+from varcompress.models.cache import GappedCache, KVCache
 from varcompress.models.runtime import Runtime
 from varcompress.models.tokenizer import Quantizer
 from varcompress.models.transformer import VAR, Block, Constants, Residual
 from varcompress.sampling import Sampling
-from varcompress.schedule import Schedule
+from varcompress.schedule import Gapped, Schedule
 
 PHASES = ("transformer", "sampling", "decoder")
 # Of one scale that run through its layers together, by device. More are no faster on a CPU, and a GPU would wait for
@@ -111,7 +111,7 @@ def generate_tokens(
     condition = var.condition(classes, cfg)
     shared, head_modulation = var.shared_modulation(condition), var.head_nm.modulation(condition)
     constants: dict[int, Constants] = {}
-    cache = KVCache(
+    cache = (GappedCache if isinstance(schedule, Gapped) else KVCache)(
         schedule,
         batch=len(condition),
         heads=config.heads,

@@ -52,6 +52,11 @@ class Layout:
                 )
         return self._blocks[lengths]
 
+    def mask_among(self, tokens: Tensor) -> Tensor:
+        """The same of a layer that sees some tokens of an image, (n,) int64 ascending: (n, n) bool, on every device."""
+        scale = self.scale[tokens]
+        return scale[:, None] >= scale
+
     def _rule(self, trunk: int, lengths: tuple[int, ...]) -> Callable[[Tensor, Tensor], Tensor]:
         """Whether token i of a pass sees token j, as a function of tensors of both."""
         device = self.scale.device

@@ -23,7 +23,7 @@ from varcompress.kernels.modulate import modulate
 from varcompress.models.cache import KVCache
 from varcompress.models.linear import ConditionLinear, Linear
 from varcompress.models.masks import Layout, masked_attention
-from varcompress.schedule import Schedule, Together
+from varcompress.schedule import Gapped, Schedule, Together
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
@@ -346,12 +346,13 @@ class VAR(nn.Module):
         pieces of the pass, one after another; cfg: see `condition`; checkpointing: recompute the activations of
         each layer in the backward pass instead of keeping them.
         A layer sees only the tokens of the scales that it runs at; the block-causal mask makes that exactly what
-        cached generation computes.
+        cached generation computes. A `Gapped` schedule has a pass of its own, which is slower.
         """
+        if isinstance(schedules, Gapped):
+            return self._forward_gapped(labels, teacher_input, schedules, cfg)
         together = schedules if isinstance(schedules, Together) else Together((schedules,))
-        condition = self.condition(labels, cfg)
-        x = torch.cat((self.first_input(condition), self.word_embed(teacher_input.to(condition.dtype))), dim=1)
-        trunk, late = (x + self.positions()).split((together.trunk, self.config.tokens - together.trunk), dim=1)
+        condition, x = self._embed(labels, teacher_input, cfg)
+        trunk, late = x.split((together.trunk, self.config.tokens - together.trunk), dim=1)
         pieces = Pieces([trunk, *[late] * (len(together.lengths) - 1)])
         shared = self.shared_modulation(condition)
         seen = None
@@ -364,8 +365,29 @@ class VAR(nn.Module):
                 x = checkpoint(self.blocks[layer], *given, use_reentrant=False)
             else:
                 x = self.blocks[layer](*given)
-        x = pieces.take(x, together.lengths)
+        return self._classify(pieces.take(x, together.lengths), condition)
+
+    def _embed(self, labels: Tensor, teacher_input: Tensor, cfg: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The condition (B, C), and what the first layer reads in a teacher-forced pass, (B, L, C)."""
+        condition = self.condition(labels, cfg)
+        x = torch.cat((self.first_input(condition), self.word_embed(teacher_input.to(condition.dtype))), dim=1)
+        return condition, x + self.positions()
+
+    def _classify(self, x: Tensor, condition: Tensor) -> Tensor:
+        """The logits of what the last layer gave: (B, n, C) -> (B, n, V) float32."""
         return self.head(modulate(x, *self.head_nm.modulation(condition))).float()
+
+    def _forward_gapped(self, labels: Tensor, teacher_input: Tensor, schedule: Gapped, cfg: Tensor | None) -> Tensor:
+        """`forward` under a schedule with gaps: each layer runs the tokens of its scales, which see each other."""
+        condition, x = self._embed(labels, teacher_input, cfg)
+        shared = self.shared_modulation(condition)
+        for layer, block in enumerate(self.blocks):
+            runs = torch.tensor([layer in layers for layers in schedule.layers], device=x.device)
+            tokens = runs[self.layout.scale].nonzero().flatten()
+            if len(tokens):
+                result = block(x[:, tokens], condition, shared, self.layout.mask_among(tokens))
+                x = x.index_copy(1, tokens, result)
+        return self._classify(x, condition)
 
 
 class Pieces:

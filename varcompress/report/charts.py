@@ -11,8 +11,6 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 from markupsafe import Markup, escape
 
-from varcompress.report.format import NOT_GIVEN
-
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
@@ -191,11 +189,3 @@ def _svg(figure: Figure, title: str) -> Markup:
     for colour, name in CSS.items():
         body = body.replace(f": {colour}", f": {name}")
     return Markup(f'<svg viewBox="{box}" role="img" aria-label="{escape(title)}">{body.strip()}')
-
-
-def cell(value: float | None) -> str:
-    """A number of a heat map in two figures, without the zero before the point."""
-    if value is None:
-        return NOT_GIVEN
-    text = f"{value:.0f}" if abs(value) >= 10 else f"{value:.2g}"
-    return text.replace("0.", ".", 1) if abs(value) < 1 else text

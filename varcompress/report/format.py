@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+import shlex
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -19,6 +21,12 @@ def number(value: float | None) -> str:
         return NOT_GIVEN
     places = next((places for limit, places in ((100, 0), (10, 1), (1, 2), (0.1, 3)) if abs(value) >= limit), None)
     return f"{value:.3g}" if places is None else f"{value:,.{places}f}"
+
+
+def short(value: float) -> str:
+    """Two figures and no leading zero, for a cell of a picture: .014, 1.3, 228."""
+    text = f"{value:.0f}" if abs(value) >= 10 else f"{value:.2g}"
+    return text.replace("0.", ".", 1) if abs(value) < 1 else text
 
 
 def percent(share: float, digits: int = 0) -> str:
@@ -109,5 +117,19 @@ def public(result: dict) -> dict:
     """A result without the folders in which its reference and files lay: the publisher's paths stay private."""
     shown = {"reference": Path(str(result["reference"])).name} if "reference" in result else {}
     if result.get("command"):
-        shown["command"] = re.sub(r"(?<![\w:])[~.]*/[^\s'=]*/", "", str(result["command"]))
+        shown["command"] = _without_folders(str(result["command"]))
     return result | shown
+
+
+def _without_folders(command: str) -> str:
+    """A command whose arguments that are paths of this machine are names alone."""
+    try:
+        given = shlex.split(command)
+    except ValueError:  # what no shell would read
+        given = command.split()
+    words = []
+    for word in given:
+        option, equals, value = word.rpartition("=") if word.startswith("-") else ("", "", word)
+        is_path = Path(value).is_absolute() or os.path.exists(value) or " " in value
+        words.append(option + equals + (Path(value).name if is_path else value))
+    return shlex.join(words)

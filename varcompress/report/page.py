@@ -22,10 +22,11 @@ from varcompress import __version__
 from varcompress.errors import InputError
 from varcompress.metrics import METRICS, Metric
 from varcompress.report.card import recipe_text
-from varcompress.report.charts import Point, bars_chart, cell, curves_chart, front_chart, front_of
+from varcompress.report.charts import Point, bars_chart, curves_chart, front_chart, front_of
 from varcompress.report.comparable import check_comparable
 from varcompress.report.format import (
     MIB,
+    NOT_GIVEN,
     count,
     drawn_with,
     joined,
@@ -36,6 +37,7 @@ from varcompress.report.format import (
     percent,
     public,
     score,
+    short,
     where,
     within_noise,
 )
@@ -374,7 +376,13 @@ def _shaded(rows: Sequence[tuple[str, list[float | None]]]) -> list[tuple[str, l
     """Each value with its shade, percent of the map's largest."""
     largest = max((value for _, values in rows for value in values if value is not None), default=0) or 1
     return [
-        (head, [(cell(value), round(100 * max(0.0, min(1.0, (value or 0) / largest)))) for value in values])
+        (
+            head,
+            [
+                (NOT_GIVEN if value is None else short(value), round(100 * max(0.0, min(1.0, (value or 0) / largest))))
+                for value in values
+            ],
+        )
         for head, values in rows
     ]
 

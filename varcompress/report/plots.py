@@ -10,9 +10,20 @@ import numpy as np
 
 from varcompress.files import disk_errors, replacing
 from varcompress.metrics import METRICS
-from varcompress.report.format import MIB, count, folded, half, number, percent, where
+from varcompress.report.format import MIB, count, folded, half, number, percent, short, where
 from varcompress.report.format import label as row_label
-from varcompress.results import EVAL, PROFILE, DemoResult, EvalResult, ProfileResult, Score
+from varcompress.results import (
+    EVAL,
+    PROFILE,
+    SEARCH,
+    SENSITIVITY,
+    DemoResult,
+    EvalResult,
+    ProfileResult,
+    Score,
+    SearchResult,
+    SensitivityResult,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -140,7 +151,100 @@ def _lines(images: np.ndarray) -> np.ndarray:
     return np.concatenate([np.concatenate(line, axis=1) for line in lines])[:-1]
 
 
-PLOTS = {PROFILE: plot_profile, EVAL: plot_eval}
+def plot_sensitivity(result: SensitivityResult, path: str | Path) -> Path:
+    """A PNG of heat maps: depths x scales of what is lost, in loss and, where there is one, in score; and layers."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    scored = result["scored"]
+    kinds = [("loss above full's", lambda row: row["increase"])]
+    if scored:
+        full = result["full"]["score"]["value"]
+        kinds.append((f"{scored['metric']} above full's", lambda row: row["score"]["value"] - full))
+    depths, scales = result["depths"], range(1, len(result["patch_nums"]) + 1)
+    height = 1.2 + 0.42 * len(depths)
+    figure = Figure(figsize=(4 + 1.05 * 3 * len(scales), height * len(kinds) + 2.4), layout="constrained")
+    FigureCanvasAgg(figure)
+    grid = figure.add_gridspec(len(kinds) + 1, 3, height_ratios=[height] * len(kinds) + [1.3])
+    for line, (name, value) in enumerate(kinds):
+        panels = (
+            ("only", f"only scale k: {name}", value),
+            (
+                "only",
+                "only scale k: the same per percent of FLOPs saved",
+                lambda row, value=value: value(row) / (100 * row["saved"]),
+            ),
+            ("from", f"from scale k on: {name}", value),
+        )
+        for column, (which, title, of) in enumerate(panels):
+            at = {(row["depth"], row["scale"]): of(row) for row in result[which]}
+            axis = figure.add_subplot(grid[line, column])
+            _heat(axis, [[at[depth, scale] for scale in scales] for depth in depths], title)
+            axis.set_xticks(range(len(scales)), scales)
+            axis.set_yticks(range(len(depths)), depths)
+            axis.set_xlabel("scale k")
+            axis.set_ylabel("layers that run (depth)")
+    places = {"after_bridge": f"after scale {result['bridge']}", "everywhere": "everywhere"}
+    if layers := result["layers"]:
+        axis = figure.add_subplot(grid[len(kinds), :])
+        values = [[row[where]["increase"] for row in layers] for where in places]
+        top = 4 * float(
+            np.median(np.abs(values))
+        )  # where one layer is worth more than all others, these keep their colours
+        _heat(axis, values, "without one layer: loss above full's", top=top, written=len(layers) <= 36)
+        axis.set_xticks(range(len(layers)), [row["layer"] for row in layers])
+        axis.set_yticks(range(len(places)), places.values())
+        axis.set_xlabel("layer that is skipped")
+    images = count(result["data"]["images"], "image")
+    figure.suptitle(f"{where(result)}; {images}; loss in nats per token, every scale weighing the same", fontsize=11)
+    return _save(figure, path)
+
+
+def plot_search(result: SearchResult, path: str | Path) -> Path:
+    """A PNG of loss against the cost that the budget is of: the equidistant schedules, the finalists, and the found."""
+    name, limit = next(iter(result["budget"].items()))
+    figure, ((axis,),) = _figure(width=8.5, height=5, columns=1)
+    groups = (
+        ("best by prediction", result["finalists"], {"color": RUN_COLOURS[2], "marker": "D"}),
+        ("equidistant, within the budget", result["others"], {"color": RUN_COLOURS[0], "marker": "o"}),
+        ("found", [result["found"]], {"color": RUN_COLOURS[3], "marker": "*", "s": 170, "zorder": 3}),
+    )
+    for label, rows, style in groups:
+        axis.scatter([row["costs"][name] for row in rows], [row["loss"] for row in rows], label=label, **style)
+    for row, place, side in ((result["equidistant"], 8, "bottom"), (result["found"], -10, "top")):
+        label, point = folded(row["schedule"]), (row["costs"][name], row["loss"])
+        axis.annotate(label, point, xytext=(0, place), textcoords="offset points", ha="center", va=side, fontsize=9)
+    axis.axvline(limit, color="black", linestyle="--", linewidth=1, label=f"budget, {limit:g}")
+    axis.axhline(result["full"]["loss"], color="grey", linestyle=":", linewidth=1, label="loss of full")
+    axis.margins(x=0.15, y=0.15)
+    axis.grid(alpha=0.3)
+    axis.set_xlabel(f"{name}, share of full's")
+    axis.set_ylabel("loss, nats per token, every scale weighing the same")
+    axis.set_title(f"{where(result)}; {count(result['data']['images'], 'image')}", fontsize=10, loc="left")
+    axis.legend(fontsize=9)
+    return _save(figure, path)
+
+
+def _heat(
+    axis: Axes, values: Sequence[Sequence[float]], title: str, *, top: float | None = None, written: bool = True
+) -> None:
+    """A heat map of rows of values, each written in its cell. Colours go from 0 to `top`, or to the largest value."""
+    from matplotlib.colors import Normalize
+
+    image = axis.imshow(
+        np.array(values), cmap="YlOrRd", aspect="auto", norm=Normalize(0, top or max(1e-9, np.max(values)))
+    )
+    axis.set_title(title, fontsize=10, loc="left")
+    if not written:
+        axis.figure.colorbar(image, ax=axis)
+        return
+    for y, row in enumerate(values):
+        for x, value in enumerate(row):
+            dark = image.norm(value) > 0.6  # ink that stands out from the cell
+            axis.text(x, y, short(value), ha="center", va="center", fontsize=8, color="white" if dark else "black")
+
+
+PLOTS = {PROFILE: plot_profile, EVAL: plot_eval, SENSITIVITY: plot_sensitivity, SEARCH: plot_search}
 
 
 # -- panels -------------------------------------------------------------------------------------

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from rich import box
 from rich.console import Group, RenderableType
@@ -25,7 +25,7 @@ from varcompress.report.format import (
     settings,
     where,
 )
-from varcompress.results import DemoResult, EvalResult, ProfileResult
+from varcompress.results import DemoResult, EvalResult, ProfileResult, SearchResult, SensitivityResult
 from varcompress.sampling import cfg_text, checked_cfg
 
 Rows = Sequence[dict]
@@ -374,3 +374,100 @@ def _runs(layers: Sequence[int]) -> str:
         else:
             runs.append([layer])
     return " ".join(_span(run[0], run[-1]) if len(run) > 2 else " ".join(map(str, run)) for run in runs)
+
+
+# -- where depth hurts --------------------------------------------------------------------------
+
+
+def sensitivity_table(result: SensitivityResult) -> RenderableType:
+    """What `sensitivity` measured: depths x scales, then the layers that are missed most and least."""
+    full, scored = result["full"], result["scored"]
+    head = (
+        f"{where(result)}; {count(result['data']['images'], 'image')} of {result['data']['name']}\n"
+        f"Teacher-forced loss of full, nats per token, every scale weighing the same: {number(full['loss'])}\n"
+        "± one standard error over the images"
+        + (f"; of {scored['metric']} half of the 95 % interval; ≈: within noise of full" if scored else "")
+    )
+    parts = []
+    for which, title in (("only", "at only one scale"), ("from", "from one scale on")):
+        parts.append(_by_scale(f"Depth {title}: loss above full's", result[which], _increase))
+        if which == "only":
+            per_percent = "The same for each percent of full's FLOPs that is saved"
+            parts.append(_by_scale(per_percent, result[which], lambda r: number(r["increase"] / (100 * r["saved"]))))
+        if scored:
+            title = f"Depth {title}: {scored['metric']} (full: {score(full['score'])})"
+            parts.append(_by_scale(title, result[which], lambda r: score(r["score"])))
+    layers = sorted(result["layers"], key=lambda row: row["after_bridge"]["increase"])
+    if layers:
+        columns = {
+            "after the bridge": lambda r: _increase(r["after_bridge"]),
+            "everywhere": lambda r: _increase(r["everywhere"]),
+        }
+        shown = [{"schedule": f"layer {row['layer']}", **row} for row in (*layers[-3:][::-1], *layers[:3][::-1])]
+        parts.append(_table("Without one layer: the three missed most, and least, after the bridge", columns, shown))
+    return _stacked(head, *parts)
+
+
+def search_table(result: SearchResult) -> RenderableType:
+    """What `search` found, beside full and the best equidistant schedule within the budget."""
+    budget = joined(f"{name} {share:g}" for name, share in result["budget"].items())
+    head = (
+        f"{where(result)}; {count(result['data']['images'], 'image')} of {result['data']['name']} to search by, "
+        f"{result['images_apart']:,} to compare on\n"
+        f"budget {budget} of full's: {result['within_budget']:,} of {count(result['candidates'], 'candidate')}\n"
+        "Losses are teacher-forced, nats per token, every scale weighing the same."
+    )
+    if result["scored"]:
+        metric = result["scored"]["metric"]
+        head += f"\n{metric}: ± half of the 95 % interval; ≈: the difference to equidistant is within its interval"
+    rows = [result[name] for name in ("full", "equidistant", "found")]
+    columns = {
+        **{name: lambda r, name=name: percent(r["costs"][name], 1) for name in rows[0]["costs"]},
+        "loss,\npredicted": lambda r: number(r["predicted"]),
+        "measured": lambda r: number(r["loss"]),
+        "on others": lambda r: f"{number(r['loss_apart'])} ± {r['loss_apart_error']:.1g}",
+    }
+    if any("latency_ms" in row for row in rows):
+        columns["measured,\nms"] = lambda r: number(r["latency_ms"])
+    if result["scored"]:
+        columns[result["scored"]["metric"]] = lambda r: score(r["score"])
+    found, rival = result["found"], result["equidistant"]
+    if found["schedule"] == rival["schedule"]:
+        said = [f"Found: {found['schedule']}, which is equidistant."]
+    else:
+        said = [f"Found: {found['schedule']}; the best equidistant one: {rival['schedule']}."]
+        said.append("Their difference, image by image:")
+        said.append(_difference("loss", result["difference"]["value"], result["difference"]["interval"]))
+        if "difference_interval" in found.get("score", {}):
+            own = found["score"]
+            said.append(_difference(result["scored"]["metric"], own["difference"], own["difference_interval"]))
+    best = {heading: columns[heading] for heading in ("loss,\npredicted", "measured")}
+    if result["scored"] and any("score" in row for row in result["finalists"]):
+        best[result["scored"]["metric"]] = lambda r: score(r.get("score"))
+    tables = (
+        _table("The best by prediction, measured", best, result["finalists"]),
+        _table("The best of the equidistant ones", best, result["others"][:5]),
+    )
+    return _stacked(head, _table("Costs as shares of full's, and losses", columns, rows), *map(Text, said), "", *tables)
+
+
+def _difference(name: str, value: float, interval: Sequence[float]) -> str:
+    """A difference and its 95 % interval, and what that says."""
+    low, high = interval
+    verdict = "within noise" if low <= 0 <= high else "less" if high < 0 else "more"
+    return f"  {name} {value:.3g}, 95 % interval {low:.3g} to {high:.3g}: {verdict}"
+
+
+def _by_scale(title: str, rows: Rows, cell: Callable[[dict], str]) -> Table:
+    """A table of depths x scales. cell: the text of a row of a sensitivity result."""
+    depths = dict.fromkeys(row["depth"] for row in rows)
+    at = {(row["depth"], row["scale"]): row for row in rows}
+    columns = {
+        f"scale {scale}": lambda r, scale=scale: cell(at[r["depth"], scale])
+        for scale in dict.fromkeys(row["scale"] for row in rows)
+    }
+    return _table(title, columns, [{"schedule": f"d{depth}", "depth": depth} for depth in depths])
+
+
+def _increase(row: dict) -> str:
+    return f"{number(row['increase'])} ± {row['increase_error']:.1g}"
