@@ -375,16 +375,11 @@ def _sensitivity(subject: Subject) -> dict:
 def _shaded(rows: Sequence[tuple[str, list[float | None]]]) -> list[tuple[str, list[tuple[str, int]]]]:
     """Each value with its shade, percent of the map's largest."""
     largest = max((value for _, values in rows for value in values if value is not None), default=0) or 1
-    return [
-        (
-            head,
-            [
-                (NOT_GIVEN if value is None else short(value), round(100 * max(0.0, min(1.0, (value or 0) / largest))))
-                for value in values
-            ],
-        )
-        for head, values in rows
-    ]
+
+    def shaded(value: float | None) -> tuple[str, int]:
+        return (NOT_GIVEN, 0) if value is None else (short(value), round(100 * max(0.0, min(1.0, value / largest))))
+
+    return [(head, [shaded(value) for value in values]) for head, values in rows]
 
 
 # -- where it all comes from --------------------------------------------------------------------
