@@ -46,9 +46,12 @@ def count(things: int, thing: str) -> str:
 
 def score(found: Score | None) -> str:
     """A score, half of its interval, and ≈ where its difference to the first schedule is within the noise."""
-    if found is None:
-        return NOT_GIVEN
-    return f"{number(found['value'])} ± {half(found)}" + (" ≈" if within_noise(found) else "")
+    return plain(found) + (" ≈" if found and within_noise(found) else "")
+
+
+def plain(found: Score | None) -> str:
+    """A score and half of its interval."""
+    return NOT_GIVEN if found is None else f"{number(found['value'])} ± {half(found)}"
 
 
 def half(found: Score) -> str:

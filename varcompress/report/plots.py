@@ -10,7 +10,7 @@ import numpy as np
 
 from varcompress.files import disk_errors, replacing
 from varcompress.metrics import METRICS
-from varcompress.report.format import MIB, count, folded, half, number, percent, short, where
+from varcompress.report.format import MIB, count, folded, number, percent, short, where
 from varcompress.report.format import label as row_label
 from varcompress.results import (
     EVAL,
@@ -20,7 +20,6 @@ from varcompress.results import (
     DemoResult,
     EvalResult,
     ProfileResult,
-    Score,
     SearchResult,
     SensitivityResult,
 )
@@ -94,18 +93,14 @@ def plot_samples(samples: dict[str, dict[str, np.ndarray]], result: DemoResult, 
             axis.set(xticks=[], yticks=[])
             axis.spines[:].set_visible(False)
     for axis, row in zip(axes[:, 0], rows, strict=True):
-        label = f"{row['schedule']}\n{metric}\n{_plain(row['untrained'])}"
+        label = f"{row['schedule']}\n{metric}\n{plain(row['untrained'])}"
         axis.set_ylabel(label, rotation=0, ha="right", va="center", fontsize=10)
     for axis, row in zip(axes[:, -1], rows, strict=True):
         axis.yaxis.set_label_position("right")
         cache = row["cache_bytes"] / result["teacher"]["cache_bytes"]
-        label = f"{metric} {_plain(row['score'])}\n{number(row['speedup'])}× speed\n{percent(cache)} cache"
+        label = f"{metric} {plain(row['score'])}\n{number(row['speedup'])}× speed\n{percent(cache)} cache"
         axis.set_ylabel(label, rotation=0, ha="left", va="center", fontsize=10)
     return _save(figure, path)
-
-
-def _plain(found: Score) -> str:
-    return f"{number(found['value'])} ± {half(found)}"
 
 
 def plot_run(steps: Sequence[dict], title: str, path: str | Path) -> Path:

@@ -21,6 +21,7 @@ from varcompress.report.format import (
     mebibytes,
     number,
     percent,
+    plain,
     score,
     settings,
     where,
@@ -126,8 +127,8 @@ def demo_table(result: DemoResult) -> RenderableType:
         f"({metric.better} is better)\n± half of the 95 % interval over the choice of images"
     )
     columns = {
-        "before": lambda r: score(r["untrained"]),
-        "after": lambda r: score(r["score"]),
+        "before": lambda r: plain(r["untrained"]),
+        "after": lambda r: plain(r["score"]),
         "of the teacher's": lambda r: _beside_teacher(r, teacher),
         "speed-up": lambda r: number(r["speedup"]),
         "cache, MiB": lambda r: mebibytes(r["cache_bytes"]),
