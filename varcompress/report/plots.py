@@ -10,7 +10,7 @@ import numpy as np
 
 from varcompress.files import disk_errors, replacing
 from varcompress.metrics import METRICS
-from varcompress.report.format import MIB, count, folded, number, percent, short, where
+from varcompress.report.format import MIB, count, folded, number, percent, plain, short, where
 from varcompress.report.format import label as row_label
 from varcompress.results import (
     EVAL,
