@@ -120,7 +120,8 @@ def evaluate(
     if directory is not None:
         check_folder(directory, EVAL)
     loading = replace(loading, device=str(local_device(loading.device)))
-    loaded = loading.open(model)
+    only_beside = any(map(_is_pth, beside or ())) and not _is_pth(model)
+    loaded = (replace(loading, vae=None) if only_beside else loading).open(model)
     with progress_bar() as progress:
         result = run(
             loaded,
@@ -136,7 +137,7 @@ def evaluate(
             feature_weights=feature_weights,
             distances=distances,
             resize_reference=resize_reference,
-            beside=[partial(loading.open, other) for other in beside or ()],
+            beside=[partial(_loading_of(other, loading).open, other) for other in beside or ()],
             save_images=save_images,
             folder=directory,
             progress=progress,
@@ -153,3 +154,12 @@ def evaluate(
     else:
         note(f"Written: {', '.join(map(str, record(result, directory)))}")
         forget(directory)
+
+
+def _is_pth(model: str) -> bool:
+    return model.endswith(".pth")
+
+
+def _loading_of(model: str, loading: Loading) -> Loading:
+    """How a model beside is opened: --vae goes with .pth files, and --revision is MODEL's alone."""
+    return replace(loading, vae=loading.vae if _is_pth(model) else None, revision=None)

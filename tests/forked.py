@@ -13,9 +13,9 @@ CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["varcompress.evaluation.scores", "varcompress.loading", "tests.forked"])
 
 
-def evaluation(elastic: Path, folder: Path, out: Path, **ranks: str) -> BaseProcess:
+def evaluation(elastic: Path, folder: Path, out: Path, num_images: int = 200, **ranks: str) -> BaseProcess:
     """A started process that evaluates a model and writes its result as `out`; ranks: torchrun's variables."""
-    process = CONTEXT.Process(target=_evaluate, args=(elastic, folder, out, ranks), daemon=True)
+    process = CONTEXT.Process(target=_evaluate, args=(elastic, folder, out, num_images, ranks), daemon=True)
     process.start()
     return process
 
@@ -27,15 +27,17 @@ def free_port() -> str:
         return str(found.getsockname()[1])
 
 
-def _evaluate(elastic: Path, folder: Path, out: Path, ranks: dict[str, str]) -> None:
+def _evaluate(elastic: Path, folder: Path, out: Path, num_images: int, ranks: dict[str, str]) -> None:
     import torch
 
-    from varcompress.evaluation import evaluate
+    from varcompress.evaluation import evaluate, parts
     from varcompress.loading import load
 
     os.environ.update(ranks)
     torch.set_num_threads(1)
+    parts.BATCHES = 1  # many parts of few images
     model = load(elastic, device="cpu")
-    result = evaluate(model, ["full", "d2@2"], features="digits", num_images=330, batch_size=4, folder=folder)
+    options = {"features": "digits", "num_images": num_images, "batch_size": 4, "folder": folder}
+    result = evaluate(model, ["full", "d2@2"], **options)
     if result:
         out.write_text(json.dumps(result))

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import random
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -108,7 +111,7 @@ def test_evaluate_says_all_that_a_score_depends_on(model):
     assert json.loads(json.dumps(result)) == result
     assert (result["kind"], result["weights"]) == ("eval", fingerprint(model))
     assert set(result) == set(EvalResult.__annotations__)
-    assert result["features"] == {"name": "digits", "printed": "digits", "sha256": result["features"]["sha256"]}
+    assert result["features"] | {"sha256": ""} == {"name": "digits", "printed": "digits", "version": "", "sha256": ""}
     assert result["reference"] == "embedded digits"
     assert (result["protocol"], result["deviations"]) == ("digits", ["40 images instead of 2,000"])
     details = result["reference_details"]
@@ -196,6 +199,8 @@ def test_another_model_stands_beside(model):
     assert row["scores"]["fd"]["difference"] == pytest.approx(
         row["scores"]["fd"]["value"] - result["schedules"][0]["scores"]["fd"]["value"]
     )
+    with pytest.raises(InputError, match="two of the models beside are called small"):
+        evaluate(model, ["full"], beside=[lambda: other] * 2, **options)
     with pytest.raises(InputError, match="tiny: has 10 classes in 8 pixels, and digits 10 in 16"):
         evaluate(model, ["full"], beside=[lambda: random_model_named("tiny")], **options)
 
@@ -277,9 +282,7 @@ def test_inception_weights_do_not_fit_the_digits_features(model, tmp_path):
 def test_images_that_are_not_finite_are_refused(model, tmp_path):
     broken = ElasticVAR(model.var, VQVAE(model.tokenizer.config), provenance=Provenance(name="digits"))
     torch.nn.init.constant_(broken.tokenizer.decoder.conv_out.bias, float("nan"))
-    with pytest.raises(
-        InputError, match=r"d2@2 draws images that are not finite in torch\.float32, 10 of the first 10"
-    ):
+    with pytest.raises(InputError, match=r"d2@2 draws images that are not finite in torch\.float32, 10 of 0 to 9"):
         evaluate(broken, ["d2@2"], num_images=10)
 
 
@@ -322,23 +325,22 @@ def elastic(model, tmp_path_factory) -> Path:
 
 def test_ten_kills_lead_to_the_undisturbed_scores(elastic, tmp_path):
     """kill -9 at random moments; what was written to the disk is never drawn again."""
-    undisturbed = evaluation(elastic, tmp_path / "undisturbed", tmp_path / "whole.json")
+    options = {"num_images": 240}
+    undisturbed = evaluation(elastic, tmp_path / "undisturbed", tmp_path / "whole.json", **options)
     undisturbed.join()
     chance, folder, kills = random.Random(0), tmp_path / "killed", 0
     while kills < 10:
         before = len(list(folder.rglob("*.safetensors")))
-        process = evaluation(elastic, folder, tmp_path / "result.json")
+        process = evaluation(elastic, folder, tmp_path / "result.json", **options)
         while process.is_alive() and len(list(folder.rglob("*.safetensors"))) <= before:
             time.sleep(0.01)
-        time.sleep(chance.random() * 0.1)
-        if not process.is_alive():
-            break
+        time.sleep(chance.random() * 0.05)
+        assert process.is_alive()  # or there were too few images for so many kills
         process.kill()
         process.join()
         kills += 1
-    last = evaluation(elastic, folder, tmp_path / "result.json")
+    last = evaluation(elastic, folder, tmp_path / "result.json", **options)
     last.join()
-    assert kills >= 5
     whole, killed = (json.loads((tmp_path / name).read_text()) for name in ("whole.json", "result.json"))
     assert numbers(killed) == numbers(whole)
 
@@ -358,6 +360,47 @@ def test_processes_share_the_images(elastic, tmp_path):
         for ours, theirs in zip(found[0], other, strict=True):
             for key in ours:
                 assert theirs[key]["value"] == pytest.approx(ours[key]["value"], rel=1e-6)
+
+
+def test_the_command_shares_its_work_under_torchrun(elastic, tmp_path):
+    command = ["-m", "varcompress", "eval", elastic, "--images", 40, "-s", "d2@2", "--features", "digits", "--json"]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    done = subprocess.run(
+        [sys.executable, *torchrun, *map(str, command), "--device", "cpu", "--out", str(tmp_path / "out")],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)  # of rank 0 alone
+    assert (result["processes"], result["command"].split()[1]) == (2, "eval")
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"eval.json", "eval.png"}
+
+
+def test_a_damaged_part_is_drawn_again(model, tmp_path):
+    options = {"num_images": 20, "batch_size": 5, "folder": tmp_path}
+    whole = evaluate(model, ["full"], **options)
+    (file,) = tmp_path.rglob("*.safetensors")
+    file.write_bytes(file.read_bytes()[:-100])
+    assert numbers(evaluate(model, ["full"], **options)) == numbers(whole)
+
+
+def test_what_features_depend_on_is_in_the_names_of_what_is_kept(model, tmp_path, monkeypatch):
+    options = {"num_images": 20, "batch_size": 20, "folder": tmp_path}
+    evaluate(model, ["full"], **options)
+    monkeypatch.setattr("varcompress.evaluation.features.__version__", "another")
+    evaluate(model, ["full"], **options)
+    assert len(list((tmp_path / parts.FOLDER).iterdir())) == 2
+
+
+def test_images_of_other_calls_are_not_mixed(model, tmp_path):
+    options = {"num_images": 20, "batch_size": 5, "save_images": tmp_path / "images", "folder": tmp_path / "out"}
+    evaluate(model, ["full"], **options)
+    (tmp_path / "images" / "full" / "000003.png").unlink()
+    evaluate(model, ["full"], **options)  # the same call, which draws what is missing
+    assert len(list((tmp_path / "images" / "full").iterdir())) == 20
+    with pytest.raises(InputError, match="full: holds images already: name an empty folder"):
+        evaluate(model, ["full"], sampling=Sampling(seed=1), **options)
 
 
 def test_parts_that_another_machine_wrote_elsewhere_are_missed(tmp_path):

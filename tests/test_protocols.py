@@ -44,7 +44,10 @@ def test_what_is_kept_to_is_no_deviation():
         ({"sampling": Sampling(cfg=4.0)}, "cfg 4.0 instead of 1.5"),
         ({"sampling": replace(PUBLISHED, top_k=0)}, "top_k 0 instead of 900"),
         ({"rounding": "round"}, "rounding round instead of truncate"),
-        ({"reference_sha256": "0" * 64}, "reference VIRTUAL_imagenet256_labeled.npz instead of VIRTUAL_"),
+        (
+            {"reference_sha256": "0" * 64},
+            "labeled.npz with the SHA-256 00000000… instead of VIRTUAL_imagenet256_labeled.npz with b3273271…",
+        ),
         ({"reference": "/my/photos", "reference_sha256": None}, "reference photos instead of VIRTUAL_"),
         ({"features": "digits"}, "features digits instead of inception"),
         ({"distances": "exact"}, "distances exact instead of adm"),
@@ -54,6 +57,13 @@ def test_what_is_kept_to_is_no_deviation():
 def test_each_deviation_is_named(change, said):
     (found,) = deviations(ADM, replace(KEPT, **change))
     assert said in found
+
+
+def test_another_reference_than_the_models_own_is_named():
+    own, digits = replace(KEPT, images=2_000, classes=10, rounding="round", distances="exact"), PROTOCOLS["digits"]
+    own = replace(own, features="digits", reference="embedded digits", reference_sha256=None)
+    assert deviations(digits, own) == []
+    assert deviations(digits, replace(own, reference="/my/cats")) == ["reference cats instead of the embedded digits"]
 
 
 def test_a_reference_without_a_known_digest_says_so():
@@ -68,7 +78,7 @@ def test_a_model_has_its_protocol():
     assert choose_protocol(None, like(16, 10, "digits")).name == "digits"
     assert choose_protocol(None, like(16, 10)).name == "quick"
     assert choose_protocol("quick", like(256, 1000)).name == "quick"
-    with pytest.raises(InputError, match=r"adm-imagenet256 is for 1000 classes in 256 pixels.* 10 in 16: use --pro"):
+    with pytest.raises(InputError, match=r"adm-imagenet256 is for 1000 classes in 256 pixels.* 10 in 16: leave --pro"):
         choose_protocol("adm-imagenet256", like(16, 10))
     with pytest.raises(InputError, match="protocol 'fid' is unknown: choose adm-imagenet256, "):
         choose_protocol("fid", like(16, 10))

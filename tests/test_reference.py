@@ -380,8 +380,10 @@ def bad_references(folder: Path, pixels: np.ndarray) -> dict[str, tuple[Path, st
         "not finite": (write_npz(folder / "nan.npz", mu=mu * np.nan, sigma=sigma), "not finite"),
         "infinite": (write_npz(folder / "inf.npz", mu=mu, sigma=np.full((64, 64), np.inf)), "not finite"),
         "no covariance": (write_npz(folder / "minus.npz", mu=mu, sigma=sigma - 2), "no covariance: it has the eigen"),
+        "complex": (write_npz(folder / "c.npz", mu=mu, sigma=sigma + 0j), "of real numbers"),
+        "all zero": (write_npz(folder / "zero.npz", mu=mu, sigma=sigma * 0), "no positive eigenvalue"),
         "not symmetric": (write_npz(folder / "tilted.npz", mu=mu, sigma=np.triu(sigma + 1)), "it is not symmetric"),
-        "text for numbers": (write_npz(folder / "t.npz", mu=np.array(["a"] * 64), sigma=sigma), "not a readable .npz"),
+        "text for numbers": (write_npz(folder / "t.npz", mu=np.array(["a"] * 64), sigma=sigma), "of real numbers"),
     }
 
 

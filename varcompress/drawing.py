@@ -51,7 +51,7 @@ def draw_batches(
         images, elapsed_ms = timed(
             model.device, lambda batch=batch, first=first: model.generate(batch, schedule, sampling, first_index=first)
         )
-        _check_finite(images, schedule, model.dtype, first - wanted.start)
+        _check_finite(images, schedule, model.dtype, first)
         yield Batch(first, to_uint8(images, rounding), elapsed_ms)
         progress(first + len(batch), len(labels), f"{schedule}: images")
 
@@ -79,15 +79,15 @@ def draw_images(
         return torch.cat([batch.images.cpu() for batch in draw_batches(model, labels, schedule, sampling, **options)])
 
 
-def _check_finite(images: Tensor, schedule: Schedule, dtype: torch.dtype, before: int) -> None:
+def _check_finite(images: Tensor, schedule: Schedule, dtype: torch.dtype, first: int) -> None:
     """Raises InputError when images (B, 3, H, W) are not finite: their numbers grew beyond what `dtype` holds.
 
-    before: how many were drawn before them, all finite.
+    first: the number of the first of them; all before it that this process drew were finite.
     """
     rejected = int((~torch.isfinite(images).flatten(1).all(dim=1)).sum())
     if rejected:
         remedy = "are these trained weights?" if dtype is torch.float32 else "use float32"
         raise InputError(
-            f"schedule {schedule} draws images that are not finite in {dtype}, {rejected:,} of the first "
-            f"{before + len(images):,}: {remedy}"
+            f"schedule {schedule} draws images that are not finite in {dtype}, {rejected:,} of {first:,} to "
+            f"{first + len(images) - 1:,}: {remedy}"
         )

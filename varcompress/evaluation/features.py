@@ -5,8 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+import torch_fidelity
 from torch import Tensor
 
+from varcompress import __version__
 from varcompress.data.sources import own_source
 from varcompress.errors import InputError
 from varcompress.evaluation.digits import DIGITS
@@ -45,7 +47,8 @@ def choose_network(name: str | None, model: ElasticVAR) -> FeatureNetwork:
 
 
 class Extractor:
-    """A feature network on a device. spec: which one; digest: SHA-256 of the file of its weights.
+    """A feature network on a device. spec: which one; digest: SHA-256 of the file of its weights; key: of all that its
+    features depend on, for what is kept of them.
 
     weights: the user's file of them, None for what the network finds by itself. Raises InputError when the weights
     cannot be had or are not the ones expected.
@@ -55,6 +58,8 @@ class Extractor:
         file = spec.weights(weights)
         self.spec, self.device, self.digest = spec, device, sha256(file)
         self.network = spec.load(file).to(device).eval().requires_grad_(False)
+        libraries = [__version__, torch.__version__, torch_fidelity.__version__]
+        self.key = "\0".join([spec.name, spec.printed, spec.version, self.digest, device.type, *libraries])
 
     @torch.inference_mode()
     def __call__(self, images: Tensor) -> Features:

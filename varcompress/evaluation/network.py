@@ -36,7 +36,8 @@ class FeatureNetwork:
     name: as a user names it and a score's name says it; printed: as results do; weights: given the user's file, or
     None, returns the file to load, or raises InputError; load: that file as a module, images (B, 3, H, W) uint8 ->
     `Features`; image_size: the only one that it takes, None for any; source: the data source it was trained on, of
-    whose models it is the default; note: what a reader of its scores must know.
+    whose models it is the default; note: what a reader of its scores must know; version: what else its features depend
+    on, such as how images are prepared.
     """
 
     name: str
@@ -46,6 +47,7 @@ class FeatureNetwork:
     image_size: int | None = None
     source: type[NamedSource] | None = None
     note: str | None = None
+    version: str = ""
 
 
 def not_fid(name: str) -> str:

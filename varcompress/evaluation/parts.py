@@ -14,12 +14,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from varcompress.errors import InputError
 from varcompress.evaluation.network import Features
+from varcompress.evaluation.saving import check_unused
 from varcompress.files import disk_errors, replacing
 
 BATCHES = 4  # in a part
@@ -58,8 +59,18 @@ class Parts:
         return [range(start, min(start + size, self.num_images)) for start in range(0, self.num_images, size)]
 
     def missing(self) -> list[range]:
-        """The parts that are not there."""
-        return [images for images in self.ranges() if not self._file(images.start).is_file()]
+        """The parts that are not there, or damaged, as a power cut may leave them."""
+        return [images for images in self.ranges() if not _is_whole(self._file(images.start))]
+
+    def claim(self, pngs: Path) -> None:
+        """Take a folder for PNG files of these images. Raises InputError where it holds others.
+
+        Its files are of this call alone where the folder of the parts was made before them.
+        """
+        if not self.folder.is_dir():
+            check_unused(pngs)
+            with disk_errors(self.folder):
+                self.folder.mkdir(parents=True)
 
     def write(self, part: Part) -> None:
         """Write a part, whole or not at all. Raises InputError when the disk refuses."""
@@ -101,6 +112,14 @@ class Parts:
                 "need an --out that they share"
             )
         return [self._file(images.start) for images in self.ranges()]
+
+
+def _is_whole(file: Path) -> bool:
+    try:
+        with safe_open(file, "pt") as opened:
+            return "vectors" in opened.keys()  # noqa: SIM118 - no dict
+    except (OSError, SafetensorError):
+        return False
 
 
 def forget(directory: Path) -> None:

@@ -119,7 +119,7 @@ def choose_protocol(name: str | None, model: ElasticVAR) -> Protocol:
         size, classes = model.tokenizer.config.image_size, model.var.config.classes
         raise InputError(
             f"protocol {name} is for {protocol.classes} classes in {protocol.image_size} pixels, "
-            f"and the model has {classes} in {size}: use --protocol quick"
+            f"and the model has {classes} in {size}: leave --protocol out, or use quick"
         )
     return protocol
 
@@ -127,7 +127,10 @@ def choose_protocol(name: str | None, model: ElasticVAR) -> Protocol:
 def describe_protocol(name: str) -> dict:
     """A protocol as a dict that JSON can hold. Raises InputError for an unknown name."""
     described = asdict(_named(name))
-    del described["source"], described["sampling"]["seed"]  # which kind of object, and what a protocol leaves open
+    source = described.pop("source")
+    if source:
+        described["reference"] = source.name
+    del described["sampling"]["seed"]  # which a protocol leaves open
     return described
 
 
@@ -165,8 +168,13 @@ def deviations(protocol: Protocol, done: Done) -> list[str]:
     }
     found += [f"{name} {value} instead of {usual}" for name, (value, usual) in pairs.items() if value != usual]
     pinned = protocol.reference
-    if pinned and (done.reference_sha256 is None or pinned.sha256 not in (None, done.reference_sha256)):
-        found.append(f"reference {Path(done.reference).name} instead of {pinned.name}")
+    name, digest = Path(done.reference).name, done.reference_sha256
+    if protocol.source and done.reference != protocol.source.name:
+        found.append(f"reference {name} instead of the {protocol.source.name}")
+    elif pinned and (digest is None or pinned.sha256 not in (None, digest)):
+        what = f"{name} with the SHA-256 {digest[:8]}…" if digest else name
+        usual = f"{pinned.name} with {pinned.sha256[:8]}…" if pinned.sha256 else pinned.name
+        found.append(f"reference {what} instead of {usual}")
     elif pinned and pinned.sha256 is None:
         found.append(f"the digest of {pinned.name} is not pinned: compare the SHA-256 in the result")
     if done.resized:

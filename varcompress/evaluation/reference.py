@@ -257,12 +257,16 @@ def _gaussian(path: Path, mu: np.ndarray, sigma: np.ndarray, width: int, feature
             f"{path}: statistics of shapes {mu.shape} and {sigma.shape}: the {features} features need "
             f"mu ({width},) and sigma ({width}, {width})"
         )
+    if not all(np.issubdtype(part.dtype, np.floating) for part in (mu, sigma)):
+        raise InputError(f"{path}: mu and sigma are {mu.dtype} and {sigma.dtype}: {ARRAYS}, of real numbers")
     mu, sigma = mu.astype(np.float32), sigma.astype(np.float64)
     if not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
         raise InputError(f"{path}: mu or sigma holds numbers that are not finite")
     eigenvalues = np.linalg.eigvalsh(sigma)
     if not np.allclose(sigma, sigma.T, atol=ROUNDING * abs(eigenvalues).max()):
         raise InputError(f"{path}: sigma is no covariance: it is not symmetric")
+    if eigenvalues[-1] <= 0:
+        raise InputError(f"{path}: sigma is no covariance of images: it has no positive eigenvalue")
     if eigenvalues[0] < -ROUNDING * abs(eigenvalues).max():
         raise InputError(f"{path}: sigma is no covariance: it has the eigenvalue {eigenvalues[0]:.3g}")
     return {"mu": mu, "sigma": sigma}
@@ -314,7 +318,7 @@ def _folder_digest(folder: Path, files: list[Path]) -> str:
 
 def _cached(path: Path, content: str, extractor: Extractor, read: Callable[[], Reference]) -> Reference:
     """What `read` gives, kept for the next time under what it depends on. content: says which bytes and how read."""
-    key = hashlib.sha256(f"{content} {extractor.digest} {extractor.device.type}".encode()).hexdigest()
+    key = hashlib.sha256(f"{content}\0{extractor.key}".encode()).hexdigest()
     file = cache_folder() / "references" / f"{key}.safetensors"
     if file.is_file() and (found := _load(file)):
         found.name = str(path)

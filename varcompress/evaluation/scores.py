@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -25,7 +26,7 @@ from varcompress.evaluation.network import Features
 from varcompress.evaluation.parts import FOLDER, Part, Parts
 from varcompress.evaluation.protocols import DISTANCES, Done, Protocol, choose_protocol, deviations
 from varcompress.evaluation.reference import MIN_IMAGES, Reference, read_reference
-from varcompress.evaluation.saving import ImageOutput, write_npz, write_pngs
+from varcompress.evaluation.saving import ImageOutput, has_pngs, write_npz, write_pngs
 from varcompress.files import scratch_folder
 from varcompress.fingerprint import fingerprint
 from varcompress.images import check_rounding
@@ -37,6 +38,8 @@ from varcompress.progress import Progress, silent
 from varcompress.results import EVAL, EvalResult, EvalRow
 from varcompress.sampling import DEFAULT, Sampling
 from varcompress.schedule import Schedule
+
+ROUGH = 1_000  # images below which intervals over them are rough
 
 
 def evaluate(
@@ -99,8 +102,9 @@ def evaluate(
     size = model.tokenizer.config.image_size
     if output:
         output.check(chosen, seeds, 1 + len(beside), num_images * len(seeds) * len(chosen) * 3 * size**2)
-    for load in beside:  # before the work, and one in memory at a time
-        _check_beside(load(), model)
+    names = [_check_beside(load(), model) for load in beside]  # before the work, and one in memory at a time
+    if len(set(names)) < len(names):
+        raise InputError(f"two of the models beside are called {max(names, key=names.count)}: name each once")
     network = choose_network(features or protocol.features, model)
     extractor = Extractor(network, Path(feature_weights) if feature_weights else None, model.device)
     with ExitStack() as stack:
@@ -115,8 +119,8 @@ def evaluate(
         ranks.barrier()  # all parts are there
         if not ranks.is_rank_zero:
             return {}
-        rows = [*_rows(drawn, known[0], settings, extractor, progress)]
         drawing.save(drawn)
+        rows = _rows(drawn, known[0], settings, extractor, progress)
     return {
         "kind": EVAL,
         **conditions(model, model.sampling(sampling)),
@@ -180,8 +184,8 @@ def _checked_reference(reference: str | Path | None, protocol: Protocol, model: 
     raise InputError(f"a reference is needed: --reference with a folder of images or an .npz{named}")
 
 
-def _check_beside(other: ElasticVAR, model: ElasticVAR) -> None:
-    """Raises InputError for a model that makes other images."""
+def _check_beside(other: ElasticVAR, model: ElasticVAR) -> str:
+    """The name of another model. Raises InputError for one that makes other images."""
     (theirs, size), (ours, own_size) = (
         (each.var.config.classes, each.tokenizer.config.image_size) for each in (other, model)
     )
@@ -190,6 +194,7 @@ def _check_beside(other: ElasticVAR, model: ElasticVAR) -> None:
             f"{other.provenance.name}: has {theirs} classes in {size} pixels, and {model.provenance.name} {ours} in "
             f"{own_size}: only models of the same images can be compared"
         )
+    return other.provenance.name
 
 
 # -- drawing ------------------------------------------------------------------------------------
@@ -234,7 +239,10 @@ class _Drawing:
             model.generate(first, schedule, sampling)  # records the graph that the others replay
         parts = [self._parts(model, schedule, replace(sampling, seed=seed)) for seed in settings.seeds]
         for seed, each in zip(settings.seeds, parts, strict=True):
-            self._draw_parts(model, schedule, replace(sampling, seed=seed), each, name)
+            pngs = self._png_folder(schedule, seed, name)
+            if pngs is not None:
+                self.ranks.on_rank_zero(partial(each.claim, pngs))
+            self._draw_parts(model, schedule, replace(sampling, seed=seed), each, pngs)
         row = {
             **({} if name is None else {"model": name, "weights": fingerprint(model)}),
             "schedule": str(schedule),
@@ -252,8 +260,8 @@ class _Drawing:
             "schedule": str(schedule),
             "sampling": asdict(sampling),
             "rounding": self.settings.rounding,
-            "features": self.extractor.digest,
-            "images_kept": self._keeps_images,
+            "features": self.extractor.key,
+            "images": str(self.output.path.absolute()) if self.output else None,
         }
         return Parts.under(self.folder, identity, len(self.settings.labels), self.settings.batch_size)
 
@@ -262,12 +270,11 @@ class _Drawing:
         return self.output is not None and self.output.is_npz
 
     def _draw_parts(
-        self, model: ElasticVAR, schedule: Schedule, sampling: Sampling, parts: Parts, name: str | None
+        self, model: ElasticVAR, schedule: Schedule, sampling: Sampling, parts: Parts, pngs: Path | None
     ) -> None:
         settings, missing = self.settings, parts.missing()
-        pngs = self._png_folder(schedule, sampling.seed, name)
         for wanted in parts.ranges()[self.ranks.rank :: self.ranks.count]:
-            if wanted not in missing:
+            if wanted not in missing and (pngs is None or has_pngs(pngs, wanted)):
                 continue
             features: list[Features] = []
             times_ms: list[float] = []
@@ -365,7 +372,12 @@ def _described(settings: _Settings, reference: Reference, extractor: Extractor, 
         "deviations": deviations(settings.protocol, done),
         "reference": reference.name,
         "reference_details": reference.details,
-        "features": {"name": extractor.spec.name, "printed": extractor.spec.printed, "sha256": extractor.digest},
+        "features": {
+            "name": extractor.spec.name,
+            "printed": extractor.spec.printed,
+            "version": extractor.spec.version,
+            "sha256": extractor.digest,
+        },
         "torch_fidelity": torch_fidelity.__version__,
         "settings": {
             **{name: value for name, value in asdict(sampling).items() if name != "seed"},
@@ -389,6 +401,8 @@ def _notes(settings: _Settings, reference: Reference, extractor: Extractor, mode
     elif (subset := min(count, len(reference.vectors))) < KID_SUBSET_SIZE:
         name = METRICS["kd"].name(extractor.spec.name)
         notes.append(f"{name} in subsets of {subset} images instead of {KID_SUBSET_SIZE:,}")
+    if count < ROUGH and len(settings.seeds) == 1:
+        notes.append(f"fewer than {ROUGH:,} images: the intervals are rough, and that of IS is too narrow")
     over = "seeds" if len(settings.seeds) > 1 else "the choice of images"
     notes.append(
         f"±: half of the 95 % interval over {over}; ≈: the difference to the first line is within its interval"

@@ -65,6 +65,7 @@ def network_of_file(name: str) -> FeatureNetwork:
         weights=partial(_weights, path),
         load=partial(load_published, published),
         note=not_fid(published.architecture),
+        version=repr(published),
     )
 
 
