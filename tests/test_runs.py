@@ -6,6 +6,7 @@ import copy
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -26,6 +27,7 @@ from varcompress.errors import InputError, Stopped
 from varcompress.fingerprint import weights_digest
 from varcompress.images import pixels, to_uint8
 from varcompress.training import distill, loop
+from varcompress.training.budget import state_bytes
 from varcompress.training.log import read_steps
 from varcompress.training.state import RunDirectory
 
@@ -98,14 +100,46 @@ def test_a_disk_without_room_for_the_next_state_is_said_before_the_step(
     undisturbed, tiny, images, tmp_path, monkeypatch
 ):
     out = tmp_path / "out"
-    with monkeypatch.context() as patch:
-        full = type("Usage", (), {"free": 2**18})
-        patch.setattr("varcompress.training.loop.shutil.disk_usage", lambda path: full)
-        with pytest.raises(InputError, match=r"0 MiB are free, and what is saved next needs \d+: free some"):
-            distill(copy.deepcopy(tiny), SMALL, data=images, out=out)
+
+    def fill(done, total, what):
+        if what.startswith("distill"):
+            leave_room(patch, 2**18)
+
+    too_little = pytest.raises(InputError, match=r"0 MiB are free, and what is saved next needs \d+: free some")
+    with monkeypatch.context() as patch, too_little:
+        distill(copy.deepcopy(tiny), SMALL, data=images, out=out, progress=fill)
     assert len(losses(out)) == 2
     distill(copy.deepcopy(tiny), SMALL, data=images, out=out)
     assert weights(out) == weights(undisturbed)
+
+
+def leave_room(patch, size_bytes):
+    """Stands for a disk on which so much is free."""
+    patch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": size_bytes}))
+
+
+def test_a_disk_without_room_for_the_states_is_said_before_anything_is_begun(tiny, images, tmp_path, monkeypatch):
+    out, state, kept = tmp_path / "new" / "out", state_bytes(tiny, SMALL), changed(keep=3)
+    encoded = 40 * 2 * 30 * 2  # images, views, tokens, bytes
+    for recipe, count in ((SMALL, SMALL.keep + 1), (kept, 4), (changed(keep=50, checkpoint_every=10), 4)):
+        with monkeypatch.context() as patch:  # of the last there are four: 5, 10, 15, 20
+            leave_room(patch, count * state + encoded - 1)
+            with pytest.raises(InputError, match=r"MiB are free, and the run needs \d.* for states\): free some"):
+                distill(copy.deepcopy(tiny), recipe, data=images, out=out)
+            assert not out.parent.exists()
+            leave_room(patch, count * state + encoded)
+            with pytest.raises(Interrupt):
+                distill(copy.deepcopy(tiny), recipe, data=images, out=out, progress=interrupt_at(13))
+        shutil.rmtree(out.parent)
+
+
+def test_a_run_that_goes_on_needs_no_room_for_what_is_there(tiny, images, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    with pytest.raises(Interrupt):
+        distill(copy.deepcopy(tiny), SMALL, data=images, out=out, progress=interrupt_at(13))
+    leave_room(monkeypatch, state_bytes(tiny, SMALL))
+    with pytest.raises(Interrupt):
+        distill(copy.deepcopy(tiny), SMALL, data=images, out=out, resume=True, note=str, progress=interrupt_at(14))
 
 
 def test_a_state_that_fails_in_the_background_ends_the_run_at_once(tiny, images, tmp_path, monkeypatch):

@@ -9,11 +9,13 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, replace
 from itertools import combinations
+from pathlib import Path
 
 import torch
 
 from varcompress.data.tokens import CHUNK
 from varcompress.errors import InputError
+from varcompress.files import room_bytes
 from varcompress.hardware import free_bytes
 from varcompress.memory import held_bytes
 from varcompress.models.elastic import ElasticVAR
@@ -24,7 +26,7 @@ from varcompress.training.optimizer import FLOAT32, moments_bytes, muon_matrices
 from varcompress.training.pass_memory import BFLOAT16, NODE, Bytes, Pass, added, parameter_count, shards_of
 from varcompress.training.recipe import FULL, PHASES, Machine, Recipe, machine_fields
 from varcompress.training.sensitivity import SENSITIVITY_IMAGES, kept, losses_of
-from varcompress.training.strategy import Step, plan
+from varcompress.training.strategy import Step, is_saved, plan
 
 NEWTON_SCHULZ_STEPS = 5  # torch.optim.Muon's
 GB = 10**9
@@ -251,6 +253,27 @@ def disk(model: ElasticVAR, recipe: Recipe, images: int) -> Bytes:
         "checkpoints": max(1, phases) * checkpoint_bytes(model, recipe),
     }
     return {part: size for part, size in parts.items() if size}
+
+
+def check_disk(
+    model: ElasticVAR, recipe: Recipe, out: Path, *, images: int, states: int = 0, encoded: bool = False
+) -> None:
+    """Raises InputError for a run whose states, at their most, the disk of `out` has no room for.
+
+    images: of the data; states: how many are there already; encoded: whether room for tokens, and for the teacher's
+    logits beside them, is taken already, or is needed elsewhere.
+    """
+    steps = plan(recipe, (images - recipe.held_out(images)) // recipe.batch_size)
+    count = min(recipe.keep + 1, sum(is_saved(step, recipe) for step in steps))
+    parts = disk(model, recipe, images) | {"states": max(1, count - states) * state_bytes(model, recipe)}
+    del parts["checkpoints"]  # which take the place of states
+    needed = {part: size for part, size in parts.items() if part == "states" or not encoded}
+    if (free := room_bytes(out)) < sum(needed.values()):
+        most = ", ".join(f"{size / 2**20:,.0f} for {part}" for part, size in needed.items())
+        raise InputError(
+            f"{out}: {free / 2**20:,.0f} MiB are free, and the run needs {sum(needed.values()) / 2**20:,.0f} ({most}): "
+            "free some, or choose another disk or a lower keep"
+        )
 
 
 def stored_answers(recipe: Recipe) -> int:

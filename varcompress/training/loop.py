@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import shutil
 import time
 import warnings
 from collections.abc import Iterator
@@ -20,6 +19,7 @@ from varcompress.data.sources import open_source
 from varcompress.data.tokens import TokenData, TokenStore, store_of
 from varcompress.distributed import Ranks, joined, local_device
 from varcompress.errors import InputError, Stopped
+from varcompress.files import room_bytes
 from varcompress.fingerprint import weights_digest
 from varcompress.hardware import compiling, most_held_bytes
 from varcompress.images import skipped_note
@@ -29,7 +29,7 @@ from varcompress.models.transformer import add_cfg_input
 from varcompress.progress import Note, Progress, silent
 from varcompress.schedule import Schedule
 from varcompress.training.batches import Batch, Batches, ReaderDied, ended, loader, next_batch
-from varcompress.training.budget import check_memory, checkpoint_bytes, state_bytes
+from varcompress.training.budget import check_disk, check_memory, checkpoint_bytes, state_bytes
 from varcompress.training.checks import check_finite, check_fit, check_size
 from varcompress.training.heldout import in_first_view, loss_fields, measure_heldout
 from varcompress.training.log import StepLog, step_text
@@ -42,7 +42,7 @@ from varcompress.training.sensitivity import SENSITIVITY_IMAGES, eliminate, kept
 from varcompress.training.state import RunDirectory
 from varcompress.training.states import METADATA, tensors_of
 from varcompress.training.stopping import Stopper
-from varcompress.training.strategy import Step, plan, schedules_of
+from varcompress.training.strategy import Step, is_saved, plan, schedules_of
 from varcompress.training.teacher import StoredTeacher, Teacher
 from varcompress.training.tracker import Tracker, check_tracker
 
@@ -113,6 +113,7 @@ def _distill(
         digest = ranks.check_same(partial(weights_digest, model), "the weights of the model", SAME_MODEL)
         store = store_of(source, model, recipe.num_views, path=tokens, work=directory.tokens_path)
         ranks.on_rank_zero(lambda: directory.check_store(store))
+        ranks.on_rank_zero(lambda: _check_disk(model, recipe, directory, store))
         teacher = teacher_of(model, recipe)  # a copy taken before the weights of a state to continue from
         identity = {"recipe": recipe.to_dict(), "model": digest, "data": source.digest}
         identity |= {"teacher": teacher.digest} if teacher and ranks.is_rank_zero else {}
@@ -190,7 +191,7 @@ def train(
     over = None  # when the step before was
     with Stopper() as stopper, states.writing(ranks), ended(reading):
         for step in run.steps[done:]:
-            saves = step.number % recipe.checkpoint_every == 0 or step.ends_phase
+            saves = is_saved(step, recipe)
             if saves:
                 states.wait()
                 ranks.on_rank_zero(partial(_check_room, run, step))
@@ -231,11 +232,18 @@ def _identity(state: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "none"
 
 
+def _check_disk(model: ElasticVAR, recipe: Recipe, directory: RunDirectory, store: TokenStore) -> None:
+    """Before anything is begun: of what a run writes, what does not lie there yet, or elsewhere, must have room."""
+    begun = store.path.exists() or directory.work not in store.path.parents
+    there = {"encoded": begun, "states": len(directory.states.steps)}
+    check_disk(model, recipe, directory.out, images=len(store.source), **there)
+
+
 def _check_room(run: Run, step: Step) -> None:
     """Before a step whose files would be lost. Raises InputError where the disk has no room for them."""
     needed = state_bytes(run.model, run.recipe)
     needed += checkpoint_bytes(run.model, run.recipe) if step.ends_phase else 0
-    free = shutil.disk_usage(run.directory.out).free
+    free = room_bytes(run.directory.out)
     if free < needed:
         raise InputError(
             f"{run.directory.out}: {free / 2**20:,.0f} MiB are free, and what is saved next needs "
