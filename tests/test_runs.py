@@ -26,10 +26,11 @@ from varcompress.checkpoint import load_elastic
 from varcompress.errors import InputError, Stopped
 from varcompress.fingerprint import weights_digest
 from varcompress.images import pixels, to_uint8
-from varcompress.training import distill, loop
+from varcompress.training import distill, loop, states
 from varcompress.training.budget import state_bytes
 from varcompress.training.log import read_steps
 from varcompress.training.state import RunDirectory
+from varcompress.training.states import States
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -318,3 +319,39 @@ def test_export_makes_a_checkpoint_of_an_unfinished_run(tiny, images, tmp_path, 
     (out / ".training" / "step-12" / ".metadata").write_bytes(b"half")
     status, _, err = run("export", out, "--out", tmp_path / "x")
     assert (status, "step-12: damaged; delete it" in " ".join(err.split())) == (2, True)
+
+
+def test_export_takes_the_next_state_where_the_run_takes_one_away(tiny, images, tmp_path, run, monkeypatch, caplog):
+    out, load = tmp_path / "out", states.dcp.load
+    with pytest.raises(Interrupt):
+        distill(copy.deepcopy(tiny), SMALL, data=images, out=out, progress=interrupt_at(13))
+    nine, twelve = (out / ".training" / f"step-{step}" for step in (9, 12))
+    expected, aside = weights_digest(RunDirectory(out).unfinished(12)), out / ".training" / "aside"
+
+    def rotating(*given, **options):
+        if aside.exists():
+            aside.rename(twelve)
+            States(nine.parent)._drop(9)
+        return load(*given, **options)
+
+    monkeypatch.setattr(states.dcp, "load", rotating)
+    twelve.rename(aside)
+    status, printed, err = run("export", out, "--out", tmp_path / "last")
+    assert (status, err) == (0, "")
+    assert "step 12 of" in printed
+    assert weights_digest(load_elastic(tmp_path / "last")) == expected
+    twelve.rename(nine)
+    shutil.copytree(nine, aside)
+    status, _, err = run("export", out, "--out", tmp_path / "nine", "--step", 9)
+    assert (status, err.count("\n"), "step-9: is gone" in err) == (2, 1, True)
+    assert [record for record in caplog.records if record.levelname == "WARNING"] == []  # torch's tracebacks
+
+
+def test_export_takes_no_checkpoints_place(tiny, elastic, images, tmp_path, run):
+    out, place = tmp_path / "out", shutil.copytree(elastic, tmp_path / "elastic")
+    with pytest.raises(Interrupt):
+        distill(copy.deepcopy(tiny), SMALL, data=images, out=out, progress=interrupt_at(4))
+    before = weights(place)
+    status, _, err = run("export", out, "--out", place)
+    assert (status, err) == (2, f"error: {place}: holds a checkpoint already: choose another --out\n")
+    assert weights(place) == before

@@ -6,6 +6,7 @@ any number of processes, sharded in any way, reads them. A state is a folder ste
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import shutil
@@ -31,6 +32,10 @@ from varcompress.training.optimizer import Optimizer
 warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
 METADATA = ".metadata"  # which rank 0 writes once all others have written their parts
 WEIGHT = "weight"  # in a state, beside the moments of the optimiser
+
+
+class Gone(InputError):
+    """A state that its run took away while it was read."""
 
 
 class States:
@@ -145,15 +150,22 @@ def read(path: Path, tensors: dict[str, Tensor]) -> None:
 
 @contextmanager
 def _readable(path: Path) -> Iterator[None]:
+    """A block that reads a state, and says in one line what is wrong with it."""
+    root, silent = logging.getLogger(), lambda record: False
+    root.addFilter(silent)  # where torch prints the traceback of what it then raises
     try:
         yield
     except torch.OutOfMemoryError:
         raise
     except (Exception, CheckpointException) as error:  # torch raises what unpickling and its planner do
+        if not (path / METADATA).is_file():
+            raise Gone(f"{path}: is gone, as the run that goes on there keeps newer ones: name one of these") from error
         cause = next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
         if isinstance(cause, OSError) and not isinstance(cause, FileNotFoundError):
             raise InputError(f"{path}: could not be read ({cause.strerror or cause})") from error
         raise InputError(f"{path}: damaged; delete it to continue from an earlier state, or to begin anew") from error
+    finally:
+        root.removeFilter(silent)
 
 
 @contextmanager
