@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from concurrent.futures import Future
 
 import numpy as np
@@ -27,6 +28,7 @@ from varcompress.errors import InputError, Stopped
 from varcompress.fingerprint import weights_digest
 from varcompress.images import pixels, to_uint8
 from varcompress.training import distill, loop, states
+from varcompress.training.batches import Batches
 from varcompress.training.budget import state_bytes
 from varcompress.training.log import read_steps
 from varcompress.training.state import RunDirectory
@@ -199,6 +201,53 @@ def test_a_compiler_that_dies_of_the_signal_meant_for_the_run_costs_no_step(
     assert RunDirectory(out).step() == 7
     distill(copy.deepcopy(tiny), recipe, data=images, out=out, resume=True)
     assert weights(out) == weights(undisturbed)
+
+
+class Dying(Batches):
+    """Kills the process that reads the first batch, as the system does for want of memory."""
+
+    def __getitem__(self, index):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_run_that_ends_before_its_first_step_claims_no_state(undisturbed, tiny, images, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+
+    def failing(*_):
+        os.kill(os.getpid(), signal.SIGTERM)
+        raise InputError("torch.compile fails here")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "gradients", failing)
+        with pytest.raises(Stopped, match=r"^stopped before the first step, with nothing trained yet$"):
+            distill(copy.deepcopy(tiny), SMALL, data=images, out=out)
+    nothing = r"has died: nothing was trained yet: start the command again, with fewer workers where memory was short$"
+    monkeypatch.setattr(loop, "Batches", Dying)
+    with pytest.raises(InputError, match=nothing):
+        distill(copy.deepcopy(tiny), changed(workers=1), data=images, out=out)
+    monkeypatch.undo()
+    distill(copy.deepcopy(tiny), SMALL, data=images, out=out)
+    assert weights(out) == weights(undisturbed)
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_while_images_are_encoded_loses_none(tmp_path, number, status):
+    out = tmp_path / "run"
+    command = [sys.executable, "-m", "varcompress", "distill", "digits", "--out", str(out), "--device=cpu"]
+    process = subprocess.Popen(command, env=ENVIRONMENT, text=True, stderr=subprocess.PIPE, stdout=subprocess.PIPE)
+    states = out / ".training" / "tokens" / "states.npy"
+    while not states.is_file() or not np.any(encoded := np.load(states)):
+        assert process.poll() is None
+        time.sleep(0.02)
+    process.send_signal(number)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == status, err
+    assert err.splitlines()[-1] == (
+        "interrupted, and what is encoded or saved is kept: go on with "
+        f"varcompress distill digits --out {out} --device=cpu --resume"
+    )
+    assert len(losses(out)) == 0
+    assert np.load(states)[encoded > 0].all()
 
 
 def test_what_is_no_whole_state_counts_as_none(tiny, images, tmp_path):

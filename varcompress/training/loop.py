@@ -188,10 +188,10 @@ def train(
         states.load(done, var, optimizer)
     batches = Batches(run.data, recipe, ranks, run.steps[done:], var.config.classes)
     reading, heldout, bad = iter(loader(batches, recipe.workers, var.device)), {}, 0
-    over = None  # when the step before was
+    over, due = None, False  # when the step before was; whether its state is still to be saved
     with Stopper() as stopper, states.writing(ranks), ended(reading):
         for step in run.steps[done:]:
-            saves = is_saved(step, recipe)
+            saves = due or is_saved(step, recipe)
             if saves:
                 states.wait()
                 ranks.on_rank_zero(partial(_check_room, run, step))
@@ -218,8 +218,9 @@ def train(
             ends = stopped or bad == recipe.max_bad_steps
             if step.ends_phase and step.number < last:  # before the state: a run that goes on from it finds it done
                 _finish_phase(run, step)
-            if saves or ends:
-                states.save(step.number, tensors_of(var, optimizer))
+            if ends or (saves and not bad):  # a bad row makes no state, and takes none from before it away
+                states.save(step.number, tensors_of(var, optimizer), drop=not bad)
+            due = saves and bad > 0
             if ends:
                 states.wait()
                 _end(run, step.number, stopped, _bad_steps(run, line))
@@ -271,12 +272,15 @@ def _kept(run: Run, step: Step, optimizer: Optimizer, stopper: Stopper) -> Itera
             states.save(before, tensors_of(run.model.var, optimizer))
             states.wait()
         (stopped,) = ranks.largest(stopper.signal)
-        why = f"{error}: the state of step {before} is saved: continue with --resume, and fewer workers where memory "
-        _end(run, before, stopped, f"step {step.number}: {why}was short")
+        saved = f"the state of step {before} is saved: continue with --resume, and"
+        remedy = saved if before else "nothing was trained yet: start the command again, with"
+        _end(run, before, stopped, f"step {step.number}: {error}: {remedy} fewer workers where memory was short")
 
 
 def _end(run: Run, saved: int, stopped: int, why: str) -> None:
-    """Leave a run of which the state of a step is saved: for the signal `stopped`, or for what is an error."""
+    """Leave a run of which the state of a step is saved, unless that is 0: for a signal, or for what is an error."""
+    if stopped and not saved:
+        raise Stopped("stopped before the first step, with nothing trained yet", stopped)
     if stopped:
         raise Stopped(f"stopped after step {saved} of {len(run.steps)}, whose state is saved", stopped)
 
@@ -287,10 +291,14 @@ def _end(run: Run, saved: int, stopped: int, why: str) -> None:
 
 
 def _bad_steps(run: Run, line: dict) -> str:
-    return (
+    """Why a run ends after bad steps, and which state from before them is there."""
+    text = (
         f"step {line['step']}: {line.get('skipped')}, and so it was for {run.recipe.max_bad_steps} steps, which were "
-        "skipped; the state is saved: start anew with a lower learning_rate, or resume with more max_bad_steps"
+        "skipped: start anew with a lower learning_rate, or resume with more max_bad_steps"
     )
+    before = max((step for step in run.directory.states.steps if step < line["step"]), default=0)
+    kept = f"; the state of step {before}, from before them, stays for `varcompress export --step {before}`"
+    return text + kept * bool(before)
 
 
 @contextmanager

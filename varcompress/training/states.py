@@ -44,7 +44,7 @@ class States:
     def __init__(self, folder: Path, keep: int = 1) -> None:
         self.folder, self._keep = folder, keep
         self._ranks, self._group = Ranks(), None
-        self._pending: tuple[int, Future] | None = None
+        self._pending: tuple[int, Future, bool] | None = None
 
     @property
     def steps(self) -> list[int]:
@@ -67,10 +67,10 @@ class States:
         finally:
             self.wait()
 
-    def save(self, step: int, tensors: dict[str, Tensor]) -> None:
+    def save(self, step: int, tensors: dict[str, Tensor], *, drop: bool = True) -> None:
         """Begin to write the state after `step`; returns once the tensors may change. Earlier states stay whole.
 
-        Raises InputError where an earlier one could not be written.
+        drop: whether those beyond `keep` go once it is written. Raises InputError where an earlier one could not be.
         """
         self.wait()
         aside = self.path(step).with_name(f"step-{step}.tmp")
@@ -82,20 +82,20 @@ class States:
             saving = dcp.async_save(
                 tensors, storage_writer=dcp.FileSystemWriter(aside), process_group=self._group, no_dist=not self._group
             )
-        self._pending = step, saving
+        self._pending = step, saving, drop
 
     def wait(self) -> None:
         """Wait until the state that is being written is in its place. Raises InputError where that failed."""
         if self._pending is None:
             return
-        (step, saving), self._pending = self._pending, None
+        (step, saving, drop), self._pending = self._pending, None
         aside = self.path(step).with_name(f"step-{step}.tmp")
         try:
             with disk_errors(self.folder), _reasons():
                 saving.result()
                 if self._ranks.is_rank_zero:
                     os.replace(aside, self.path(step))
-                    for old in self.steps[: -self._keep]:
+                    for old in self.steps[: -self._keep] if drop else ():
                         self._drop(old)
         except InputError:
             shutil.rmtree(aside, ignore_errors=True)
