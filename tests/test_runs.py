@@ -308,6 +308,9 @@ def test_a_run_is_drawn(undisturbed, tmp_path, run):
     assert (status, printed.split()) == (0, [str(tmp_path / "run.png")])
     with Image.open(tmp_path / "run.png") as picture:
         assert picture.width > 400
+    status, _, err = run("plot", undisturbed, "--out", tmp_path / "run.txt")
+    assert (status, err) == (2, f"error: {tmp_path / 'run.txt'}: the name must end in .png\n")
+    assert not (tmp_path / "run.txt").exists()
     status, _, err = run("plot", tmp_path)
     assert (status, "holds no step of a run" in " ".join(err.split())) == (2, True)
 

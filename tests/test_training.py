@@ -313,6 +313,8 @@ def test_a_step_says_what_of_its_time_it_waited_and_what_went_by_before_it(tiny,
 def test_training_helps_the_subnets(tiny, images, tmp_path):
     model = distill(copy.deepcopy(tiny), changed(epochs_subnet=6), data=images, out=tmp_path / "out")
     result = summary(tmp_path / "out")
+    lines = read_steps(tmp_path / "out" / "steps.jsonl")
+    assert result["seconds"] == pytest.approx(sum(line["seconds"] + line["between"] for line in lines))
     assert result["steps"] == 45
     for row in result["schedules"]:
         assert row["schedule"] == "full" or row["loss_last"] < row["loss_first"]

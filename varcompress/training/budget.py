@@ -408,7 +408,8 @@ def budget(
     model: it may be without weights (`loading.outline`), and the recipe fits it (`checks.check_fit`); images: of the
     data, those held out included; devices, memory_bytes (of each): by default as the recipe says; flops_per_second: of
     each device, None for no estimate of time; utilisation: the share of it that training reaches, by FLOPs that are
-    computed, recomputed ones included. "fits" and "change" (see `cheapest_change`) are None where no memory is named.
+    computed, recomputed ones included. "fits" and "change" (see `cheapest_change`) are None where no memory is named;
+    change_disk_bytes: on the disk with it.
     Raises InputError for fewer images than a batch.
     """
     machine = Machine.parse(recipe.machine)
@@ -443,6 +444,7 @@ def budget(
         "change": change,
         "disk": (written := disk(model, recipe, images)),
         "disk_bytes": sum(written.values()),
+        "change_disk_bytes": sum(disk(model, replace(recipe, **change), images).values()) if change else None,
         "host_bytes": host_bytes(model, recipe, devices),
         "flops_per_second": flops_per_second,
         "utilisation": utilisation if flops_per_second else None,
