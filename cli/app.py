@@ -78,12 +78,17 @@ def _root(
         _refuse_more_processes(context.invoked_subcommand)
 
 
+def _speaks() -> bool:
+    """Whether this process, of those of torchrun, is the one that says why all end."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def _refuse_more_processes(command: str | None) -> None:
     """Under torchrun each process would do all of the work, and all would write to one place. The first says so."""
     processes = os.environ.get("WORLD_SIZE", "1")
     if processes == "1":
         return
-    if os.environ.get("RANK", "0") != "0":
+    if not _speaks():
         raise typer.Exit(BAD_INPUT)
     raise InputError(
         f"{command} runs in one process, and WORLD_SIZE is {processes}: start it without torchrun, "
@@ -111,7 +116,7 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     except UsageError as error:
         status = _refuse(_usage(error))
     except Stopped as stopped:
-        if os.environ.get("RANK", "0") == "0":
+        if _speaks():
             note(str(stopped))
         sys.exit(128 + stopped.signal)
     except OSError as error:  # what no command foresaw
@@ -122,7 +127,7 @@ def main(arguments: list[str] | None = None) -> NoReturn:
         if end.code != TERMINATED:
             raise
         status = TERMINATED
-    if status in (INTERRUPTED, TERMINATED):  # the first is also what typer returns for Ctrl-C
+    if status in (INTERRUPTED, TERMINATED) and _speaks():  # the first is also what typer returns for Ctrl-C
         note("interrupted")
     sys.exit(status if isinstance(status, int) else 0)
 

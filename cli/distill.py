@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shlex
+import signal
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -110,6 +111,12 @@ def distill(
             distill(loaded, chosen, progress=progress, **options)
     except Stopped as stopped:
         raise Stopped(f"{stopped}: go on with {_resuming()}", stopped.signal) from None
+    except KeyboardInterrupt:
+        raise _interrupted(signal.SIGINT) from None
+    except SystemExit as end:
+        if end.code != 128 + signal.SIGTERM:  # as `main` ends a command
+            raise
+        raise _interrupted(signal.SIGTERM) from None
     if not is_rank_zero():
         return
     result = {
@@ -168,6 +175,11 @@ def planned(
         flops_per_second=chosen and chosen.flops_per_second,
         utilisation=utilisation or UTILISATION,
     )
+
+
+def _interrupted(number: int) -> Stopped:
+    """The end by a signal that came where a run does not wait for the end of a step, as while it encodes."""
+    return Stopped(f"interrupted, and what is encoded or saved is kept: go on with {_resuming()}", number)
 
 
 def _resuming() -> str:

@@ -9,6 +9,7 @@ import typer
 
 from varcompress.cli.options import Json
 from varcompress.cli.output import print_json, say
+from varcompress.errors import InputError
 
 
 def export(
@@ -18,12 +19,15 @@ def export(
     as_json: Json = False,
 ) -> None:
     """Make an elastic checkpoint of the state of an unfinished run, which goes on or stays as it is."""
+    from varcompress.checkpoint import check_output, is_elastic
     from varcompress.publish import save
     from varcompress.training.state import RunDirectory
 
+    check_output(directory)
+    if is_elastic(directory):
+        raise InputError(f"{directory}: holds a checkpoint already: choose another --out")
     state = RunDirectory(run)
-    chosen = step if step is not None else state.step()
-    model = state.unfinished(chosen)
+    chosen, model = state.newest() if step is None else (step, state.unfinished(step))
     save(model, directory)
     if as_json:
         print_json({"kind": "export", "run": str(run), "step": chosen, "out": str(directory)})

@@ -20,6 +20,8 @@ def plot(
     from varcompress.training.log import read_steps
     from varcompress.training.state import PICTURE, RunDirectory
 
+    if out is not None and out.suffix.lower() != ".png":
+        raise InputError(f"{out}: the name must end in .png")
     path = RunDirectory(run).steps_path
     steps = read_steps(path)
     if not any("losses" in step for step in steps):

@@ -443,6 +443,10 @@ def test_a_plan_says_what_to_change(run, no_hub):
     assert "not in 48.0 GB: it does with --set accumulation=32" in text
     assert "at 30% of 362 TFLOP/s" in text
     assert "50,000 images" in text
+    text = " ".join(
+        run("distill", "var-d30", "--plan", "--recipe=distil-d30", "--devices=1", "--gpu=rtx4090")[1].split()
+    )
+    assert "teacher_top=64 --set optimizer=adamw8bit, and 430 GB more on the disk" in text  # of which logits are 450
     assert "whatever the recipe's keys" in " ".join(run(*arguments, "--device-memory", "16GB")[1].split())
 
 

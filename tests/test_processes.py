@@ -118,6 +118,45 @@ def check_close(out, expected, rel=1e-4):
         assert one.keys() == two.keys()
 
 
+# -- how a run of several processes ends -----------------------------------------------------------
+
+SLOW_END = """
+import sys, time
+import torch
+from varcompress.cli.app import main
+from varcompress.distributed import joined
+from varcompress.errors import InputError, Stopped
+
+def refuse():
+    raise InputError("the disk is full")
+
+def work(*_, **__):
+    with joined(torch.device("cpu")) as ranks:
+        try:
+            if sys.argv[1] == "refused":
+                ranks.on_rank_zero(refuse)
+            raise Stopped("stopped after step 7", 15)
+        finally:
+            if ranks.is_rank_zero:
+                time.sleep(2)  # as a tracker that sends its last points
+
+import varcompress.cli.app
+varcompress.cli.app.app = work
+main([])
+"""
+
+
+@pytest.mark.parametrize(("how", "line"), [("refused", "error: the disk is full"), ("stopped", "stopped after step 7")])
+def test_rank_zero_says_why_it_ends_before_torchrun_kills_it(tmp_path, how, line):
+    (tmp_path / "slow_end.py").write_text(SLOW_END)
+    launcher = ["-m", "torch.distributed.run", "--nproc-per-node=2", "--rdzv-backend=c10d"]
+    command = [sys.executable, *launcher, "--rdzv-endpoint=localhost:0", str(tmp_path / "slow_end.py"), how]
+    done = subprocess.run(command, env=ENVIRONMENT, text=True, capture_output=True, timeout=120, check=False)
+    assert done.returncode
+    assert done.stderr.splitlines().count(line) == 1, done.stderr
+    assert "interrupted" not in done.stderr
+
+
 # -- several processes ----------------------------------------------------------------------------
 
 

@@ -6,9 +6,11 @@ import copy
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import time
 from concurrent.futures import Future
 
 import numpy as np
@@ -25,9 +27,12 @@ from varcompress.checkpoint import load_elastic
 from varcompress.errors import InputError, Stopped
 from varcompress.fingerprint import weights_digest
 from varcompress.images import pixels, to_uint8
-from varcompress.training import distill, loop
+from varcompress.training import distill, loop, states
+from varcompress.training.batches import Batches
+from varcompress.training.budget import state_bytes
 from varcompress.training.log import read_steps
 from varcompress.training.state import RunDirectory
+from varcompress.training.states import States
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -98,14 +103,46 @@ def test_a_disk_without_room_for_the_next_state_is_said_before_the_step(
     undisturbed, tiny, images, tmp_path, monkeypatch
 ):
     out = tmp_path / "out"
-    with monkeypatch.context() as patch:
-        full = type("Usage", (), {"free": 2**18})
-        patch.setattr("varcompress.training.loop.shutil.disk_usage", lambda path: full)
-        with pytest.raises(InputError, match=r"0 MiB are free, and what is saved next needs \d+: free some"):
-            distill(copy.deepcopy(tiny), SMALL, data=images, out=out)
+
+    def fill(done, total, what):
+        if what.startswith("distill"):
+            leave_room(patch, 2**18)
+
+    too_little = pytest.raises(InputError, match=r"0 MiB are free, and what is saved next needs \d+: free some")
+    with monkeypatch.context() as patch, too_little:
+        distill(copy.deepcopy(tiny), SMALL, data=images, out=out, progress=fill)
     assert len(losses(out)) == 2
     distill(copy.deepcopy(tiny), SMALL, data=images, out=out)
     assert weights(out) == weights(undisturbed)
+
+
+def leave_room(patch, size_bytes):
+    """Stands for a disk on which so much is free."""
+    patch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": size_bytes}))
+
+
+def test_a_disk_without_room_for_the_states_is_said_before_anything_is_begun(tiny, images, tmp_path, monkeypatch):
+    out, state, kept = tmp_path / "new" / "out", state_bytes(tiny, SMALL), changed(keep=3)
+    encoded = 40 * 2 * 30 * 2  # images, views, tokens, bytes
+    for recipe, count in ((SMALL, SMALL.keep + 1), (kept, 4), (changed(keep=50, checkpoint_every=10), 4)):
+        with monkeypatch.context() as patch:  # of the last there are four: 5, 10, 15, 20
+            leave_room(patch, count * state + encoded - 1)
+            with pytest.raises(InputError, match=r"MiB are free, and the run needs \d.* for states\): free some"):
+                distill(copy.deepcopy(tiny), recipe, data=images, out=out)
+            assert not out.parent.exists()
+            leave_room(patch, count * state + encoded)
+            with pytest.raises(Interrupt):
+                distill(copy.deepcopy(tiny), recipe, data=images, out=out, progress=interrupt_at(13))
+        shutil.rmtree(out.parent)
+
+
+def test_a_run_that_goes_on_needs_no_room_for_what_is_there(tiny, images, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    with pytest.raises(Interrupt):
+        distill(copy.deepcopy(tiny), SMALL, data=images, out=out, progress=interrupt_at(13))
+    leave_room(monkeypatch, state_bytes(tiny, SMALL))
+    with pytest.raises(Interrupt):
+        distill(copy.deepcopy(tiny), SMALL, data=images, out=out, resume=True, note=str, progress=interrupt_at(14))
 
 
 def test_a_state_that_fails_in_the_background_ends_the_run_at_once(tiny, images, tmp_path, monkeypatch):
@@ -166,6 +203,53 @@ def test_a_compiler_that_dies_of_the_signal_meant_for_the_run_costs_no_step(
     assert weights(out) == weights(undisturbed)
 
 
+class Dying(Batches):
+    """Kills the process that reads the first batch, as the system does for want of memory."""
+
+    def __getitem__(self, index):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_run_that_ends_before_its_first_step_claims_no_state(undisturbed, tiny, images, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+
+    def failing(*_):
+        os.kill(os.getpid(), signal.SIGTERM)
+        raise InputError("torch.compile fails here")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "gradients", failing)
+        with pytest.raises(Stopped, match=r"^stopped before the first step, with nothing trained yet$"):
+            distill(copy.deepcopy(tiny), SMALL, data=images, out=out)
+    nothing = r"has died: nothing was trained yet: start the command again, with fewer workers where memory was short$"
+    monkeypatch.setattr(loop, "Batches", Dying)
+    with pytest.raises(InputError, match=nothing):
+        distill(copy.deepcopy(tiny), changed(workers=1), data=images, out=out)
+    monkeypatch.undo()
+    distill(copy.deepcopy(tiny), SMALL, data=images, out=out)
+    assert weights(out) == weights(undisturbed)
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_while_images_are_encoded_loses_none(tmp_path, number, status):
+    out = tmp_path / "run"
+    command = [sys.executable, "-m", "varcompress", "distill", "digits", "--out", str(out), "--device=cpu"]
+    process = subprocess.Popen(command, env=ENVIRONMENT, text=True, stderr=subprocess.PIPE, stdout=subprocess.PIPE)
+    states = out / ".training" / "tokens" / "states.npy"
+    while not states.is_file() or not np.any(encoded := np.load(states)):
+        assert process.poll() is None
+        time.sleep(0.02)
+    process.send_signal(number)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == status, err
+    assert err.splitlines()[-1] == (
+        "interrupted, and what is encoded or saved is kept: go on with "
+        f"varcompress distill digits --out {out} --device=cpu --resume"
+    )
+    assert len(losses(out)) == 0
+    assert np.load(states)[encoded > 0].all()
+
+
 def test_what_is_no_whole_state_counts_as_none(tiny, images, tmp_path):
     out = tmp_path / "out"
     with pytest.raises(Interrupt):
@@ -224,6 +308,9 @@ def test_a_run_is_drawn(undisturbed, tmp_path, run):
     assert (status, printed.split()) == (0, [str(tmp_path / "run.png")])
     with Image.open(tmp_path / "run.png") as picture:
         assert picture.width > 400
+    status, _, err = run("plot", undisturbed, "--out", tmp_path / "run.txt")
+    assert (status, err) == (2, f"error: {tmp_path / 'run.txt'}: the name must end in .png\n")
+    assert not (tmp_path / "run.txt").exists()
     status, _, err = run("plot", tmp_path)
     assert (status, "holds no step of a run" in " ".join(err.split())) == (2, True)
 
@@ -284,3 +371,39 @@ def test_export_makes_a_checkpoint_of_an_unfinished_run(tiny, images, tmp_path, 
     (out / ".training" / "step-12" / ".metadata").write_bytes(b"half")
     status, _, err = run("export", out, "--out", tmp_path / "x")
     assert (status, "step-12: damaged; delete it" in " ".join(err.split())) == (2, True)
+
+
+def test_export_takes_the_next_state_where_the_run_takes_one_away(tiny, images, tmp_path, run, monkeypatch, caplog):
+    out, load = tmp_path / "out", states.dcp.load
+    with pytest.raises(Interrupt):
+        distill(copy.deepcopy(tiny), SMALL, data=images, out=out, progress=interrupt_at(13))
+    nine, twelve = (out / ".training" / f"step-{step}" for step in (9, 12))
+    expected, aside = weights_digest(RunDirectory(out).unfinished(12)), out / ".training" / "aside"
+
+    def rotating(*given, **options):
+        if aside.exists():
+            aside.rename(twelve)
+            States(nine.parent)._drop(9)
+        return load(*given, **options)
+
+    monkeypatch.setattr(states.dcp, "load", rotating)
+    twelve.rename(aside)
+    status, printed, err = run("export", out, "--out", tmp_path / "last")
+    assert (status, err) == (0, "")
+    assert "step 12 of" in printed
+    assert weights_digest(load_elastic(tmp_path / "last")) == expected
+    twelve.rename(nine)
+    shutil.copytree(nine, aside)
+    status, _, err = run("export", out, "--out", tmp_path / "nine", "--step", 9)
+    assert (status, err.count("\n"), "step-9: is gone" in err) == (2, 1, True)
+    assert [record for record in caplog.records if record.levelname == "WARNING"] == []  # torch's tracebacks
+
+
+def test_export_takes_no_checkpoints_place(tiny, elastic, images, tmp_path, run):
+    out, place = tmp_path / "out", shutil.copytree(elastic, tmp_path / "elastic")
+    with pytest.raises(Interrupt):
+        distill(copy.deepcopy(tiny), SMALL, data=images, out=out, progress=interrupt_at(4))
+    before = weights(place)
+    status, _, err = run("export", out, "--out", place)
+    assert (status, err) == (2, f"error: {place}: holds a checkpoint already: choose another --out\n")
+    assert weights(place) == before

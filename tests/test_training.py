@@ -313,6 +313,8 @@ def test_a_step_says_what_of_its_time_it_waited_and_what_went_by_before_it(tiny,
 def test_training_helps_the_subnets(tiny, images, tmp_path):
     model = distill(copy.deepcopy(tiny), changed(epochs_subnet=6), data=images, out=tmp_path / "out")
     result = summary(tmp_path / "out")
+    lines = read_steps(tmp_path / "out" / "steps.jsonl")
+    assert result["seconds"] == pytest.approx(sum(line["seconds"] + line["between"] for line in lines))
     assert result["steps"] == 45
     for row in result["schedules"]:
         assert row["schedule"] == "full" or row["loss_last"] < row["loss_first"]
@@ -437,10 +439,16 @@ def test_steps_without_a_finite_gradient_are_skipped_and_end_the_run(tiny, image
                 model.var.head.weight.register_hook(lambda gradient: gradient * torch.inf)
 
     what = {"forward": "loss", "gradient": "norm of the gradient"}[part]
-    with pytest.raises(InputError, match=f"step 6: the {what} is (nan|inf), and so it was for 3 steps"):
+    message = (
+        f"step 6: the {what} is (nan|inf), and so it was for 3 steps, which were skipped: start anew with a lower "
+        "learning_rate, or resume with more max_bad_steps; the state of step 3, from before them, stays for "
+        "`varcompress export --step 3`"
+    )
+    with pytest.raises(InputError, match=message):
         distill(model, recipe, data=images, out=out, progress=break_model)
     assert all(parameter.isfinite().all() for parameter in model.var.parameters())
-    before, after = (RunDirectory(out).unfinished(step) for step in (5, 6))
+    assert RunDirectory(out).states.steps == [2, 3, 6]
+    before, after = (RunDirectory(out).unfinished(step) for step in (3, 6))
     assert weights_digest(before) == weights_digest(after)
     assert all(parameter.isfinite().all() for parameter in after.parameters())
     assert ["skipped" in step for step in losses(out)] == [False] * 3 + [True] * 3
@@ -459,6 +467,19 @@ def test_a_single_bad_step_changes_no_weight_and_training_goes_on(tiny, images, 
     assert [step["step"] for step in losses(out) if "skipped" in step] == [4]
     assert seen[3] == seen[4] != seen[5]
     assert is_elastic(out)
+
+
+def test_a_state_that_is_due_at_a_bad_step_is_saved_after_the_next_good_one(tiny, images, tmp_path):
+    out, model, seen = tmp_path / "out", copy.deepcopy(tiny), []
+
+    def spoil(module, given, logits):
+        seen.append(0)
+        return logits * torch.nan if len(seen) in (3, 4, 9) else logits
+
+    model.var.head.register_forward_hook(spoil)
+    with pytest.raises(Interrupt):
+        distill(model, changed(keep=10), data=images, out=out, progress=interrupt_at(11))
+    assert RunDirectory(out).states.steps == [5, 6, 10]
 
 
 # -- interruption ---------------------------------------------------------------------------------

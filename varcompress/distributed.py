@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TypeVar
@@ -13,10 +14,18 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from varcompress.errors import InputError
+from varcompress.errors import InputError, Stopped
 
 PATIENCE = timedelta(hours=2)  # the others wait while rank 0 writes a checkpoint or the slowest encodes its images
+A_MOMENT_S = 1.0  # in which rank 0, done with all else, prints a line
 T = TypeVar("T")
+
+
+class _Refused(SystemExit):
+    """The end of a process because rank 0 refused something: with status 2, and without a word."""
+
+    def __init__(self) -> None:
+        super().__init__(2)
 
 
 def local_device(device: str | torch.device | None = None) -> torch.device:
@@ -51,7 +60,7 @@ class Ranks:
     def on_rank_zero(self, function: Callable[[], T]) -> T:
         """Run `function` on rank 0 alone and return its result on all ranks.
 
-        Where it raises an InputError, rank 0 raises it, and the others exit with status 2 without a word.
+        Where it raises an InputError, rank 0 raises it, and the others exit after it, with status 2 without a word.
         """
         answer: list = [None, None]
         if self.is_rank_zero:
@@ -62,7 +71,7 @@ class Ranks:
         if self.count > 1:
             dist.broadcast_object_list(answer, src=0)
         if answer[1] is not None:
-            raise answer[1] if self.is_rank_zero else SystemExit(2)
+            raise answer[1] if self.is_rank_zero else _Refused
         return answer[0]
 
     def check_same(self, function: Callable[[], str], what: str, remedy: str) -> str:
@@ -118,5 +127,16 @@ def joined(device: torch.device) -> Iterator[Ranks]:
         raise InputError(f"{' '.join(str(error).split())}: start the processes with torchrun") from error
     try:
         yield Ranks(dist.get_rank(), dist.get_world_size())
+    except (_Refused, Stopped):
+        _outlast_rank_zero()
+        raise
     finally:
         dist.destroy_process_group()
+
+
+def _outlast_rank_zero() -> None:
+    """Wait until rank 0 has ended its work: torchrun kills it, before it says why, once another process is gone."""
+    if dist.get_rank():
+        with suppress(RuntimeError):  # which is how its leaving shows: it sends nothing
+            dist.recv(torch.empty(1), 0)
+        time.sleep(A_MOMENT_S)

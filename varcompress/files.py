@@ -114,6 +114,11 @@ def _is_alive(process: int) -> bool:
     return True
 
 
+def room_bytes(path: Path) -> int:
+    """What is free on the disk that a path lies on, or would."""
+    return shutil.disk_usage(next(p for p in (path, *path.absolute().parents) if p.exists())).free
+
+
 @contextlib.contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
     """Turn a full or read-only disk into an InputError: why, and how much room there is where that is the reason."""
@@ -124,6 +129,5 @@ def disk_errors(path: Path) -> Iterator[None]:
         number = int(told[1]) if told else getattr(error, "errno", None)
         line = f"{path}: could not be written ({os.strerror(number) if number else error})"
         if number in NO_ROOM:
-            parent = next(p for p in (path, *path.absolute().parents) if p.exists())
-            line += f"; {shutil.disk_usage(parent).free / 2**20:,.0f} MiB are free there"
+            line += f"; {room_bytes(path) / 2**20:,.0f} MiB are free there"
         raise InputError(line) from error

@@ -242,7 +242,9 @@ def _fits(result: dict) -> str:
     if result["fits"]:
         return f"yes, in {memory}"
     if change:
-        return f"not in {memory}: it does with {settings(change)}"
+        more = result["change_disk_bytes"] - result["disk_bytes"]
+        disk = f", and {number(more / 1e9)} GB more on the disk" if more > 0 else ""
+        return f"not in {memory}: it does with {settings(change)}{disk}"
     kept = sum(result["memory"].get(part, 0) for part in ("parameters", "gradients", "moments", "teacher", "tokenizer"))
     return f"not in {memory}, whatever the recipe's keys: what is kept beside a pass takes {number(kept / 1e9)}"
 

@@ -9,11 +9,13 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, replace
 from itertools import combinations
+from pathlib import Path
 
 import torch
 
 from varcompress.data.tokens import CHUNK
 from varcompress.errors import InputError
+from varcompress.files import room_bytes
 from varcompress.hardware import free_bytes
 from varcompress.memory import held_bytes
 from varcompress.models.elastic import ElasticVAR
@@ -24,7 +26,7 @@ from varcompress.training.optimizer import FLOAT32, moments_bytes, muon_matrices
 from varcompress.training.pass_memory import BFLOAT16, NODE, Bytes, Pass, added, parameter_count, shards_of
 from varcompress.training.recipe import FULL, PHASES, Machine, Recipe, machine_fields
 from varcompress.training.sensitivity import SENSITIVITY_IMAGES, kept, losses_of
-from varcompress.training.strategy import Step, plan
+from varcompress.training.strategy import Step, is_saved, plan
 
 NEWTON_SCHULZ_STEPS = 5  # torch.optim.Muon's
 GB = 10**9
@@ -253,6 +255,27 @@ def disk(model: ElasticVAR, recipe: Recipe, images: int) -> Bytes:
     return {part: size for part, size in parts.items() if size}
 
 
+def check_disk(
+    model: ElasticVAR, recipe: Recipe, out: Path, *, images: int, states: int = 0, encoded: bool = False
+) -> None:
+    """Raises InputError for a run whose states, at their most, the disk of `out` has no room for.
+
+    images: of the data; states: how many are there already; encoded: whether room for tokens, and for the teacher's
+    logits beside them, is taken already, or is needed elsewhere.
+    """
+    steps = plan(recipe, (images - recipe.held_out(images)) // recipe.batch_size)
+    count = min(recipe.keep + 1, sum(is_saved(step, recipe) for step in steps))
+    parts = disk(model, recipe, images) | {"states": max(1, count - states) * state_bytes(model, recipe)}
+    del parts["checkpoints"]  # which take the place of states
+    needed = {part: size for part, size in parts.items() if part == "states" or not encoded}
+    if (free := room_bytes(out)) < sum(needed.values()):
+        most = ", ".join(f"{size / 2**20:,.0f} for {part}" for part, size in needed.items())
+        raise InputError(
+            f"{out}: {free / 2**20:,.0f} MiB are free, and the run needs {sum(needed.values()) / 2**20:,.0f} ({most}): "
+            "free some, or choose another disk or a lower keep"
+        )
+
+
 def stored_answers(recipe: Recipe) -> int:
     """How often a teacher whose logits are stored answers for an image: for each view, and with the label dropped."""
     return recipe.num_views * (2 if recipe.label_drop else 1)
@@ -385,7 +408,8 @@ def budget(
     model: it may be without weights (`loading.outline`), and the recipe fits it (`checks.check_fit`); images: of the
     data, those held out included; devices, memory_bytes (of each): by default as the recipe says; flops_per_second: of
     each device, None for no estimate of time; utilisation: the share of it that training reaches, by FLOPs that are
-    computed, recomputed ones included. "fits" and "change" (see `cheapest_change`) are None where no memory is named.
+    computed, recomputed ones included. "fits" and "change" (see `cheapest_change`) are None where no memory is named;
+    change_disk_bytes: on the disk with it.
     Raises InputError for fewer images than a batch.
     """
     machine = Machine.parse(recipe.machine)
@@ -420,6 +444,7 @@ def budget(
         "change": change,
         "disk": (written := disk(model, recipe, images)),
         "disk_bytes": sum(written.values()),
+        "change_disk_bytes": sum(disk(model, replace(recipe, **change), images).values()) if change else None,
         "host_bytes": host_bytes(model, recipe, devices),
         "flops_per_second": flops_per_second,
         "utilisation": utilisation if flops_per_second else None,

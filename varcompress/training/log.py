@@ -67,10 +67,11 @@ def _by_depth(losses: dict[str, float]) -> str:
 
 
 def summary(out: str | Path) -> dict:
-    """What a run did: its steps and seconds, and per schedule its steps, the last of them, loss_first and loss_last.
+    """What a run did: its steps, their seconds and those between them, and of each schedule its steps and losses.
 
-    A loss is the mean, in nats per token, over the first or last ten steps that trained the schedule. heldout is what
-    the last step measured on images that were never trained on, if the run kept any.
+    A schedule has steps, the last of them, loss_first and loss_last. A loss is the mean, in nats per token, over the
+    first or last ten steps that trained the schedule. heldout is what the last step measured on images that were never
+    trained on, if the run kept any.
     """
     steps = read_steps(RunDirectory(out).steps_path)
     by_schedule: dict[str, list[tuple[int, float]]] = {}
@@ -79,7 +80,7 @@ def summary(out: str | Path) -> dict:
             by_schedule.setdefault(schedule, []).append((step["step"], loss))
     return {
         "steps": len(steps),
-        "seconds": sum(step["seconds"] for step in steps),
+        "seconds": sum(step["seconds"] + step["between"] for step in steps),
         "schedules": [_schedule(schedule, ran) for schedule, ran in sorted(by_schedule.items(), key=_deepest_first)],
         "heldout": next((step["heldout"] for step in reversed(steps) if "heldout" in step), None),
     }

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import shutil
 import time
 import warnings
 from collections.abc import Iterator
@@ -20,6 +19,7 @@ from varcompress.data.sources import open_source
 from varcompress.data.tokens import TokenData, TokenStore, store_of
 from varcompress.distributed import Ranks, joined, local_device
 from varcompress.errors import InputError, Stopped
+from varcompress.files import room_bytes
 from varcompress.fingerprint import weights_digest
 from varcompress.hardware import compiling, most_held_bytes
 from varcompress.images import skipped_note
@@ -29,7 +29,7 @@ from varcompress.models.transformer import add_cfg_input
 from varcompress.progress import Note, Progress, silent
 from varcompress.schedule import Schedule
 from varcompress.training.batches import Batch, Batches, ReaderDied, ended, loader, next_batch
-from varcompress.training.budget import check_memory, checkpoint_bytes, state_bytes
+from varcompress.training.budget import check_disk, check_memory, checkpoint_bytes, state_bytes
 from varcompress.training.checks import check_finite, check_fit, check_size
 from varcompress.training.heldout import in_first_view, loss_fields, measure_heldout
 from varcompress.training.log import StepLog, step_text
@@ -42,7 +42,7 @@ from varcompress.training.sensitivity import SENSITIVITY_IMAGES, eliminate, kept
 from varcompress.training.state import RunDirectory
 from varcompress.training.states import METADATA, tensors_of
 from varcompress.training.stopping import Stopper
-from varcompress.training.strategy import Step, plan, schedules_of
+from varcompress.training.strategy import Step, is_saved, plan, schedules_of
 from varcompress.training.teacher import StoredTeacher, Teacher
 from varcompress.training.tracker import Tracker, check_tracker
 
@@ -113,6 +113,7 @@ def _distill(
         digest = ranks.check_same(partial(weights_digest, model), "the weights of the model", SAME_MODEL)
         store = store_of(source, model, recipe.num_views, path=tokens, work=directory.tokens_path)
         ranks.on_rank_zero(lambda: directory.check_store(store))
+        ranks.on_rank_zero(lambda: _check_disk(model, recipe, directory, store))
         teacher = teacher_of(model, recipe)  # a copy taken before the weights of a state to continue from
         identity = {"recipe": recipe.to_dict(), "model": digest, "data": source.digest}
         identity |= {"teacher": teacher.digest} if teacher and ranks.is_rank_zero else {}
@@ -187,10 +188,10 @@ def train(
         states.load(done, var, optimizer)
     batches = Batches(run.data, recipe, ranks, run.steps[done:], var.config.classes)
     reading, heldout, bad = iter(loader(batches, recipe.workers, var.device)), {}, 0
-    over = None  # when the step before was
+    over, due = None, False  # when the step before was; whether its state is still to be saved
     with Stopper() as stopper, states.writing(ranks), ended(reading):
         for step in run.steps[done:]:
-            saves = step.number % recipe.checkpoint_every == 0 or step.ends_phase
+            saves = due or is_saved(step, recipe)
             if saves:
                 states.wait()
                 ranks.on_rank_zero(partial(_check_room, run, step))
@@ -217,8 +218,9 @@ def train(
             ends = stopped or bad == recipe.max_bad_steps
             if step.ends_phase and step.number < last:  # before the state: a run that goes on from it finds it done
                 _finish_phase(run, step)
-            if saves or ends:
-                states.save(step.number, tensors_of(var, optimizer))
+            if ends or (saves and not bad):  # a bad row makes no state, and takes none from before it away
+                states.save(step.number, tensors_of(var, optimizer), drop=not bad)
+            due = saves and bad > 0
             if ends:
                 states.wait()
                 _end(run, step.number, stopped, _bad_steps(run, line))
@@ -231,11 +233,18 @@ def _identity(state: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "none"
 
 
+def _check_disk(model: ElasticVAR, recipe: Recipe, directory: RunDirectory, store: TokenStore) -> None:
+    """Before anything is begun: of what a run writes, what does not lie there yet, or elsewhere, must have room."""
+    begun = store.path.exists() or directory.work not in store.path.parents
+    there = {"encoded": begun, "states": len(directory.states.steps)}
+    check_disk(model, recipe, directory.out, images=len(store.source), **there)
+
+
 def _check_room(run: Run, step: Step) -> None:
     """Before a step whose files would be lost. Raises InputError where the disk has no room for them."""
     needed = state_bytes(run.model, run.recipe)
     needed += checkpoint_bytes(run.model, run.recipe) if step.ends_phase else 0
-    free = shutil.disk_usage(run.directory.out).free
+    free = room_bytes(run.directory.out)
     if free < needed:
         raise InputError(
             f"{run.directory.out}: {free / 2**20:,.0f} MiB are free, and what is saved next needs "
@@ -263,12 +272,15 @@ def _kept(run: Run, step: Step, optimizer: Optimizer, stopper: Stopper) -> Itera
             states.save(before, tensors_of(run.model.var, optimizer))
             states.wait()
         (stopped,) = ranks.largest(stopper.signal)
-        why = f"{error}: the state of step {before} is saved: continue with --resume, and fewer workers where memory "
-        _end(run, before, stopped, f"step {step.number}: {why}was short")
+        saved = f"the state of step {before} is saved: continue with --resume, and"
+        remedy = saved if before else "nothing was trained yet: start the command again, with"
+        _end(run, before, stopped, f"step {step.number}: {error}: {remedy} fewer workers where memory was short")
 
 
 def _end(run: Run, saved: int, stopped: int, why: str) -> None:
-    """Leave a run of which the state of a step is saved: for the signal `stopped`, or for what is an error."""
+    """Leave a run of which the state of a step is saved, unless that is 0: for a signal, or for what is an error."""
+    if stopped and not saved:
+        raise Stopped("stopped before the first step, with nothing trained yet", stopped)
     if stopped:
         raise Stopped(f"stopped after step {saved} of {len(run.steps)}, whose state is saved", stopped)
 
@@ -279,10 +291,14 @@ def _end(run: Run, saved: int, stopped: int, why: str) -> None:
 
 
 def _bad_steps(run: Run, line: dict) -> str:
-    return (
+    """Why a run ends after bad steps, and which state from before them is there."""
+    text = (
         f"step {line['step']}: {line.get('skipped')}, and so it was for {run.recipe.max_bad_steps} steps, which were "
-        "skipped; the state is saved: start anew with a lower learning_rate, or resume with more max_bad_steps"
+        "skipped: start anew with a lower learning_rate, or resume with more max_bad_steps"
     )
+    before = max((step for step in run.directory.states.steps if step < line["step"]), default=0)
+    kept = f"; the state of step {before}, from before them, stays for `varcompress export --step {before}`"
+    return text + kept * bool(before)
 
 
 @contextmanager

@@ -39,7 +39,7 @@ from varcompress.progress import Note
 from varcompress.publish import save
 from varcompress.report.page import PAGE
 from varcompress.training.recipe import Recipe, defaults, machine_fields
-from varcompress.training.states import WEIGHT, States, read
+from varcompress.training.states import WEIGHT, Gone, States, read
 
 ANEW = "choose another output directory"
 STEPS, PICTURE, SAMPLES, WORK, PHASE = "steps.jsonl", "steps.png", "samples", ".training", "phase-"
@@ -184,10 +184,22 @@ class RunDirectory:
                 save_file({key: t.cpu().contiguous() for key, t in model.tokenizer.state_dict().items()}, temporary)
             write_text(self._start / CONFIG, config_text(model))
 
+    def newest(self) -> tuple[int, ElasticVAR]:
+        """The last step of which there is a state, and the model after it, on the CPU.
+
+        Of a run that goes on it may be a newer one than there was at first. Raises InputError where there is none.
+        """
+        while True:
+            step = self.step()
+            try:
+                return step, self.unfinished(step)
+            except Gone:  # and a newer one is there
+                continue
+
     def unfinished(self, step: int | None = None) -> ElasticVAR:
         """The model after a step of which there is a state, the last one by default, on the CPU.
 
-        Raises InputError where there is no such state.
+        Raises InputError where there is no such state, Gone where the run took it away meanwhile.
         """
         steps = self.states.steps
         if not steps:

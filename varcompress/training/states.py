@@ -6,6 +6,7 @@ any number of processes, sharded in any way, reads them. A state is a folder ste
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import shutil
@@ -33,13 +34,17 @@ METADATA = ".metadata"  # which rank 0 writes once all others have written their
 WEIGHT = "weight"  # in a state, beside the moments of the optimiser
 
 
+class Gone(InputError):
+    """A state that its run took away while it was read."""
+
+
 class States:
     """The states in a folder. The last `keep` of them are kept."""
 
     def __init__(self, folder: Path, keep: int = 1) -> None:
         self.folder, self._keep = folder, keep
         self._ranks, self._group = Ranks(), None
-        self._pending: tuple[int, Future] | None = None
+        self._pending: tuple[int, Future, bool] | None = None
 
     @property
     def steps(self) -> list[int]:
@@ -62,10 +67,10 @@ class States:
         finally:
             self.wait()
 
-    def save(self, step: int, tensors: dict[str, Tensor]) -> None:
+    def save(self, step: int, tensors: dict[str, Tensor], *, drop: bool = True) -> None:
         """Begin to write the state after `step`; returns once the tensors may change. Earlier states stay whole.
 
-        Raises InputError where an earlier one could not be written.
+        drop: whether those beyond `keep` go once it is written. Raises InputError where an earlier one could not be.
         """
         self.wait()
         aside = self.path(step).with_name(f"step-{step}.tmp")
@@ -77,20 +82,20 @@ class States:
             saving = dcp.async_save(
                 tensors, storage_writer=dcp.FileSystemWriter(aside), process_group=self._group, no_dist=not self._group
             )
-        self._pending = step, saving
+        self._pending = step, saving, drop
 
     def wait(self) -> None:
         """Wait until the state that is being written is in its place. Raises InputError where that failed."""
         if self._pending is None:
             return
-        (step, saving), self._pending = self._pending, None
+        (step, saving, drop), self._pending = self._pending, None
         aside = self.path(step).with_name(f"step-{step}.tmp")
         try:
             with disk_errors(self.folder), _reasons():
                 saving.result()
                 if self._ranks.is_rank_zero:
                     os.replace(aside, self.path(step))
-                    for old in self.steps[: -self._keep]:
+                    for old in self.steps[: -self._keep] if drop else ():
                         self._drop(old)
         except InputError:
             shutil.rmtree(aside, ignore_errors=True)
@@ -145,15 +150,22 @@ def read(path: Path, tensors: dict[str, Tensor]) -> None:
 
 @contextmanager
 def _readable(path: Path) -> Iterator[None]:
+    """A block that reads a state, and says in one line what is wrong with it."""
+    root, silent = logging.getLogger(), lambda record: False
+    root.addFilter(silent)  # where torch prints the traceback of what it then raises
     try:
         yield
     except torch.OutOfMemoryError:
         raise
     except (Exception, CheckpointException) as error:  # torch raises what unpickling and its planner do
+        if not (path / METADATA).is_file():
+            raise Gone(f"{path}: is gone, as the run that goes on there keeps newer ones: name one of these") from error
         cause = next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
         if isinstance(cause, OSError) and not isinstance(cause, FileNotFoundError):
             raise InputError(f"{path}: could not be read ({cause.strerror or cause})") from error
         raise InputError(f"{path}: damaged; delete it to continue from an earlier state, or to begin anew") from error
+    finally:
+        root.removeFilter(silent)
 
 
 @contextmanager

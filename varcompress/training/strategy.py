@@ -42,6 +42,11 @@ def plan(recipe: Recipe, steps_per_epoch: int) -> list[Step]:
     ]
 
 
+def is_saved(step: Step, recipe: Recipe) -> bool:
+    """Whether the state after a step is to be saved."""
+    return step.number % recipe.checkpoint_every == 0 or step.ends_phase
+
+
 def schedules_of(model: ElasticVAR, depths: Iterable[str | int]) -> dict[str, Schedule]:
     """The schedules of these depths, by their texts."""
     chosen = [model.schedule(depth if depth == FULL else f"d{depth}") for depth in depths]
