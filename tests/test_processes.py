@@ -262,7 +262,7 @@ def test_a_killed_run_is_continued_by_other_processes_exported_and_evaluated(run
     status, printed, _ = run("eval", exported, "-s", "full", "-s", "d2", "--images", 32, "--json")
     assert status == 0
     full, subnet = json.loads(printed)["schedules"]
-    assert 0 < full["digits_fd"] < subnet["digits_fd"]
+    assert 0 < full["scores"]["fd"]["value"] < subnet["scores"]["fd"]["value"]
 
 
 def test_a_reader_that_is_killed_ends_all_processes_with_their_state_saved(start, tmp_path):

@@ -351,11 +351,12 @@ def check_weights(source: str, result: dict, weights: Collection[str]) -> None:
 def check_owner(folder: Path, weights: str) -> None:
     """Raises InputError when results in `folder` are not of the weights with this fingerprint, which come to lie there.
 
-    A result that says not of which weights it is could be of others.
+    A result that says not of which weights it is could be of others. Those of earlier versions count as well.
     """
-    measured = results_in(folder)
-    if any(result.get("weights") != weights for result in measured.values()):
-        names = ", ".join(sorted(path.name for path in measured))
+    contents = {path.name: _content(path) for path in folder.glob("*.json")}
+    measured = {name: content for name, content in contents.items() if content.get("kind") in MEASURED}
+    if any(content.get("weights") != weights for content in measured.values()):
+        names = ", ".join(sorted(measured))
         raise InputError(
             f"{folder}: {names} there would belong to other weights: choose another directory or move them"
         )
@@ -370,7 +371,7 @@ def check_folder(folder: str | Path, kind: str) -> Path:
     if folder.exists() and not folder.is_dir():
         raise InputError(f"{folder}: is a file, not a directory: choose another --out")
     present = folder / f"{kind}.json"
-    if present.exists() and _kind(present) != kind:
+    if present.exists() and _content(present).get("kind") != kind:
         raise InputError(f"{present}: is there and holds something else: choose another --out")
     return folder
 
@@ -390,9 +391,10 @@ def write_result(result: dict, folder: str | Path) -> Path:
     return path
 
 
-def _kind(path: Path) -> object:
+def _content(path: Path) -> dict:
+    """What a JSON file holds; nothing where it holds no object."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        return None
-    return content.get("kind") if isinstance(content, dict) else None
+        return {}
+    return content if isinstance(content, dict) else {}
