@@ -183,8 +183,11 @@ def test_killed_at_any_moment_it_goes_on_to_the_same_bytes(images, tmp_path, pro
         process.start()
         return process
 
+    def begun(out: Path) -> bool:
+        return (out / "store.json").is_file()  # the last of its files
+
     def finished(out: Path) -> bool:
-        return (out / "states.npy").is_file() and PENDING not in np.load(out / "states.npy")
+        return begun(out) and PENDING not in np.load(out / "states.npy")
 
     started(tmp_path / "warm").join()
     began = time.monotonic()
@@ -195,12 +198,12 @@ def test_killed_at_any_moment_it_goes_on_to_the_same_bytes(images, tmp_path, pro
         out = tmp_path / f"killed{trial}"
         for kill in range(4):
             process = started(out)
-            while kill == 0 and process.is_alive() and not (out / "states.npy").is_file():
+            while kill == 0 and process.is_alive() and not begun(out):
                 time.sleep(0.001)  # one of the kills comes as soon as there is something to lose
             process.join(moments.uniform(0, seconds) if kill else 0)
             process.kill()
             process.join()
-            in_the_middle += (out / "states.npy").is_file() and not finished(out)
+            in_the_middle += begun(out) and not finished(out)
         process = started(out)
         process.join()
         assert process.exitcode == 0
