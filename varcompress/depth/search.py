@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -65,6 +66,7 @@ def search(
     are scored too. Returns a dict that JSON can hold, whose fields `results.SearchResult` names.
     Raises InputError for a budget that is unknown or below what is possible, and as `sensitivity` does.
     """
+    started = time.monotonic()
     limits = parse_budgets([budget] if isinstance(budget, str) else budget)
     full, depths = model.schedule("full"), candidate_depths(model, depths)
     check_candidates(len(depths) + 1, len(full.patch_nums))
@@ -134,6 +136,7 @@ def search(
         "finalists": [rows[schedule] for schedule in best],
         "others": [rows[schedule] for schedule in others],
         "scored": scored,
+        "seconds": time.monotonic() - started,
     }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -47,6 +48,7 @@ def sensitivity(
     error over the images; those of an increase are of the differences image by image.
     Raises InputError for data or a depth that does not fit the model, and for a batch that does not fit the memory.
     """
+    started = time.monotonic()
     full = model.schedule("full")
     depths = candidate_depths(model, depths)
     subnets = {depth: model.schedule(f"d{depth}").layers[-1] for depth in depths}
@@ -93,6 +95,7 @@ def sensitivity(
         for row in (result["full"], *result["only"], *result["from"]):
             row["score"] = found[row["schedule"]]
         result["scored"] = scored
+    result["seconds"] = time.monotonic() - started
     return result
 
 
