@@ -317,6 +317,14 @@ def test_every_schedule_by_scale_has_the_depth_where_it_says():
         (["sensitivity"], "needs images"),
         (["sensitivity", "--depth", "1"], "depth 1: a subnet of 6 layers has 2 to 6"),
         (["sensitivity", "--images", "1"], "'--images'"),
+        (["sensitivity", "--scored-images", "20"], "--scored-images needs a --reference"),
+        (["search", "--budget", "flops=0.9", "--scored-images", "20"], "--scored-images needs a --reference"),
+        (["search", "--budget", "flops=0.9", "--timed-batch", "4"], "--timed-batch is for a latency budget"),
+        (
+            ["sensitivity", "--reference", "digits"],
+            "reference digits: a name for the images of the embedded model alone",
+        ),
+        (["search", "--budget", "flops=0.9", "--reference", "digits"], "give a folder of images or an .npz"),
     ],
 )
 def test_a_call_that_cannot_work_is_one_line(run, elastic, arguments, told):
