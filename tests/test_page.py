@@ -182,6 +182,8 @@ def test_everything_that_is_known_is_shown(page, model_folder):
     ):
         assert part in said, part
     assert "/home/ann" not in page
+    assert len(re.findall(r"smaller +another model", said)) == 3  # scores, costs, differences
+    assert said.count("another model") == 3
     assert page.count("<svg") == 3 + 2 + 2  # quality against three costs, a profile, a run
 
 
