@@ -20,7 +20,7 @@ from varcompress.cost import predict
 from varcompress.data.selection import Selection
 from varcompress.data.sources import open_source
 from varcompress.data.tokens import holdout_order
-from varcompress.depth.losses import ImageLosses, read_tokens
+from varcompress.depth.losses import ImageLosses, interval, mean_and_error, read_tokens
 from varcompress.depth.search import (
     MOST_CANDIDATES,
     candidates,
@@ -33,6 +33,7 @@ from varcompress.depth.search import (
     prediction,
 )
 from varcompress.depth.sensitivity import schedules_by_scale, without_layer
+from varcompress.loading import load
 from varcompress.models.runtime import Runtime
 from varcompress.models.transformer import modulate
 from varcompress.progress import silent
@@ -297,6 +298,36 @@ def test_every_schedule_by_scale_has_the_depth_where_it_says():
     for (depth, k), schedule in only.items():
         assert [len(layers) for layers in schedule.layers] == [depth if j == k else 6 for j in range(4)]
         assert [len(layers) for layers in onwards[depth, k].layers] == [depth if j >= k else 6 for j in range(4)]
+
+
+# -- on a model that was trained ------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return load("digits", device="cpu")
+
+
+def test_depth_at_an_early_scale_costs_more_for_what_it_saves(digits):
+    full = digits.schedule("full")
+    layers = digits.schedule("d8").layers[-1]
+    samples = read_tokens(digits, None, 32, progress=silent, note=silent)[1]
+    losses = ImageLosses(digits, samples, 32, progress=silent)
+    only, _ = schedules_by_scale(full, {8: layers})
+
+    def price(scale):  # of each image, in nats for each FLOP saved
+        saved = predict(digits, full)["flops"] - predict(digits, only[8, scale - 1])["flops"]
+        return (losses.of_image(only[8, scale - 1]) - losses.of_image(full)) / saved
+
+    low, _ = interval(*mean_and_error(price(2) - price(4)))
+    assert low > 0
+
+
+def test_what_is_found_on_a_trained_model_is_as_good_as_equidistant_on_other_images(digits):
+    found = search(digits, "flops=0.4", note=silent)
+    assert found["found"]["costs"]["flops"] <= 0.4
+    assert found["found"]["schedule"] != found["equidistant"]["schedule"]
+    assert found["difference"]["interval"][1] <= 0
 
 
 # -- the commands -------------------------------------------------------------------------------
