@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from varcompress.cli.options import Data, Depths, Json, Loading, Model, Reference, ResultsIn, ScoredImages, grouped
-from varcompress.cli.output import note, out, print_json, progress_bar
+from varcompress.cli.output import command_line, note, out, print_json, progress_bar
 
 
 @grouped
@@ -33,7 +33,9 @@ def search(
     ] = 256,
     finalists: Annotated[int, typer.Option(min=1, help="Schedules measured, the best by prediction.")] = 8,
     batch_size: Annotated[int, typer.Option(min=1, help="Images at a time.")] = 64,
-    timed_batch: Annotated[int, typer.Option(min=1, help="Images per call whose latency is a budget.")] = 8,
+    timed_batch: Annotated[
+        int | None, typer.Option(min=1, help="Images per call whose latency is a budget.", show_default="8")
+    ] = None,
     reference: Reference = None,
     scored_images: ScoredImages = None,
     directory: ResultsIn = None,
@@ -68,6 +70,7 @@ def search(
             progress=progress,
             note=note,
         )
+    result["command"] = command_line()
     if as_json:
         print_json(result)
     else:

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from varcompress.cli.options import Data, Depths, Json, Loading, Model, Reference, ResultsIn, ScoredImages, grouped
-from varcompress.cli.output import note, out, print_json, progress_bar
+from varcompress.cli.output import command_line, note, out, print_json, progress_bar
 
 
 @grouped
@@ -48,6 +48,7 @@ def sensitivity(
             progress=progress,
             note=note,
         )
+    result["command"] = command_line()
     if as_json:
         print_json(result)
     else:

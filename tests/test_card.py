@@ -43,7 +43,9 @@ EVAL = {
     "reference": "/home/ann/VIRTUAL_imagenet256_labeled.npz",
     "protocol": "adm-imagenet256",
     "deviations": ["1,000 images instead of 50,000"],
-    "features": {"name": "inception", "printed": "inception-v3"},
+    "reference_details": {"digest": "ab" * 32},
+    "features": {"name": "inception", "printed": "inception-v3", "sha256": "cd" * 32},
+    "torch_fidelity": "0.4.0",
     "settings": SETTINGS | {"inception_groups": "consecutive", "distances": "adm"},
     "notes": ["the reference holds statistics only: Frechet distances and IS are all that it gives"],
     "schedules": [
@@ -54,7 +56,7 @@ EVAL = {
 DIGITS = {
     **EVAL,
     "reference": "embedded digits",
-    "features": {"name": "digits", "printed": "digits"},
+    "features": {"name": "digits", "printed": "digits", "sha256": "cd" * 32},
     "notes": [],
     "schedules": [
         {"schedule": "full", "scores": {"fd": score_of(1.25), "is": score_of(8.0), "kd": score_of(0.0123)}, **COST}
@@ -105,6 +107,8 @@ def test_tables(distilled):
     assert "| `full` | 12.3 ± 1 | 40.1 ± 1 |" in quality
     assert "Protocol adm-imagenet256*, departing from it: 1,000 images instead of 50,000." in quality
     assert "statistics only" in quality
+    assert f"reference `{'ab' * 8}`" in quality
+    assert f"features' weights `{'cd' * 8}`, torch-fidelity 0.4.0." in quality
     assert "![Plot](profile.png)" in card
 
 

@@ -20,7 +20,7 @@ from varcompress.cost import predict
 from varcompress.data.selection import Selection
 from varcompress.data.sources import open_source
 from varcompress.data.tokens import holdout_order
-from varcompress.depth.losses import ImageLosses, read_tokens
+from varcompress.depth.losses import ImageLosses, interval, mean_and_error, read_tokens
 from varcompress.depth.search import (
     MOST_CANDIDATES,
     candidates,
@@ -33,6 +33,7 @@ from varcompress.depth.search import (
     prediction,
 )
 from varcompress.depth.sensitivity import schedules_by_scale, without_layer
+from varcompress.loading import load
 from varcompress.models.runtime import Runtime
 from varcompress.models.transformer import modulate
 from varcompress.progress import silent
@@ -299,6 +300,36 @@ def test_every_schedule_by_scale_has_the_depth_where_it_says():
         assert [len(layers) for layers in onwards[depth, k].layers] == [depth if j >= k else 6 for j in range(4)]
 
 
+# -- on a model that was trained ------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return load("digits", device="cpu")
+
+
+def test_depth_at_an_early_scale_costs_more_for_what_it_saves(digits):
+    full = digits.schedule("full")
+    layers = digits.schedule("d8").layers[-1]
+    samples = read_tokens(digits, None, 32, progress=silent, note=silent)[1]
+    losses = ImageLosses(digits, samples, 32, progress=silent)
+    only, _ = schedules_by_scale(full, {8: layers})
+
+    def price(scale):  # of each image, in nats for each FLOP saved
+        saved = predict(digits, full)["flops"] - predict(digits, only[8, scale - 1])["flops"]
+        return (losses.of_image(only[8, scale - 1]) - losses.of_image(full)) / saved
+
+    low, _ = interval(*mean_and_error(price(2) - price(4)))
+    assert low > 0
+
+
+def test_what_is_found_on_a_trained_model_is_as_good_as_equidistant_on_other_images(digits):
+    found = search(digits, "flops=0.4", note=silent)
+    assert found["found"]["costs"]["flops"] <= 0.4
+    assert found["found"]["schedule"] != found["equidistant"]["schedule"]
+    assert found["difference"]["interval"][1] <= 0
+
+
 # -- the commands -------------------------------------------------------------------------------
 
 
@@ -317,6 +348,14 @@ def test_every_schedule_by_scale_has_the_depth_where_it_says():
         (["sensitivity"], "needs images"),
         (["sensitivity", "--depth", "1"], "depth 1: a subnet of 6 layers has 2 to 6"),
         (["sensitivity", "--images", "1"], "'--images'"),
+        (["sensitivity", "--scored-images", "20"], "--scored-images needs a --reference"),
+        (["search", "--budget", "flops=0.9", "--scored-images", "20"], "--scored-images needs a --reference"),
+        (["search", "--budget", "flops=0.9", "--timed-batch", "4"], "--timed-batch is for a latency budget"),
+        (
+            ["sensitivity", "--reference", "digits"],
+            "reference digits: a name for the images of the embedded model alone",
+        ),
+        (["search", "--budget", "flops=0.9", "--reference", "digits"], "give a folder of images or an .npz"),
     ],
 )
 def test_a_call_that_cannot_work_is_one_line(run, elastic, arguments, told):
@@ -334,9 +373,15 @@ def test_the_commands_print_and_write(run, elastic, images, tmp_path):
     assert outcome.exit_code == 0, outcome.stderr
     assert json.loads(outcome.stdout) == json.loads((tmp_path / "sensitivity.json").read_text())
     assert json.loads(outcome.stdout)["depths"] == [4, 2]  # those of the model
+    told = json.loads(outcome.stdout)
+    assert told["command"].startswith("varcompress ")
+    assert told["seconds"] > 0
     outcome = run("search", elastic, "--data", images, "--images", 8, "--budget", "flops=0.9", "--out", tmp_path)
     assert outcome.exit_code == 0, outcome.stderr
     assert "Found: " in outcome.stdout
+    told = json.loads((tmp_path / "search.json").read_text())
+    assert told["command"].startswith("varcompress ")
+    assert told["seconds"] > 0
     assert {path.name for path in tmp_path.iterdir()} == {
         f"{k}.{e}" for k in ("search", "sensitivity") for e in ("json", "png")
     }

@@ -80,7 +80,14 @@ CELL = {"increase": 0.25, "increase_error": 0.01}
 SENSITIVITY = {
     "kind": "sensitivity",
     **CONDITIONS,
-    **{"data": {"name": "cats", "images": 64}, "patch_nums": [1, 2], "bridge": 1, "depths": [4], "full": {"loss": 2.5}},
+    **{"command": "varcompress sensitivity model --data cats", "seconds": 61.5},
+    **{
+        "data": {"name": "cats", "digest": "ef" * 32, "images": 64},
+        "patch_nums": [1, 2],
+        "bridge": 1,
+        "depths": [4],
+        "full": {"loss": 2.5},
+    },
     **{which: [{"depth": 4, "scale": scale, **CELL} for scale in (1, 2)] for which in ("only", "from")},
     "layers": [{"layer": layer, "after_bridge": CELL, "everywhere": {"increase": 1.75}} for layer in range(6)],
 }
@@ -167,10 +174,16 @@ def test_everything_that_is_known_is_shown(page, model_folder):
         "torch-fidelity 0.4.0",
         "ab" * 32,
         "cd" * 32,
+        "cats/sensitivity.json",
+        "varcompress sensitivity model --data cats",
+        "ef" * 32,
+        "61.5 s",
         "learning_rate",
     ):
         assert part in said, part
     assert "/home/ann" not in page
+    assert len(re.findall(r"smaller +another model", said)) == 3  # scores, costs, differences
+    assert said.count("another model") == 3
     assert page.count("<svg") == 3 + 2 + 2  # quality against three costs, a profile, a run
 
 
@@ -292,6 +305,8 @@ def changed(result, path, value):
         (EVAL, ["device"], "Other GPU", "device is Some CPU in the one and Other GPU"),
         (PROFILE, ["dtype"], "bfloat16", "dtype is float32 in the one and bfloat16"),
         (PROFILE, ["batch_size"], 1, "batch size is 50 in the one and 1"),
+        (SENSITIVITY, ["data", "digest"], "other", "data is cats (efefefefefefefef) in the one and cats (other)"),
+        (SENSITIVITY, ["data", "images"], 8, "images is 64 in the one and 8"),
     ],
 )
 def test_results_that_do_not_compare_are_refused(tmp_path, run, result, path, value, told):
@@ -311,6 +326,28 @@ def test_speed_of_one_device_does_not_stand_beside_scores_of_another(tmp_path):
     folder = results_folder(tmp_path, eval=EVAL, profile=PROFILE | {"device": "Other GPU"})
     with pytest.raises(InputError, match="device is Some CPU in the one and Other GPU"):
         write_report([folder])
+
+
+def test_a_directory_shows_one_model(tmp_path):
+    here = {"eval": EVAL, "profile": PROFILE}
+    elsewhere = SENSITIVITY | {"device": "Other GPU", "dtype": "bfloat16"}  # which tells no speed
+    assert "Where depth hurts" in write_report([results_folder(tmp_path, **here, sensitivity=elsewhere)]).read_text()
+    for kind, result in (("sensitivity", SENSITIVITY), ("profile", PROFILE)):
+        folder = results_folder(tmp_path, f"of {kind}", **here | {kind: result | {"weights": "eeee"}})
+        with pytest.raises(InputError, match=rf"eval.json and of {kind}/{kind}.json are of different weights"):
+            write_report([folder])
+        assert not (folder / "report.html").exists()
+
+
+@pytest.mark.parametrize("name", ["eval", "profile-2", "sensitivity", "demo"])
+@pytest.mark.parametrize("content", ["{", "[]", '{"kind": "KIND", "schema": 1}'])
+def test_a_result_that_cannot_be_read_is_not_left_out(tmp_path, run, name, content):
+    folder = results_folder(tmp_path, "results", **{"eval-3": EVAL})
+    (folder / f"{name}.json").write_text(content.replace("KIND", name.partition("-")[0]))
+    code, out, err = run("report", folder)
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert f"results/{name}.json: " in err
+    assert not (folder / "report.html").exists()
 
 
 def test_results_of_other_weights_are_refused(elastic, tmp_path):
@@ -393,7 +430,7 @@ def foreign_page(text):
         samples={text: [b"image"], "other": [b"image"]},
         classes=[0],
         picture=b"picture",
-        sensitivity=spiked(SENSITIVITY, text),
+        sensitivity=spiked(SENSITIVITY, text) | {"kind": "sensitivity", "weights": text},
     )
     return render([subject, Subject("other", steps=steps)])
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ from varcompress.errors import InputError
 from varcompress.models.elastic import ElasticVAR, Provenance
 from varcompress.models.transformer import add_cfg_input
 from varcompress.profiling import profile
-from varcompress.report.format import NOT_GIVEN, count, mebibytes, number
+from varcompress.report.format import NOT_GIVEN, count, mebibytes, number, public
 from varcompress.report.plots import plot_eval, plot_profile, plot_samples
 from varcompress.report.tables import demo_table, eval_table, inspect_table, profile_table
 from varcompress.sampling import Sampling
@@ -292,3 +293,26 @@ def test_a_full_disk_while_a_plot_is_drawn(tmp_path, monkeypatch):
     with pytest.raises(InputError, match=r"samples.png: could not be written \(No space left on device\); .* MiB"):
         plot_samples(samples, result, tmp_path / "samples.png")
     assert (tmp_path / "samples.png").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("given", "shown"),
+    [
+        ("secret/sub/model -s full", "model -s full"),
+        ("ann/tiny --revision main", "ann/tiny --revision main"),  # as on the Hub
+        ("secret/tiny.pth --vae ../secret/vae.pth", "tiny.pth --vae vae.pth"),
+        ("digits --reference secret-client/refs --out=secret/out/", "digits --reference refs --out=out"),
+        ("digits --reference=/a=b/secret/refs --data 'secret client/x'", "digits --reference=refs --data x"),
+        ("digits --feature-weights secret/a.pth", "digits --feature-weights a.pth"),
+        ("digits --save-images secret/b.npz", "digits --save-images b.npz"),
+        ("digits --features ~/secret/a.safetensors", "digits --features a.safetensors"),
+        (r"'C:\secret\model' --data hf:ann/cats:train", "model --data hf:ann/cats:train"),
+        ("digits --beside ann/other --beside=secret/sub/other", "digits --beside ann/other --beside=other"),
+        ("--json secret/model", "--json model"),
+        ("'secret/unclosed", "unclosed"),
+    ],
+)
+def test_no_folder_of_a_command_is_shown(given, shown, tmp_path, monkeypatch):
+    for folder in (tmp_path, Path("/")):  # wherever the report is written
+        monkeypatch.chdir(folder)
+        assert public({"command": f"varcompress eval {given}"})["command"] == f"varcompress eval {shown}"

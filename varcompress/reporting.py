@@ -25,7 +25,16 @@ from varcompress.models.elastic import ElasticVAR
 from varcompress.progress import Progress, silent
 from varcompress.publish import SAMPLES
 from varcompress.report.page import PAGE, Subject, render
-from varcompress.results import DEMO, EVAL, PROFILE, SENSITIVITY, check_result, check_weights, results_in
+from varcompress.results import (
+    DEMO,
+    MEASURED,
+    SCHEMA,
+    SENSITIVITY,
+    check_result,
+    check_weights,
+    read_result,
+    results_in,
+)
 from varcompress.training.log import read_steps
 from varcompress.training.state import RunDirectory
 
@@ -89,10 +98,13 @@ def _read(path: Path, name: str) -> list[Subject]:
     """What lies in a directory, without what needs its model; and, of a demo, the model before it was distilled."""
     if not path.is_dir():
         raise InputError(f"{path}: no such directory")
+    for file in path.glob("*.json"):
+        if file.stem.partition("-")[0] in MEASURED:
+            read_result(file)  # which says what is wrong with it, where `results_in` leaves it out
     demo, sensitivity = _json(path / f"{DEMO}.json", DEMO), _json(path / f"{SENSITIVITY}.json", SENSITIVITY)
     found = Subject(
         name,
-        results={file.name: each for file, each in results_in(path).items() if each["kind"] in (EVAL, PROFILE)},
+        results={file.name: each for file, each in results_in(path).items()},
         steps=read_steps(RunDirectory(path).steps_path),
         picture=_picture(path / SAMPLES),
         sensitivity=sensitivity,
@@ -108,12 +120,18 @@ def _read(path: Path, name: str) -> list[Subject]:
 
 
 def _json(path: Path, kind: str) -> dict | None:
-    """The result of a kind in a file; None where there is none, or something else."""
+    """The result of a kind in a file; None where there is none. Raises InputError for something else."""
+    if not path.exists():
+        return None
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        return None
-    return content if isinstance(content, dict) and content.get("kind") == kind else None
+        content = None
+    if not isinstance(content, dict) or content.get("kind") != kind or content.get("schema", SCHEMA) != SCHEMA:
+        raise InputError(
+            f"{path}: damaged, or of another version of varcompress: run `varcompress {kind}` again, or take it away"
+        )
+    return content
 
 
 def _picture(path: Path) -> bytes | None:
@@ -132,11 +150,8 @@ def _picture(path: Path) -> bytes | None:
 def _with_model(subject: Subject, model: ElasticVAR, samples: int, progress: Progress) -> Subject:
     """What needs the model: what it is, that all results are of it, and images that it draws."""
     weights = fingerprint(model)
-    named = dict(subject.results)
-    if subject.sensitivity:
-        named[f"{SENSITIVITY}.json"] = subject.sensitivity
-    for file, result in named.items():
-        check_weights(f"{subject.name}/{file}", result, [weights])
+    for source, result in subject.measured.items():
+        check_weights(source, result, [weights])
     found = replace(subject, model={**describe(model), "weights": weights})
     if not samples:
         return found

@@ -241,6 +241,7 @@ SensitivityResult = TypedDict(
         "from": list[SensitivityRow],
         "layers": list[LayerRow],
         "scored": dict | None,  # metric, images and reference of the scores
+        "seconds": float,
     },
 )
 """What `sensitivity` returns and sensitivity.json holds."""
@@ -287,6 +288,7 @@ class SearchResult(Conditions):
     finalists: list[Candidate]
     others: list[Candidate]  # the equidistant ones within the budget
     scored: dict | None
+    seconds: float
 
 
 # -- reading ------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ import numpy as np
 from varcompress.cost import predict
 from varcompress.data.tokens import Samples
 from varcompress.depth.losses import ImageLosses, interval, mean_and_error, read_tokens, whole
-from varcompress.depth.scoring import scores_of
+from varcompress.depth.scoring import check_scoring, scores_of
 from varcompress.depth.sensitivity import candidate_depths, schedules_by_scale
 from varcompress.errors import InputError
 from varcompress.models.elastic import ElasticVAR
@@ -26,6 +27,7 @@ from varcompress.training.sensitivity import SENSITIVITY_IMAGES, eliminate, kept
 
 COSTS = ("latency", "cache", "flops")
 MOST_CANDIDATES = 20_000  # all are looked at: five depths at ten scales are 1,001, eight are 19,448
+TIMED_BATCH = 8  # images a call
 TIMED_RUNS = 3  # of each schedule that is timed
 
 Subnets = Mapping[int, tuple[int, ...]]  # depth -> layers
@@ -40,7 +42,7 @@ def search(
     choose_layers: bool = False,
     num_images: int = 256,
     batch_size: int = 64,
-    timed_batch: int = 8,
+    timed_batch: int | None = None,
     finalists: int = 8,
     reference: str | Path | None = None,
     scored_images: int | None = None,
@@ -51,7 +53,8 @@ def search(
 
     budget: "latency=0.5", "cache=0.3" or "flops=0.4", a share of what `full` costs, or several, all of which hold.
     flops and cache are arithmetic (`predict`, with the decoder). latency is a model fitted to measured schedules: a
-    constant, a time for each layer that is run and one for each FLOP, in batches of `timed_batch` (`LatencyModel`).
+    constant, a time for each layer that is run and one for each FLOP, in batches of `timed_batch` images, by default 8
+    (`LatencyModel`).
 
     Candidates are all ways to go from all layers to fewer from scale to scale, in steps of `depths` (by default those
     that the model was trained for, or 16, 8, 4 and 2); layers are the equidistant ones, the model's own, and with
@@ -65,7 +68,12 @@ def search(
     are scored too. Returns a dict that JSON can hold, whose fields `results.SearchResult` names.
     Raises InputError for a budget that is unknown or below what is possible, and as `sensitivity` does.
     """
+    started = time.monotonic()
+    check_scoring(model, reference, scored_images)
     limits = parse_budgets([budget] if isinstance(budget, str) else budget)
+    if timed_batch is not None and "latency" not in limits:
+        raise InputError("--timed-batch is for a latency budget: add --budget latency=0.5, or leave it out")
+    timed_batch = timed_batch or TIMED_BATCH
     full, depths = model.schedule("full"), candidate_depths(model, depths)
     check_candidates(len(depths) + 1, len(full.patch_nums))
     families = [{depth: equidistant(range(full.depth), depth) for depth in depths}]
@@ -134,6 +142,7 @@ def search(
         "finalists": [rows[schedule] for schedule in best],
         "others": [rows[schedule] for schedule in others],
         "scored": scored,
+        "seconds": time.monotonic() - started,
     }
 
 

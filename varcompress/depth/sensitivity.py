@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import time
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
 from varcompress.cost import predict
 from varcompress.depth.losses import ImageLosses, increase, read_tokens
-from varcompress.depth.scoring import scores_of
+from varcompress.depth.scoring import check_scoring, scores_of
 from varcompress.errors import InputError
 from varcompress.models.elastic import ElasticVAR
 from varcompress.profiling import conditions
@@ -45,8 +46,11 @@ def sensitivity(
     Frechet distance of the features that fit the model, against what `evaluate` takes or a source by name (digits).
     Returns a dict that JSON can hold, whose fields `results.SensitivityResult` names. Every loss has its standard
     error over the images; those of an increase are of the differences image by image.
-    Raises InputError for data or a depth that does not fit the model, and for a batch that does not fit the memory.
+    Raises InputError for data, a depth or a reference that does not fit the model, and for a batch that does not fit
+    the memory.
     """
+    started = time.monotonic()
+    check_scoring(model, reference, scored_images)
     full = model.schedule("full")
     depths = candidate_depths(model, depths)
     subnets = {depth: model.schedule(f"d{depth}").layers[-1] for depth in depths}
@@ -93,6 +97,7 @@ def sensitivity(
         for row in (result["full"], *result["only"], *result["from"]):
             row["score"] = found[row["schedule"]]
         result["scored"] = scored
+    result["seconds"] = time.monotonic() - started
     return result
 
 

@@ -233,7 +233,9 @@ def _eval(result: EvalResult) -> dict:
     caption = (
         f"{kept[0].upper()}{kept[1:]}. {count(result['settings']['images'], 'image')} against "
         f"{_reference(result['reference'])[1]} with {features['printed']} features ({drawn_with(result['settings'])}), "
-        f"batches of {result['batch_size']} {_where(result)}."
+        f"batches of {result['batch_size']} {_where(result)}. Digest of the reference "
+        f"`{_short(result['reference_details']['digest'])}`, SHA-256 of the features' weights "
+        f"`{_short(features['sha256'])}`, torch-fidelity {result['torch_fidelity']}."
     )
     return {
         "title": "Image quality",
@@ -241,6 +243,11 @@ def _eval(result: EvalResult) -> dict:
         **_table(columns, rows),
         "notes": result.get("notes", []),
     }
+
+
+def _short(digest: str) -> str:
+    """As much of a digest as tells it from others."""
+    return str(digest)[:16]
 
 
 SECTIONS = {PROFILE: _profile, EVAL: _eval}

@@ -1,4 +1,7 @@
-"""Which results may stand on one page: those that differ in the model and its schedules alone."""
+"""Which results may stand on one page: those that differ in the model and its schedules alone.
+
+A directory shows one model.
+"""
 
 from __future__ import annotations
 
@@ -6,9 +9,9 @@ from collections.abc import Mapping
 from itertools import combinations
 
 from varcompress.errors import InputError
-from varcompress.results import EVAL, intact
+from varcompress.results import EVAL, SENSITIVITY, intact
 
-MACHINE = ("device", "dtype")  # what results of any kind must share, since each tells of speed
+MACHINE = ("device", "dtype")  # what all results that tell of speed must share
 
 
 def check_comparable(results: Mapping[str, dict]) -> None:
@@ -17,7 +20,8 @@ def check_comparable(results: Mapping[str, dict]) -> None:
     for source, other in combinations(results, 2):
         ours, theirs = facts[source], facts[other]
         same_kind = results[source]["kind"] == results[other]["kind"]
-        for name in {**ours, **theirs} if same_kind else MACHINE:
+        shared = [name for name in MACHINE if name in ours and name in theirs]
+        for name in {**ours, **theirs} if same_kind else shared:
             if ours.get(name) != theirs.get(name):
                 raise InputError(
                     f"{source} and {other} are not comparable: {name} is {_said(ours.get(name))} in the one and "
@@ -25,9 +29,22 @@ def check_comparable(results: Mapping[str, dict]) -> None:
                 )
 
 
+def check_one_model(results: Mapping[str, dict]) -> None:
+    """Raises InputError where the results of one directory are of several weights. results: where one is from -> it."""
+    first, *others = results.items() or [("", {})]
+    for source, result in others:
+        if result.get("weights") != first[1].get("weights"):
+            raise InputError(
+                f"{first[0]} and {source} are of different weights: measure both on the same, or take one away"
+            )
+
+
 def _facts(source: str, result: dict) -> dict[str, object]:
     """All that times, sizes and scores depend on beside the model and its schedules."""
     with intact(source, result):
+        if result["kind"] == SENSITIVITY:  # which tells no speed
+            data = result["data"]
+            return {"data": f"{data['name']} ({str(data['digest'])[:16]})", "images": data["images"]}
         facts = {name: result[name] for name in (*MACHINE, "kernels")} | {"batch size": result["batch_size"]}
         if result["kind"] != EVAL:
             return facts

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shlex
 from collections.abc import Iterable
 from pathlib import Path
 
+from varcompress.data.hub_dataset import PREFIX
+from varcompress.hub import HUB_ID
 from varcompress.results import EvalResult, Score
 
 MIB = 2**20
 NOT_GIVEN = "\N{EN DASH}"
 LONG_NAME = 16
+MODEL_AT = 2  # of the words of a command: varcompress eval MODEL
+BESIDE = "--beside"  # names a model too
 
 
 def number(value: float | None) -> str:
@@ -125,14 +128,28 @@ def public(result: dict) -> dict:
 
 
 def _without_folders(command: str) -> str:
-    """A command whose arguments that are paths of this machine are names alone."""
+    """A command in which every path is a name alone. What is on the Hub stays whole.
+
+    It does not ask the disk: a report may be written elsewhere than the command was called.
+    """
     try:
         given = shlex.split(command)
     except ValueError:  # what no shell would read
         given = command.split()
-    words = []
-    for word in given:
-        option, equals, value = word.rpartition("=") if word.startswith("-") else ("", "", word)
-        is_path = Path(value).is_absolute() or os.path.exists(value) or " " in value
-        words.append(option + equals + (Path(value).name if is_path else value))
+    words, before = [], ""
+    for place, word in enumerate(given):
+        option, equals, value = word.partition("=") if word.startswith("-") else ("", "", word)
+        is_model = place == MODEL_AT or BESIDE in (option, before)
+        words.append(option + equals + (value if _on_hub(value, is_model) else _name(value)))
+        before = word
     return shlex.join(words)
+
+
+def _on_hub(value: str, is_model: bool) -> bool:
+    """Whether a value names what is on the Hub: a data set, or OWNER/NAME where a model is named."""
+    return value.startswith(PREFIX) or (is_model and bool(HUB_ID.fullmatch(value)) and not value.endswith(".pth"))
+
+
+def _name(value: str) -> str:
+    """The last part of a path; other values hold no slash."""
+    return re.split(r"[/\\]", value.rstrip("/\\"))[-1]

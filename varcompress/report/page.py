@@ -23,7 +23,7 @@ from varcompress.errors import InputError
 from varcompress.metrics import METRICS, Metric
 from varcompress.report.card import recipe_text
 from varcompress.report.charts import Point, bars_chart, curves_chart, front_chart, front_of
-from varcompress.report.comparable import check_comparable
+from varcompress.report.comparable import check_comparable, check_one_model
 from varcompress.report.format import (
     MIB,
     NOT_GIVEN,
@@ -43,7 +43,7 @@ from varcompress.report.format import (
 )
 from varcompress.report.plots import smoothed
 from varcompress.report.published import PUBLISHED, why_apart
-from varcompress.results import EVAL, PROFILE, intact
+from varcompress.results import EVAL, PROFILE, SENSITIVITY, intact
 from varcompress.sampling import cfg_text, checked_cfg
 
 PAGE = "report.html"  # its name beside a model
@@ -76,9 +76,15 @@ class Subject:
     sensitivity: dict | None = None
 
     @property
+    def measured(self) -> dict[str, dict]:
+        """Where it is from -> every result, the sensitivity among them."""
+        maps = {f"{SENSITIVITY}.json": self.sensitivity} if self.sensitivity else {}
+        return {f"{self.name}/{file}": result for file, result in (*self.results.items(), *maps.items())}
+
+    @property
     def weights(self) -> list[str]:
         """The fingerprints of all weights that it shows something of."""
-        shown = [self.model, *self.results.values(), self.sensitivity]
+        shown = [self.model, *self.measured.values()]
         return [str(each["weights"]) for each in shown if each and each.get("weights")]
 
 
@@ -87,7 +93,10 @@ def render(subjects: Sequence[Subject], *, drawn_without: str | None = None) -> 
 
     Raises InputError for results that cannot be compared, which says why, and for damaged ones.
     """
-    check_comparable({f"{each.name}/{file}": found for each in subjects for file, found in each.results.items()})
+    measured = [each.measured for each in subjects]
+    for each in measured:
+        check_one_model(each)
+    check_comparable({source: result for each in measured for source, result in each.items()})
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
         lstrip_blocks=True,
@@ -112,7 +121,7 @@ def render(subjects: Sequence[Subject], *, drawn_without: str | None = None) -> 
         drawn_without=drawn_without,
         runs=[{"name": each.name, **_run(each)} for each in subjects if each.steps],
         sensitivities=[{"name": each.name, **_sensitivity(each)} for each in subjects if each.sensitivity],
-        origins=[_origin(*each) for each in (*evals, *profiles)],
+        origins=[_origin(source, result) for each in measured for source, result in each.items()],
     )
 
 
@@ -353,7 +362,7 @@ def _run(subject: Subject) -> dict:
 def _sensitivity(subject: Subject) -> dict:
     """Heat maps: depths x scales, at only one scale and from one on; and layers left out."""
     result = subject.sensitivity
-    with _sound(f"{subject.name}/sensitivity.json", result):
+    with _sound(f"{subject.name}/{SENSITIVITY}.json", result):
         scales = range(1, len(result["patch_nums"]) + 1)
         maps = []
         for which, title in (("only", "Fewer layers at only one scale"), ("from", "Fewer layers from one scale on")):
@@ -385,9 +394,9 @@ def _shaded(rows: Sequence[tuple[str, list[float | None]]]) -> list[tuple[str, l
 # -- where it all comes from --------------------------------------------------------------------
 
 
-def _origin(subject: Subject, file: str, result: dict) -> dict:
+def _origin(source: str, result: dict) -> dict:
     """All that is needed to have a result again."""
-    with _sound(f"{subject.name}/{file}", result):
+    with _sound(source, result):
         shown = public(result)
         facts = {
             "model": f"{shown['model']}, weights {shown['weights']}",
@@ -398,11 +407,11 @@ def _origin(subject: Subject, file: str, result: dict) -> dict:
             "offload": shown["offload"],
             "guided": "yes" if shown["guided"] else "no: one pass an image",
             "versions": f"varcompress {shown['varcompress']}, torch {shown['torch']}",
-            "batch size": str(shown["batch_size"]),
         }
         if result["kind"] == EVAL:
             facts["versions"] += f", torch-fidelity {shown['torch_fidelity']}"
             facts |= {
+                "batch size": str(shown["batch_size"]),
                 "protocol": kept_to(shown),
                 "reference": shown["reference"],
                 **{f"reference, {name}": value for name, value in shown["reference_details"].items()},
@@ -411,10 +420,20 @@ def _origin(subject: Subject, file: str, result: dict) -> dict:
                 "images": f"{shown['settings']['images']:,}",
                 "took": f"{number(shown['seconds'])} s, processes: {shown['processes']}",
             }
+        elif result["kind"] == SENSITIVITY:
+            facts |= {
+                "data": f"{shown['data']['name']}, digest {shown['data']['digest']}",
+                "images": f"{shown['data']['images']:,}",
+                "depths": joined(shown["depths"]),
+                "took": f"{number(shown['seconds'])} s" if "seconds" in shown else None,
+            }
         else:
-            facts |= {"settings": joined(f"{name} {value}" for name, value in shown["settings"].items())}
+            facts |= {
+                "batch size": str(shown["batch_size"]),
+                "settings": joined(f"{name} {value}" for name, value in shown["settings"].items()),
+            }
         return {
-            "title": f"{subject.name}/{file}",
+            "title": source,
             "command": shown.get("command"),
             "facts": {name: value for name, value in facts.items() if value is not None},
         }
