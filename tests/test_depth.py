@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 
 import numpy as np
 import pytest
@@ -21,6 +22,7 @@ from varcompress.data.selection import Selection
 from varcompress.data.sources import open_source
 from varcompress.data.tokens import holdout_order
 from varcompress.depth.losses import ImageLosses, interval, mean_and_error, read_tokens
+from varcompress.depth.scoring import scores_of
 from varcompress.depth.search import (
     MOST_CANDIDATES,
     candidates,
@@ -267,6 +269,29 @@ def test_a_search_by_latency_and_layers(images, tmp_path):
     assert low <= mean <= high
     difference = found["found"]["loss_apart"] - found["equidistant"]["loss_apart"]
     assert mean == pytest.approx(difference, abs=1e-6)
+
+
+def test_with_a_reference_the_score_decides_and_is_taken_again(monkeypatch):
+    calls = []
+
+    def scored(*arguments, **options):
+        found = scores_of(*arguments, **options)
+        calls.append((options.get("seed", 0), {text: score["value"] for text, score in found["scores"].items()}))
+        return found
+
+    monkeypatch.setattr(sys.modules["varcompress.depth.search"], "scores_of", scored)  # the name is a function too
+    found = search(
+        load("digits"), "flops=0.5", reference="digits", num_images=16, finalists=3, scored_images=40, note=silent
+    )
+    (first_seed, first), (second_seed, second) = calls
+    assert first_seed != second_seed
+    equidistant = {row["schedule"] for row in found["others"]} & first.keys()
+    assert found["equidistant"]["schedule"] == min(equidistant, key=first.get)
+    within = equidistant | {row["schedule"] for row in found["finalists"]}
+    assert found["found"]["schedule"] == min(within, key=first.get)
+    for name in ("equidistant", "found", "full"):
+        assert found[name]["score"]["value"] == second[found[name]["schedule"]]
+    assert "difference_interval" in found["full"]["score"]
 
 
 def test_images_apart_are_others(images):

@@ -42,14 +42,15 @@ def scores_of(
     num_images: int | None,
     batch_size: int,
     progress: Progress,
+    seed: int = 0,
 ) -> Scored:
-    """Score schedules on the same labels and seeds, the first being what the others are compared with.
+    """Score schedules on the same labels and random streams, the first being what the others are compared with.
 
     reference: as `check_scoring` lets it pass: what `evaluate` takes, or the model's own source by its name.
     Raises InputError as `evaluate` does.
     """
     own = None if _is_named(reference) else reference
-    options = {"num_images": num_images, "batch_size": batch_size, "progress": progress}
+    options = {"num_images": num_images, "batch_size": batch_size, "progress": progress, "seeds": [seed]}
     result = evaluate(model, schedules, reference=own, **options)
     return {
         "metric": METRICS[KEY].name(result["features"]["name"]),

@@ -21,13 +21,14 @@ from varcompress.errors import InputError
 from varcompress.models.elastic import ElasticVAR
 from varcompress.profiling import conditions, profile
 from varcompress.progress import Note, Progress, silent
-from varcompress.results import SCHEMA, SEARCH, Candidate, ProfileRow, SearchResult
+from varcompress.results import SCHEMA, SEARCH, Candidate, ProfileRow, Score, SearchResult
 from varcompress.schedule import Schedule, equidistant
 from varcompress.training.sensitivity import SENSITIVITY_IMAGES, eliminate, kept
 
 COSTS = ("latency", "cache", "flops")
 MOST_CANDIDATES = 20_000  # all are looked at: five depths at ten scales are 1,001, eight are 19,448
 TIMED_BATCH = 8  # images a call
+FRESH_SEED = 1  # of images that no choice was made by
 TIMED_RUNS = 3  # of each schedule that is timed
 
 Subnets = Mapping[int, tuple[int, ...]]  # depth -> layers
@@ -64,8 +65,10 @@ def search(
 
     It stands beside the best of the equidistant schedules within the budget, dN@B of any N of the depths and any bridge
     B, on as many images again, which neither of the two was chosen by.
-    data, reference, scored_images: as `sensitivity` takes them; with a reference both, `full` and the best finalists
-    are scored too. Returns a dict that JSON can hold, whose fields `results.SearchResult` names.
+    data, reference, scored_images: as `sensitivity` takes them. With a reference the finalists and as many equidistant
+    schedules are scored as well, and the score decides instead of the loss, which tells of it from afar only; what it
+    chose and `full` are then scored again on images of another seed.
+    Returns a dict that JSON can hold, whose fields `results.SearchResult` names.
     Raises InputError for a budget that is unknown or below what is possible, and as `sensitivity` does.
     """
     started = time.monotonic()
@@ -98,7 +101,14 @@ def search(
     best = sorted(sorted(within, key=predicted.get)[:finalists], key=loss_then_cost)
     simple = (full, *schedules_by_scale(full, families[0])[1].values())
     others = sorted((schedule for schedule in simple if fits(cost_of(schedule), limits)), key=loss_then_cost)
-    rival, found = others[0], min(best[0], others[0], key=loss_then_cost)
+    rival, found, scored, scores = others[0], min(best[0], others[0], key=loss_then_cost), None, {}
+    if reference is not None:
+        options = {"num_images": scored_images, "batch_size": batch_size, "progress": progress}
+        tried_out = list(dict.fromkeys((full, *others[:finalists], *best)))
+        scores = scores_of(model, tried_out, reference=reference, **options)["scores"]
+        rival, found = chosen_by_score(scores, others[:finalists], best)
+        shown = list(dict.fromkeys((rival, found, full)))  # differences are to the first
+        scored = scores_of(model, shown, reference=reference, seed=FRESH_SEED, **options)
     rows: dict[Schedule, Candidate] = {
         schedule: {
             "schedule": str(schedule),
@@ -117,13 +127,10 @@ def search(
         shown = list(dict.fromkeys((full, rival, *best)))
         for row in timed(model, shown, timed_batch, progress):
             by_text[row["schedule"]]["latency_ms"] = row["latency_ms"]
-    scored = None
-    if reference is not None:
-        options = {"num_images": scored_images, "batch_size": batch_size, "progress": progress}
-        shown = list(dict.fromkeys((rival, found, full, *others[:2], *best)))  # differences are to the first
-        scored = scores_of(model, shown, reference=reference, **options)
-        for text, score in scored.pop("scores").items():
-            by_text[text]["score"] = score
+    for text, score in scores.items():
+        by_text[text]["score"] = {key: score[key] for key in ("value", "interval")}
+    for text, score in (scored.pop("scores") if scored else {}).items():
+        by_text[text]["score"] = score
     return {
         "kind": SEARCH,
         "schema": SCHEMA,
@@ -144,6 +151,18 @@ def search(
         "scored": scored,
         "seconds": time.monotonic() - started,
     }
+
+
+def chosen_by_score(
+    scores: Mapping[str, Score], others: Sequence[Schedule], best: Sequence[Schedule]
+) -> tuple[Schedule, Schedule]:
+    """The equidistant schedule of the best score, and the one of all. scores: by a schedule's text, less is better."""
+
+    def value(schedule: Schedule) -> float:
+        return scores[str(schedule)]["value"]
+
+    rival = min(others, key=value)
+    return rival, min((rival, *best), key=value)
 
 
 # -- budgets ------------------------------------------------------------------------------------
