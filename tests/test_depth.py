@@ -399,13 +399,13 @@ def test_the_commands_print_and_write(run, elastic, images, tmp_path):
     assert json.loads(outcome.stdout) == json.loads((tmp_path / "sensitivity.json").read_text())
     assert json.loads(outcome.stdout)["depths"] == [4, 2]  # those of the model
     told = json.loads(outcome.stdout)
-    assert told["command"].startswith("varcompress ")
+    assert told["command"].startswith("varcompress")
     assert told["seconds"] > 0
     outcome = run("search", elastic, "--data", images, "--images", 8, "--budget", "flops=0.9", "--out", tmp_path)
     assert outcome.exit_code == 0, outcome.stderr
     assert "Found: " in outcome.stdout
     told = json.loads((tmp_path / "search.json").read_text())
-    assert told["command"].startswith("varcompress ")
+    assert told["command"].startswith("varcompress")
     assert told["seconds"] > 0
     assert {path.name for path in tmp_path.iterdir()} == {
         f"{k}.{e}" for k in ("search", "sensitivity") for e in ("json", "png")
