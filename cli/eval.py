@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from varcompress.cli.options import Json, Loading, Model, Schedules, grouped, whole_numbers
-from varcompress.cli.output import command_line, note, out, print_json, progress_bar
+from varcompress.cli.output import deliver, progress_bar
 from varcompress.sampling import Sampling
 
 
@@ -111,7 +111,6 @@ def evaluate(
     from varcompress.distributed import is_rank_zero, local_device
     from varcompress.evaluation import evaluate as run
     from varcompress.evaluation.parts import forget
-    from varcompress.publish import record
     from varcompress.report.tables import eval_table
     from varcompress.results import EVAL, check_folder
 
@@ -144,15 +143,8 @@ def evaluate(
         )
     if not is_rank_zero():
         return
-    result["command"] = command_line()
-    if as_json:
-        print_json(result)
-    else:
-        out.print(eval_table(result))
-    if directory is None:
-        note("Nothing was written: --out DIR keeps this result and its plot.")
-    else:
-        note(f"Written: {', '.join(map(str, record(result, directory)))}")
+    deliver(result, eval_table, directory, as_json=as_json)
+    if directory is not None:
         forget(directory)
 
 

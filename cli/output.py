@@ -6,11 +6,12 @@ import json
 import shlex
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from rich import progress as bars
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from varcompress.progress import Progress
@@ -34,6 +35,26 @@ def say(text: str) -> None:
 def command_line() -> str:
     """The command as it was called, for a result to tell."""
     return shlex.join(["varcompress", *sys.argv[1:]])
+
+
+def deliver(
+    result: dict, table: Callable[[dict], RenderableType], directory: Path | None, *, as_json: bool, plot: str = "plot"
+) -> None:
+    """Print a result as a table or as JSON, with the command that made it, and keep it in a directory, if there is one.
+
+    plot: what the picture beside it is called.
+    """
+    from varcompress.publish import record
+
+    result["command"] = command_line()
+    if as_json:
+        print_json(result)
+    else:
+        out.print(table(result))
+    if directory is None:
+        note(f"Nothing was written: --out DIR keeps this result and its {plot}.")
+    else:
+        note(f"Written: {', '.join(map(str, record(result, directory)))}")
 
 
 def print_json(result: dict) -> None:

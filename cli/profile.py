@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from varcompress.cli.options import Json, Loading, Model, Schedules, grouped
-from varcompress.cli.output import command_line, note, out, print_json, progress_bar
+from varcompress.cli.output import deliver, progress_bar
 from varcompress.sampling import Sampling
 
 
@@ -34,7 +34,6 @@ def profile(
     """Measure time, memory, weights and FLOPs of schedules, each beside what arithmetic predicts."""
     from varcompress.checkpoint import is_elastic
     from varcompress.profiling import profile
-    from varcompress.publish import record
     from varcompress.report.tables import profile_table
     from varcompress.results import PROFILE, check_folder
 
@@ -52,12 +51,4 @@ def profile(
             sampling=sampling,
             progress=progress,
         )
-    result["command"] = command_line()
-    if as_json:
-        print_json(result)
-    else:
-        out.print(profile_table(result))
-    if directory is None:
-        note("Nothing was written: --out DIR keeps this result and its plot.")
-    else:
-        note(f"Written: {', '.join(map(str, record(result, directory)))}")
+    deliver(result, profile_table, directory, as_json=as_json)

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from varcompress.cli.options import Data, Depths, Json, Loading, Model, Reference, ResultsIn, ScoredImages, grouped
-from varcompress.cli.output import command_line, note, out, print_json, progress_bar
+from varcompress.cli.output import deliver, note, progress_bar
 
 
 @grouped
@@ -47,7 +47,6 @@ def search(
     flops and cache are arithmetic; latency is predicted by a fit to measured schedules.
     """
     from varcompress.depth import search as run
-    from varcompress.publish import record
     from varcompress.report.tables import search_table
     from varcompress.results import SEARCH, check_folder
 
@@ -70,12 +69,4 @@ def search(
             progress=progress,
             note=note,
         )
-    result["command"] = command_line()
-    if as_json:
-        print_json(result)
-    else:
-        out.print(search_table(result))
-    if directory is None:
-        note("Nothing was written: --out DIR keeps this result and its plot.")
-    else:
-        note(f"Written: {', '.join(map(str, record(result, directory)))}")
+    deliver(result, search_table, directory, as_json=as_json)

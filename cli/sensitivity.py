@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from varcompress.cli.options import Data, Depths, Json, Loading, Model, Reference, ResultsIn, ScoredImages, grouped
-from varcompress.cli.output import command_line, note, out, print_json, progress_bar
+from varcompress.cli.output import deliver, note, progress_bar
 
 
 @grouped
@@ -29,7 +29,6 @@ def sensitivity(
     The loss is teacher-forced, on the tokens of real images; --reference adds the Frechet distance of images drawn.
     """
     from varcompress.depth import sensitivity as run
-    from varcompress.publish import record
     from varcompress.report.tables import sensitivity_table
     from varcompress.results import SENSITIVITY, check_folder
 
@@ -48,12 +47,4 @@ def sensitivity(
             progress=progress,
             note=note,
         )
-    result["command"] = command_line()
-    if as_json:
-        print_json(result)
-    else:
-        out.print(sensitivity_table(result))
-    if directory is None:
-        note("Nothing was written: --out DIR keeps this result and its heat map.")
-    else:
-        note(f"Written: {', '.join(map(str, record(result, directory)))}")
+    deliver(result, sensitivity_table, directory, as_json=as_json, plot="heat map")

@@ -17,7 +17,7 @@ from varcompress.evaluation.protocols import ADM_DISTANCES
 from varcompress.hardware import exact_float32
 
 PRECISION_NEIGHBOURS, DENSITY_NEIGHBOURS = 3, 5
-MIN_IMAGES = DENSITY_NEIGHBOURS + 1
+NEAREST = DENSITY_NEIGHBOURS + 1  # images to an image, itself the first
 ADM_BLOCK = 10_000  # rows and columns; a block of which one distance is not finite in float16 is computed in float32
 ELEMENTS = 1 << 26  # of distances at a time
 
@@ -63,9 +63,9 @@ def find_neighbours(generated: Tensor, reference: Tensor, device: torch.device, 
 
 
 def _radii(images: Tensor, distances: str) -> Tensor:
-    """Distances (N, MIN_IMAGES) of each image to its nearest ones, itself the first."""
+    """Distances (N, NEAREST) of each image to its nearest ones, itself the first."""
     return torch.cat(
-        [block.topk(MIN_IMAGES, dim=1, largest=False).values for _, block in _blocks(images, images, distances)]
+        [block.topk(NEAREST, dim=1, largest=False).values for _, block in _blocks(images, images, distances)]
     )
 
 

@@ -323,13 +323,14 @@ def _rows(
     """The lines of the result; differences are to the first."""
     rows: list[EvalRow] = []
     base: list[dict[str, Measure]] | None = None
+    groups = settings.protocol.inception_groups
     for number, each in enumerate(drawn):
         progress(number, len(drawn), f"scores: {each.row['schedule']}")
         measured, times_ms = [], []
         for parts in each.parts:
             features, times = parts.read()
             times_ms += times
-            measured.append(measure(compare(features, reference, settings, extractor)))
+            measured.append(measure(Compared(features, reference, extractor.device, settings.distances, groups)))
         latency_ms = statistics.median(times_ms)
         rows.append(
             {
@@ -342,11 +343,6 @@ def _rows(
         base = base or measured
     progress(len(drawn), len(drawn), "scores: done")
     return rows
-
-
-def compare(features: Features, reference: Reference, settings: _Settings, extractor: Extractor) -> Compared:
-    """What scores are computed from."""
-    return Compared(features, reference, extractor.device, settings.distances, settings.protocol.inception_groups)
 
 
 # -- what goes with the scores ------------------------------------------------------------------
